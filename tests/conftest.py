@@ -1,0 +1,22 @@
+"""Fixtures that several test files share. Nothing here or in any test needs a network."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from rlaifv import ROOT
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photographs, scored answers and benchmark files that lies beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: real photographs and published answers are not part of the repository")
+    return SHARED
