@@ -1,4 +1,4 @@
-"""Load a vision-language model, format its chat, and tokenise prompt and answer jointly.
+"""Load a vision-language model, format its chat, and tokenize prompt and answer jointly.
 
 Everything that touches a checkpoint goes through this file, so that generation, feedback, training and chat see
 the same bytes: the same chat template, the same begin and end tokens, the same image preprocessing.
@@ -170,9 +170,7 @@ def prompt_text(vlm: VLM, question: str, *, image: bool = True, answer: str | No
     full = templated.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
     start = full.rfind(answer)
     if start < 0:
-        raise ValueError(
-            f"the chat template of {vlm.name} changes the answer {answer[:40]!r}: cannot train on it"
-        )
+        raise ValueError(f"the chat template of {vlm.name} changes the answer {answer[:40]!r}: cannot train on it")
     # what the template puts between the generation prompt and the answer (a space for LLaVA, nothing for Qwen)
     separator = full[len(prompt) : start] if full.startswith(prompt) else ""
     return prompt + separator + answer + vlm.tokenizer.eos_token
@@ -186,7 +184,7 @@ def special_tokens_needed(vlm: VLM, text: str) -> bool:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One image and question with the answers that follow it, tokenised jointly.
+    """One image and question with the answers that follow it, tokenized jointly.
 
     `prompt_ids` is the prompt alone with its image placeholders expanded; `rows[i]` is prompt + answer i + end
     token; `answer_starts[i]` is the index in `rows[i]` of the first token that is not the prompt's. `inputs` holds
@@ -199,13 +197,11 @@ class EncodedPrompt:
     inputs: dict[str, torch.Tensor]
 
 
-def encode(
-    vlm: VLM, image: Image.Image | None, question: str, answers: list[str] | None = None
-) -> EncodedPrompt:
-    """Tokenise a prompt and the answers to it; the image is preprocessed and its placeholders expanded once.
+def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str] | None = None) -> EncodedPrompt:
+    """Tokenize a prompt and the answers to it; the image is preprocessed and its placeholders expanded once.
 
     The tokens are those of the whole text at once, never of prompt and answer apart. The processor only rewrites
-    the image placeholder, so everything behind it is tokenised as plain text and put after the expanded part.
+    the image placeholder, so everything behind it is tokenized as plain text and put after the expanded part.
     """
     prompt = prompt_text(vlm, question, image=image is not None)
     special = special_tokens_needed(vlm, prompt)
@@ -251,9 +247,7 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
-                    raise ValueError(
-                        f"image {path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}"
-                    )
+                    raise ValueError(f"image {path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
                 return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be decoded: {error}") from None
