@@ -6,7 +6,6 @@ the same bytes: the same chat template, the same begin and end tokens, the same 
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +27,6 @@ from rlaifv import ROOT
 
 POINTER = "pointer.json"
 """A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
-
-MAX_IMAGE_PIXELS = 64_000_000
-"""An image with more pixels is refused before it is decoded (a small file can hide a huge picture)."""
 
 
 @dataclass(frozen=True)
@@ -235,19 +231,3 @@ def common_length(a: list[int], b: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an image whole as RGB; FileNotFoundError or ValueError name the file and what is wrong with it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"image {path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
-                return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be decoded: {error}") from None
