@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaifv.generate import uniforms
 from rlaifv.params import DivideParams
-from rlaifv.records import Candidate, Claim, Reject, Store, batched
+from rlaifv.records import Candidate, Claim, Reject, Store
 from rlaifv.sampling import Generation, Prompt, generate_batch
 from rlaifv.vlm import VLM
 
@@ -170,9 +170,7 @@ def divide(
     return store.publish(out, len(candidates), params.max_reject_rate)
 
 
-def _chunks(
-    candidates: Sequence[Candidate], questions: dict[str, str], batch_size: int
-) -> list[Sequence[Candidate]]:
+def _chunks(candidates: Sequence[Candidate], questions: dict[str, str], batch_size: int) -> list[Sequence[Candidate]]:
     """Candidates sorted by text, so that equal answers meet in one chunk and rows of a batch are of like length."""
     ordered = sorted(candidates, key=lambda c: (c.n_tokens, questions[c.instruction_id], c.answer, c.id))
     chunks: list[list[Candidate]] = []

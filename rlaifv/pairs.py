@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,8 +126,8 @@ def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) 
     }
 
 
-def _mean(values: "Sequence[int] | object") -> float:
-    numbers = list(values)  # type: ignore[call-overload]
+def _mean(values: Iterable[int]) -> float:
+    numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 

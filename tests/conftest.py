@@ -18,7 +18,5 @@ SHARED = ROOT.parent / "shared"
 def shared() -> Path:
     """The folder of real photographs, scored answers and benchmark files that lies beside the checkout."""
     if not SHARED.is_dir():
-        pytest.skip(
-            f"{SHARED} is absent: real photographs and published answers are not part of the repository"
-        )
+        pytest.skip(f"{SHARED} is absent: real photographs and published answers are not part of the repository")
     return SHARED

@@ -116,9 +116,7 @@ def read_scenes(instances: Path) -> dict[int, Scene]:
     contexts = {name: context for context, in_context in CONTEXTS.items() for name in in_context}
     scenes = {}
     for image_id, counts in objects.items():
-        groups = tuple(
-            Group(name, color, count, cell) for (cell, name, color), count in sorted(counts.items())
-        )
+        groups = tuple(Group(name, color, count, cell) for (cell, name, color), count in sorted(counts.items()))
         scenes[image_id] = Scene(image_id, contexts[groups[0].name], groups)
     return scenes
 

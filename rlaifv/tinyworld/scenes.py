@@ -92,9 +92,7 @@ def place(scene: Scene, seed: int) -> list[tuple[Group, Image.Image, int, int]]:
         for left, top in corners:
             x = min(max(left + rng.randint(-2, 2), 0), CELL - side)
             y = min(max(top + rng.randint(-2, 2), 0), CELL - side)
-            placed.append(
-                (group, draw_icon(group.name, group.color, side), column * CELL + x, row * CELL + y)
-            )
+            placed.append((group, draw_icon(group.name, group.color, side), column * CELL + x, row * CELL + y))
     return placed
 
 
