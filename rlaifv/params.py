@@ -128,6 +128,11 @@ class SelectParams:
 
 
 @dataclass(frozen=True)
+class ReportParams:
+    gallery: int = _at_least(1)
+
+
+@dataclass(frozen=True)
 class IterationParams:
     """`prev` names the iteration whose policy this one starts from; "0" is the base model."""
 
@@ -148,6 +153,7 @@ class Params:
     pairs: PairsParams
     evaluate: EvaluateParams
     select: SelectParams
+    report: ReportParams
     iterations: dict[str, IterationParams]
 
 

@@ -36,6 +36,11 @@ def read_result(folder: Path) -> dict:
     return result
 
 
+def read_timings(folder: Path) -> list[dict]:
+    """The wall minutes and peak memory that every stage noted; they lie outside `data/`, for they are never equal."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
 def _number(text: str) -> float:
     return float(text) if text else math.nan
 
@@ -132,8 +137,8 @@ def page(summary: Mapping, figures: Mapping[str, Figure], examples: Sequence[str
 ({100 * summary["relative_reduction"]:.1f} % less), recall {100 * summary["base"]["recall"]:.1f} % →
 {100 * summary["final"]["recall"]:.1f} %.</p>
 {rates_table(rows)}
-<p>Greedy answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted as
-Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with
+<p>Greedy answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted
+as Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with
 published figures. Labeler accuracy on held-out balanced claims: {overall}.
 The stages took {summary["minutes"]} minutes in all and {summary["peak_memory_gb"]} GB at the most.</p>
 <ul>{model_lines}</ul>

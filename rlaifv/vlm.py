@@ -71,6 +71,13 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
     return path, revision
 
 
+def write_pointer(folder: Path, path: str, revision: str | None) -> None:
+    """Make `folder` stand for a checkpoint that lies elsewhere; the fingerprint ties what depends on it to its bytes."""
+    pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
+
+
 def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
     """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one."""
     source, revision = resolve_checkpoint(path, revision)

@@ -19,9 +19,7 @@ def command(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(
-    options: argparse.Namespace, scorer: Callable[[], tuple[Scores, Iterable[Mapping[str, Any]]]]
-) -> None:
+def run(options: argparse.Namespace, scorer: Callable[[], tuple[Scores, Iterable[Mapping[str, Any]]]]) -> None:
     """Score and print; a wrong file, name or value ends the command with one line.
 
     Args:
@@ -44,9 +42,7 @@ def run(
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a per-row table as JSON lines."""
-    Path(path).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def print_scores(scores: Scores, listed: int = 20) -> None:

@@ -39,9 +39,7 @@ def _tables() -> tuple[frozenset[str], dict[str, list[str]], list[tuple[str, str
     """WordNet's nouns, its irregular plurals, and the ending rules of its morphy."""
     package = find_spec("spacy_lookups_data")
     if package is None:
-        raise ModuleNotFoundError(
-            "noun lemmas need the package spacy-lookups-data: pip install spacy-lookups-data"
-        )
+        raise ModuleNotFoundError("noun lemmas need the package spacy-lookups-data: pip install spacy-lookups-data")
     data = Path(package.submodule_search_locations[0]) / "data"
 
     def table(name: str):
