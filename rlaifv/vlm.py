@@ -72,7 +72,7 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
 
 
 def write_pointer(folder: Path, path: str, revision: str | None) -> None:
-    """Make `folder` stand for a checkpoint that lies elsewhere; the fingerprint ties what depends on it to its bytes."""
+    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
     pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / POINTER).write_text(json.dumps(pointer) + "\n")
