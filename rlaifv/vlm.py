@@ -5,6 +5,7 @@ the same bytes: the same chat template, the same begin and end tokens, the same 
 """
 
 import hashlib
+import io
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
         pointer = json.loads((folder / POINTER).read_text())
         return resolve_checkpoint(pointer["path"], pointer.get("revision"))
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
         return str(folder), None
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
@@ -241,13 +242,18 @@ def open_image(path: Path) -> Image.Image:
     """Read an image whole as RGB; FileNotFoundError or ValueError name the file and what is wrong with it."""
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
+    return decode_image(path.read_bytes(), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode the bytes of an image file as RGB; ValueError says what is wrong with the image called `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"image {path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
+                    raise ValueError(f"image {name} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
                 return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be decoded: {error}") from None
+        raise ValueError(f"image {name} cannot be decoded: {error}") from None
