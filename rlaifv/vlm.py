@@ -63,7 +63,7 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
         pointer = json.loads((folder / POINTER).read_text())
         return resolve_checkpoint(pointer["path"], pointer.get("revision"))
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
         return str(folder), None
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
