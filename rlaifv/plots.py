@@ -92,7 +92,7 @@ def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for (name, rows), color in zip(
         logs.items(), plt.cm.viridis(np.linspace(0.15, 0.8, max(len(logs), 1))), strict=True
     ):
-        for axis, column in zip(axes, ("loss", "margin", "accuracy"), strict=True):
+        for axis, column in zip(axes, ("loss", "rewards_margins", "rewards_accuracies"), strict=True):
             axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"round {name}")
     for axis, title in zip(axes, ("DPO loss", "reward margin", "preference accuracy"), strict=True):
         axis.set(xlabel="epoch", title=title)

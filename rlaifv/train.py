@@ -28,53 +28,15 @@ from trl import DPOConfig
 
 from rlaifv import ROOT
 from rlaifv.checkpoints import merge, write_adapter, write_checkpoint
-from rlaifv.dpo import PairCollator, PairTrainer, Watch, pairs_per_step, write_log
+from rlaifv.dpo import PairCollator, PairTrainer, Watch, write_log
 from rlaifv.packing import FrozenTower, ImageInputs, RowReader, answer_logps, build_batch
+from rlaifv.params import TrainParams
 from rlaifv.preferences import PairData
 from rlaifv.reference import ReferenceStore
 from rlaifv.vlm import VLM, load_vlm, resolve_checkpoint
 
 PROJECTOR = ("projector", "merger", "connector", "aligner", "resampler", "image_newline")
 """Words in the names of the parameters between vision tower and language model, over all architectures."""
-
-
-@dataclass(frozen=True)
-class TrainParams:
-    """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
-
-    beta: float = 0.1  # β of DPO: how strongly the policy is held to the reference (paper 0.1)
-    learning_rate: float = 5e-7  # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
-    epochs: int = 4  # passes over the pairs (paper 4)
-    batch_size: int = 8  # pairs per optimizer step over all processes (paper 8)
-    micro_batch_size: int = 1  # pairs per forward pass of one process; the rest of batch_size is accumulated
-    scheduler: str = "cosine"  # any schedule of transformers (paper cosine)
-    warmup_ratio: float = 0.05  # share of the steps in which the learning rate rises (paper 0.05)
-    weight_decay: float = 0.01  # of AdamW (paper 0.01)
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
-    loss_type: tuple[str, ...] = (
-        "sigmoid",
-    )  # TRL's losses; sigmoid is DPO's, sigmoid_norm its length-normalized form,
-    # ipo, robust, apo_zero ...; several are added up; sft adds the negative log-likelihood of the chosen answer
-    loss_weights: tuple[float, ...] | None = None  # one weight per loss_type; null is 1 each
-    label_smoothing: float = 0.0  # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    segment_weight: float = 1.0  # weight of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
-    lora_r: int = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
-    lora_alpha: int = 16  # LoRA's scale times r (paper 16)
-    lora_dropout: float = 0.0  # makes log-ratios noisy, the reference has none (paper's script 0.05)
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # ^ linear layers of the language model that get an adapter
-    load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
-    freeze_projector: bool = False  # the vision tower is always frozen; this freezes what joins it to the text as well
-    dtype: str = "bfloat16"  # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 30 % more time
-    max_length: int | None = None  # longest row in tokens, longer ones are rejected; null is the model's own limit
-    checkpoints_per_epoch: int = 4  # a checkpoint every 1/n epoch (paper 4)
-    packed: bool = True  # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
-    feature_cache_gb: float = 8.0  # main memory for the frozen tower's features; 0 computes them anew each time
-    collapse_nats: float = 0.5  # warn when chosen answers lose this much log-prob per token against the reference
-    num_workers: int = 0  # processes that preprocess images, where features are not cached
-    processes: int = 1  # processes (GPUs) to train on; more than one goes through `accelerate launch`
-    accelerate_config: str | None = None  # an accelerate configuration file (params/accelerate/...), else plain DDP
 
 
 @dataclass(frozen=True)
