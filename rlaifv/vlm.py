@@ -209,15 +209,9 @@ def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str
     prompt = prompt_text(vlm, question, image=image is not None)
     special = special_tokens_needed(vlm, prompt)
     plain = vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    inputs: dict[str, torch.Tensor] = {}
-    expanded = plain
-    if image is not None:
-        batch = vlm.processor(images=[image], text=[prompt], add_special_tokens=special, return_tensors="pt")
-        expanded = batch["input_ids"][0].tolist()
-        inputs = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
-    # tokens behind the image are the same in both: only what stands before them was expanded
-    tail = common_length(plain[::-1], expanded[::-1])
-    head, kept = expanded[: len(expanded) - tail], len(plain) - tail
+    expanded, inputs = expand_image(vlm, image, prompt, special)
+    expanded = expanded or plain
+    head, kept = expanded_head(plain, expanded)
     rows, starts = [], []
     for answer in answers or []:
         text = prompt_text(vlm, question, image=image is not None, answer=answer)
@@ -228,6 +222,49 @@ def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str
         rows.append(row)
         starts.append(common_length(row, expanded))
     return EncodedPrompt(expanded, rows, starts, inputs)
+
+
+def encode_questions(vlm: VLM, image: Image.Image | None, questions: list[str]) -> EncodedPrompt:
+    """Tokenize several prompts about one image; the image is preprocessed once.
+
+    `rows` are the complete prompts, up to where the model's answer begins (so `answer_starts` are their lengths), and
+    `prompt_ids` is what they have in common.
+    """
+    prompts = [prompt_text(vlm, question, image=image is not None) for question in questions]
+    if not prompts:
+        return EncodedPrompt([], [], [], {})
+    special = special_tokens_needed(vlm, prompts[0])
+    rows = vlm.tokenizer(prompts, add_special_tokens=special)["input_ids"]
+    expanded, inputs = expand_image(vlm, image, prompts[0], special)
+    head, kept = expanded_head(rows[0], expanded or rows[0])
+    for question, row in zip(questions, rows, strict=True):
+        if row[:kept] != rows[0][:kept]:
+            raise ValueError(f"{vlm.name}: the question {question[:40]!r} changes tokens before the image")
+    rows = [head + row[kept:] for row in rows]
+    shared = min(common_length(rows[0], row) for row in rows)
+    return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
+
+
+def expand_image(
+    vlm: VLM, image: Image.Image | None, prompt: str, special: bool
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """A prompt's ids with its image placeholders expanded, and what the processor made of the image."""
+    if image is None:
+        return [], {}
+    batch = vlm.processor(images=[image], text=[prompt], add_special_tokens=special, return_tensors="pt")
+    dropped = ("input_ids", "attention_mask")
+    return batch["input_ids"][0].tolist(), {
+        key: value for key, value in batch.items() if key not in dropped and isinstance(value, torch.Tensor)
+    }
+
+
+def expanded_head(plain: list[int], expanded: list[int]) -> tuple[list[int], int]:
+    """The expanded tokens up to where both agree until the end, and how many plain tokens they stand for.
+
+    The tokens behind the image are the same in both: only what stands before them was expanded.
+    """
+    tail = common_length(plain[::-1], expanded[::-1])
+    return expanded[: len(expanded) - tail], len(plain) - tail
 
 
 def common_length(a: list[int], b: list[int]) -> int:
