@@ -5,9 +5,7 @@ the same bytes: the same chat template, the same begin and end tokens, the same 
 """
 
 import hashlib
-import io
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +27,6 @@ from rlaifv import ROOT
 
 POINTER = "pointer.json"
 """A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
-
-MAX_IMAGE_PIXELS = 64_000_000
-"""An image with more pixels is refused before it is decoded (a small file can hide a huge picture)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,13 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
     return path, revision
+
+
+def write_pointer(folder: Path, path: str, revision: str | None) -> None:
+    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
+    pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
 
 
 def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
@@ -236,24 +238,3 @@ def common_length(a: list[int], b: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an image whole as RGB; FileNotFoundError or ValueError name the file and what is wrong with it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist")
-    return decode_image(path.read_bytes(), str(path))
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file as RGB; ValueError says what is wrong with the image called `name`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"image {name} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
-                return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name} cannot be decoded: {error}") from None
