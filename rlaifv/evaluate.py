@@ -154,12 +154,12 @@ def evaluate_checkpoints(
     params: EvaluateParams,
     suffix: str,
     store: Store,
-    load: Callable[[str], VLM],
+    load: Callable[[Path], VLM],
     out: Path,
 ) -> list[dict]:
     """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
     for index, folder in store.pending(checkpoints):
-        metrics, _ = evaluate(load(str(folder)), split, params, suffix)
+        metrics, _ = evaluate(load(folder), split, params, suffix)
         store.write(index, [{"checkpoint": folder.name, **metrics}])
     store.publish(out, len(checkpoints), max_reject_rate=0)
     return read_jsonl(out)

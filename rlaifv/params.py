@@ -7,6 +7,7 @@ and what was expected. This file imports nothing heavy, so that the check really
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,75 @@ class PairsParams:
     max_per_instruction: int = _at_least(1)
 
 
+def _value(default: Any, check: Callable[[Any], bool], expected: str) -> Any:
+    return field(default=default, metadata={"check": check, "expected": expected})
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
+
+    # β of DPO: how strongly the policy is held to the reference (paper 0.1)
+    beta: float = _value(0.1, lambda v: v > 0, "a value above 0")
+    # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
+    learning_rate: float = _value(5e-7, lambda v: 0 < v < 1, "a value above 0 and below 1")
+    # passes over the pairs (paper 4)
+    epochs: int = _value(4, lambda v: v >= 1, "at least 1")
+    # pairs per optimizer step over all processes (paper 8)
+    batch_size: int = _value(8, lambda v: v >= 1, "at least 1")
+    # pairs per forward pass of one process; the rest of batch_size is accumulated
+    micro_batch_size: int = _value(1, lambda v: v >= 1, "at least 1")
+    # any schedule of transformers (paper cosine)
+    scheduler: str = "cosine"
+    # share of the steps in which the learning rate rises (paper 0.05)
+    warmup_ratio: float = _value(0.05, lambda v: 0 <= v <= 1, "a value from 0 to 1")
+    # of AdamW (paper 0.01)
+    weight_decay: float = _value(0.01, lambda v: v >= 0, "at least 0")
+    # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
+    max_grad_norm: float = _value(1.0, lambda v: v >= 0, "at least 0")
+    # TRL's losses: sigmoid is DPO's, sigmoid_norm its length-normalized form, ipo, robust, apo_zero ...; several are
+    # added up; sft adds the negative log-likelihood of the chosen answer
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    # one weight per loss_type; null is 1 each
+    loss_weights: tuple[float, ...] | None = None
+    # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
+    label_smoothing: float = _value(0.0, lambda v: 0 <= v < 0.5, "a value from 0 to below 0.5")
+    # weight of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
+    segment_weight: float = _value(1.0, lambda v: v > 0, "a value above 0")
+    # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
+    lora_r: int = _value(0, lambda v: v >= 0, "at least 0")
+    # LoRA's scale times r (paper 16)
+    lora_alpha: int = _value(16, lambda v: v >= 1, "at least 1")
+    # makes log-ratios noisy, the reference has none (paper's script 0.05)
+    lora_dropout: float = _value(0.0, lambda v: 0 <= v < 1, "a value from 0 to below 1")
+    # linear layers of the language model that get an adapter
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
+    load_in_4bit: bool = False
+    # the vision tower is always frozen; this freezes what joins it to the text as well
+    freeze_projector: bool = False
+    # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
+    dtype: str = _value("bfloat16", lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16")
+    # recompute activations in the backward pass: less memory, 30 % more time
+    gradient_checkpointing: bool = False
+    # longest row in tokens, longer ones are rejected; null is the model's own limit
+    max_length: int | None = None
+    # a checkpoint every 1/n epoch (paper 4)
+    checkpoints_per_epoch: int = _value(4, lambda v: v >= 1, "at least 1")
+    # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
+    packed: bool = True
+    # main memory for the frozen tower's features; 0 computes them anew each time
+    feature_cache_gb: float = _value(8.0, lambda v: v >= 0, "at least 0")
+    # warn when chosen answers lose this much log-prob per token against the reference
+    collapse_nats: float = _value(0.5, lambda v: v > 0, "a value above 0")
+    # processes that preprocess images, where features are not cached
+    num_workers: int = _value(0, lambda v: v >= 0, "at least 0")
+    # processes (GPUs) to train on; more than one goes through `accelerate launch`
+    processes: int = _value(1, lambda v: v >= 1, "at least 1")
+    # an accelerate configuration file (params/accelerate/...), else plain DDP
+    accelerate_config: str | None = None
+
+
 @dataclass(frozen=True)
 class EvaluateParams:
     max_new_tokens: int = _at_least(1)
@@ -125,6 +195,11 @@ class EvaluateParams:
 @dataclass(frozen=True)
 class SelectParams:
     max_recall_drop: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class ReportParams:
+    gallery: int = _at_least(1)
 
 
 @dataclass(frozen=True)
@@ -146,8 +221,10 @@ class Params:
     divide: DivideParams
     feedback: FeedbackParams
     pairs: PairsParams
+    train: TrainParams
     evaluate: EvaluateParams
     select: SelectParams
+    report: ReportParams
     iterations: dict[str, IterationParams]
 
 

@@ -177,7 +177,7 @@ class Store:
         """
         rows, rejects = [], []
         for file in sorted(self.folder.glob("*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines also splits at U+0085
                 kind, _, body = line.partition(" ")
                 (rows if kind == "row" else rejects).append(body + "\n")
         check_rejects(self.stage, [Reject(**json.loads(r)) for r in rejects], n_inputs, max_reject_rate)

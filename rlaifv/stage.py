@@ -10,10 +10,14 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlaifv import ROOT
-from rlaifv.params import Params, load_params
+from rlaifv.params import ModelParams, Params, load_params
 from rlaifv.records import digest, digest_files, write_atomic
+
+if TYPE_CHECKING:
+    from rlaifv.vlm import VLM
 
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
@@ -95,6 +99,13 @@ class Stage:
             "source": digest_files(*(Path(__file__).parent / module for module in modules)),
             **extra,
         }
+
+    def load(self, model: ModelParams, folder: Path | None = None) -> "VLM":
+        """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier round)."""
+        from rlaifv.vlm import load_vlm
+
+        path, revision = (str(folder), None) if folder else (model.path, model.revision)
+        return load_vlm(path, revision=revision, dtype=model.dtype, device=model.device)
 
     def finish(self) -> None:
         """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session."""

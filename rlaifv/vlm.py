@@ -63,12 +63,19 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
         pointer = json.loads((folder / POINTER).read_text())
         return resolve_checkpoint(pointer["path"], pointer.get("revision"))
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
         return str(folder), None
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
     return path, revision
+
+
+def write_pointer(folder: Path, path: str, revision: str | None) -> None:
+    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
+    pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
 
 
 def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:

@@ -1,0 +1,157 @@
+"""Read the answers to be scored: our own rows, LLaVA-style result files and lmms-eval sample files."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# "answer" stands before "text": some files put the question into "text". In lmms-eval files the answer is in
+# "filtered_resps"; the "answer" of the "doc" there is the gold label, so answers are never looked up in
+# "doc".
+TEXT_FIELDS = (
+    "model_answer",
+    "filtered_resps",
+    "resps",
+    "response",
+    "answer",
+    "text",
+    "caption",
+    "output",
+    "prediction",
+)
+QUESTION_FIELDS = ("question", "prompt", "raw_question", "query", "input")
+IMAGE_FIELDS = ("image_id", "image", "image_path", "image_file", "image_source", "image_url", "image_src")
+ID_FIELDS = ("question_id", "id", "qid", "doc_id", "idx", "image_id")
+
+_VALUE = re.compile(r"[^\s,]")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one question about one image."""
+
+    id: str
+    text: str
+    question: str = ""
+    image: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+def read_records(path: str | Path) -> tuple[list[dict], list[dict]]:
+    """The records of a .json or .jsonl file, plain or gzipped, and what could not be read.
+
+    Accepts a list, one object a line, objects that follow each other without a line break, an object that
+    wraps the list ("imgToEval", "samples", "logs", "results", "data"), and a missing final newline.
+
+    Returns the records and, for each piece that does not parse, {"id": "line 7", "reason"}.
+
+    Raises:
+        FileNotFoundError: with the path, when there is no such file.
+        ValueError: the file holds no record at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    records, bad, decoder = [], [], json.JSONDecoder()
+    at = _next_value(text, 0)
+    while at < len(text):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            end = text.find("\n", at)
+            end = len(text) if end < 0 else end
+            line = text.count("\n", 0, at) + 1
+            bad.append({"id": f"line {line}", "reason": f"no JSON ({error.msg}): {text[at : min(end, at + 80)]}"})
+            at = _next_value(text, end)
+            continue
+        at = _next_value(text, end)
+        for record in _unwrap(value):
+            if isinstance(record, Mapping):
+                records.append(dict(record))
+            else:
+                line = text.count("\n", 0, end) + 1
+                bad.append({"id": f"line {line}", "reason": f"no JSON object: {str(record)[:80]}"})
+    if not records:
+        reason = f"; {bad[0]['id']}: {bad[0]['reason']}" if bad else ""
+        raise ValueError(f"{path} holds no records{reason}: expected a JSON list or one JSON object a line")
+    return records, bad
+
+
+def _next_value(text: str, at: int) -> int:
+    """Where the next JSON value begins at or after `at`; the end of the text when none is left."""
+    match = _VALUE.search(text, at)
+    return match.start() if match else len(text)
+
+
+def _unwrap(value: Any) -> Iterable[Any]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, Mapping):
+        for key in ("imgToEval", "samples", "logs", "results", "data"):
+            inner = value.get(key)
+            if isinstance(inner, Mapping) and inner and all(isinstance(row, Mapping) for row in inner.values()):
+                return list(inner.values())
+            if isinstance(inner, list):
+                return inner
+    return [value]
+
+
+def lookup(record: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The first of `names` that is text or a number in the record or in lmms-eval's "doc"; else ""."""
+    doc = record.get("doc") if isinstance(record.get("doc"), Mapping) else {}
+    for name in names:
+        for holder in (record, doc):
+            if isinstance(holder.get(name), str | int):
+                return str(holder[name])
+    return ""
+
+
+def to_answers(records: Iterable[Mapping[str, Any]]) -> tuple[list[Answer], list[dict]]:
+    """Answers from records with any of the known field names, and the records without one, with reasons.
+
+    A record without an id gets its number in the file, so that nothing is lost.
+    """
+    answers, bad = [], []
+    for number, record in enumerate(records):
+        identity = lookup(record, ID_FIELDS) or str(number)
+        text = next((record[name] for name in TEXT_FIELDS if record.get(name) is not None), None)
+        while isinstance(text, list) and text:
+            text = text[0]
+        if not isinstance(text, str):
+            found = ", ".join(sorted(map(str, record))) or "no fields"
+            bad.append({"id": identity, "reason": f"no answer text among {', '.join(TEXT_FIELDS)} (found: {found})"})
+            continue
+        image = lookup(record, IMAGE_FIELDS)
+        if not image and Path(named := lookup(record, ID_FIELDS)).suffix:
+            image = named  # Object HalBench files name the image in "question_id"
+        text = text.removeprefix("Assistant:").strip()
+        answers.append(Answer(identity, text, lookup(record, QUESTION_FIELDS), image, record))
+    return answers, bad
+
+
+def read_answers(path: str | Path) -> tuple[list[Answer], list[dict]]:
+    """Answers of a file, and every row of it that is none, each with its reason."""
+    records, bad = read_records(path)
+    answers, without_text = to_answers(records)
+    return answers, bad + without_text
+
+
+def image_keys(image: str) -> tuple[str, ...]:
+    """The keys that an image id, file name or path may have in a table of images, the most literal first.
+
+    "COCO_val2014_000000123456.jpg", "val2014/000000123456.jpg", "000000123456" and 123456 are one COCO image.
+    """
+    stem = Path(image).stem
+    digits = re.search(r"(\d+)$", stem)
+    return (image, stem, str(int(digits[1]))) if digits else (image, stem)
+
+
+def image_key(image: str, known: Mapping[str, Any]) -> str | None:
+    """The key of `known` that `image` means; None when it means none."""
+    return next((key for key in image_keys(image) if key in known), None)

@@ -1,0 +1,195 @@
+"""CHAIR counts what the published scorer counts, loses no row, and never divides by zero."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaifv.benchmarks import chair
+from rlaifv.benchmarks.results import Answer, image_key, to_answers
+
+VOCABULARY = chair.load_vocabulary()
+
+
+def words(text):
+    return [mention.word for mention in chair.find_mentions(text, VOCABULARY)]
+
+
+def test_the_vocabulary_has_the_80_classes_of_coco():
+    assert len(set(VOCABULARY.classes.values())) == 80
+    assert not [word for word in VOCABULARY.classes if word != word.strip().lower()]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Two dogs and a baby elephant near the dining table.", ["dog", "elephant", "dining table"]),
+        ("A passenger train, a passenger jet.", ["train", "jet"]),
+        ("A man in a bow tie lifts the toilet seat.", ["man", "tie", "toilet"]),
+        ("The seat of the toilet is up; no seat elsewhere.", ["toilet"]),
+        ("People seated at home plate near the train tracks.", ["people"]),
+        ("Wine glasses, hot dogs and teddy bears!", ["wine glass", "hot dog", "teddy bear"]),
+        ("Yes it is.", []),
+        ("", []),
+    ],
+)
+def test_mentions_are_found_as_the_published_scorer_finds_them(text, found):
+    assert words(text) == found
+
+
+def test_every_mention_counts_in_the_original_and_each_word_once_in_the_unique_counting():
+    answers = [Answer("a", "A dog, a dog and a puppy on a sofa.", image="1")]
+    objects = {"1": ["couch"]}
+    original = chair.score(answers, objects).metrics
+    unique = chair.score(answers, objects, counting="unique").metrics
+    assert (original["mentions"], unique["mentions"]) == (4, 3)
+    assert (original["chair_i"], unique["chair_i"]) == (3 / 4, 2 / 3)
+
+
+def test_answers_about_unknown_images_are_listed_and_count_nowhere():
+    answers = [Answer("a", "A dog.", image="7"), Answer("b", "A cat.", image="8")]
+    result = chair.score(answers, {"7": ["dog"]})
+    assert result.metrics["n"] == 1
+    assert [row["id"] for row in result.missing] == ["b"]
+
+
+def test_nothing_to_count_gives_zero_and_no_error():
+    assert chair.score([], {}).metrics["chair_i"] == 0
+    assert chair.score([Answer("a", "Yes it is.", image="1")], {"1": []}).metrics["recall"] == 0
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["dog", "cats", "table", "walking", "men", "kite"]), max_size=6), max_size=6),
+    st.sets(st.sampled_from(["dog", "cat", "kite"])),
+)
+def test_the_rates_keep_their_bounds_and_order(texts, truth):
+    answers = [Answer(str(i), " ".join(text), image="1") for i, text in enumerate(texts)]
+    metrics = chair.score(answers, {"1": truth}).metrics
+    assert 0 <= metrics["chair_i"] <= 1
+    assert metrics["chair_s"] <= metrics["chair_s_refine"] <= 1
+    assert 0 <= metrics["recall"] <= 1
+    assert metrics["n"] == len(texts)
+
+
+def test_an_image_is_found_by_id_number_file_name_and_path():
+    known = {"123456": [], "scene-07": []}
+    for name in ("123456", "COCO_val2014_000000123456.jpg", "val2014/000000123456.jpg", "000000123456"):
+        assert image_key(name, known) == "123456"
+    assert image_key("images/scene-07.png", known) == "scene-07"
+    assert image_key("000000000007.jpg", known) is None
+
+
+def test_truth_is_instances_and_caption_words_and_images_without_annotation_have_none(tmp_path):
+    instances = {
+        "images": [{"id": 1}, {"id": 276731}],
+        "categories": [{"id": 18, "name": "dog"}],
+        "annotations": [{"image_id": 1, "category_id": 18}],
+    }
+    captions = {"annotations": [{"image_id": 1, "caption": "A man walks his puppies."}]}
+    paths = [tmp_path / "instances.json", tmp_path / "captions.json"]
+    for path, content in zip(paths, (instances, captions), strict=True):
+        path.write_text(json.dumps(content))
+    assert chair.load_objects(paths) == {"1": {"dog", "person"}, "276731": set()}
+    assert chair.load_objects(paths, images=["COCO_val2014_000000000001.jpg"]) == {"1": {"dog", "person"}}
+
+
+def test_a_category_that_the_vocabulary_does_not_know_is_named(tmp_path):
+    path = tmp_path / "objects.json"
+    path.write_text('{"1": ["dog", "unicorn"]}')
+    with pytest.raises(ValueError, match="unicorn"):
+        chair.load_objects([path])
+
+
+def test_a_published_table_is_read_as_its_scorer_reads_it(tmp_path):
+    path = tmp_path / "synonyms.txt"
+    path.write_text("cake,  cheesecake, cupcake\ndog, puppy \n")
+    vocabulary = chair.load_vocabulary(path)
+    found = chair.find_mentions("cheesecake, cupcakes, a puppy", vocabulary)
+    assert [(mention.word, mention.object) for mention in found] == [("cupcake", "cake"), ("puppy", "dog")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image_id": 9, "caption": "A dog."},
+        {"question_id": 0, "image_id": "000000000009.jpg", "prompt": "Describe.", "text": "A dog."},
+        {"question_id": "COCO_val2014_000000000009.jpg", "question": "Describe.", "answer": "A dog."},
+        {
+            "doc_id": 3,
+            "doc": {"image_id": 9, "answer": "gold"},
+            "filtered_resps": ["A dog."],
+            "target": "gold",
+        },
+        {"doc_id": 3, "doc": {"image": "COCO_val2014_000000000009.jpg"}, "resps": [["A dog."]]},
+    ],
+)
+def test_result_files_of_other_tools_are_read(record):
+    answers, bad = to_answers([record])
+    assert not bad
+    assert answers[0].text == "A dog."
+    assert image_key(answers[0].image, {"9": []}) == "9"
+
+
+def test_the_command_prints_json_and_loses_no_row(tmp_path):
+    answers, objects = tmp_path / "answers.jsonl", tmp_path / "objects.json"
+    answers.write_text(
+        '{"image_id": 1, "caption": "A dog and a cat."}{"image_id": 2, "caption": "A dog."}\n'
+        'not json\n{"image_id": 1}\n{"image_id": 1, "caption": "A dog."}'
+    )
+    objects.write_text('{"1": ["dog"]}')
+    command = [
+        sys.executable,
+        "-m",
+        "rlaifv.benchmarks.chair",
+        "--answers",
+        answers,
+        "--objects",
+        objects,
+        "--json",
+    ]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    assert (result["n"], result["chair_s"], result["chair_i"], result["recall"]) == (2, 1 / 2, 1 / 3, 1)
+    assert [row["id"] for row in result["missing"]] == ["line 2", "1", "2"]
+
+
+GOLDEN = {
+    "chair_opera/llava-1.5/ours.jsonl": (44.6, 12.7, 79.0),
+    "chair_lessismore/r1-llava1.5-7b.jsonl": (50.0, 15.3, 77.0),
+    "chair_lessismore/r7-llava1.5-13b.jsonl": (47.2, 13.0, 77.2),
+    "chair_cca/llava-v1.5-7b_coco_chair_long_ans.jsonl": (46.0, 12.9, 80.2),
+    "chair_cca/llava-v1.5-7b_coco_chair_short_ans.jsonl": (20.6, 6.1, 65.9),
+}
+
+
+@pytest.fixture(scope="module")
+def coco_objects(shared):
+    return chair.load_objects([shared / "golden/coco2014_objects.json.gz"])
+
+
+@pytest.mark.parametrize(("file", "expected"), GOLDEN.items())
+def test_published_scores_are_met_within_a_tenth_of_a_point(shared, coco_objects, file, expected):
+    answers, bad = chair.read_answers(shared / "golden" / file)
+    result = chair.score(answers, coco_objects)
+    assert not bad and not result.missing
+    got = [100 * result.metrics[name] for name in ("chair_s", "chair_i", "recall")]
+    assert got == pytest.approx(expected, abs=0.1)
+
+
+def test_our_table_differs_from_the_refined_published_one_only_in_the_words_that_were_added_there(shared):
+    published = chair.load_vocabulary(shared / "benchmarks/synonyms_refine.txt")
+    added = {"brother", "pedestrian", "coffee table", "remote control", "cheesecake", "motor bike"}
+    differing = {word for word, name in published.classes.items() if VOCABULARY.classes.get(word) != name}
+    unsaid = {
+        "solider",
+        "knive",
+        "televison",
+        "phon",
+        "iPhone",
+        "stove top oven",
+    }  # misspellings; never matched
+    assert differing == added | unsaid
+    assert set(VOCABULARY.classes) <= set(published.classes)
