@@ -62,9 +62,7 @@ def test_nothing_to_count_gives_zero_and_no_error():
 
 
 @given(
-    st.lists(
-        st.lists(st.sampled_from(["dog", "cats", "table", "walking", "men", "kite"]), max_size=6), max_size=6
-    ),
+    st.lists(st.lists(st.sampled_from(["dog", "cats", "table", "walking", "men", "kite"]), max_size=6), max_size=6),
     st.sets(st.sampled_from(["dog", "cat", "kite"])),
 )
 def test_the_rates_keep_their_bounds_and_order(texts, truth):

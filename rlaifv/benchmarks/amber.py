@@ -76,9 +76,7 @@ def spacy_similar(model: str = "en_core_web_lg", threshold: float = 0.8) -> Simi
     import spacy
 
     if not spacy.util.is_package(model):
-        raise ModuleNotFoundError(
-            f"the spaCy model {model} is not installed: python -m spacy download {model}"
-        )
+        raise ModuleNotFoundError(f"the spaCy model {model} is not installed: python -m spacy download {model}")
     vectors = spacy.load(model)
     return lambda first, second: vectors(first).similarity(vectors(second)) > threshold
 
@@ -111,9 +109,7 @@ def score(answers: Iterable[Answer], annotations: Annotations, similar: Similar 
             missing.append({"id": answer.id, "reason": "AMBER has no such id"})
         elif image["type"] == _GENERATIVE:
             nouns = [noun for noun in text_nouns(answer.text) if noun in known]
-            rows.append(
-                {"id": answer.id, "kind": _GENERATIVE, **_description(nouns, image, annotations, similar)}
-            )
+            rows.append({"id": answer.id, "kind": _GENERATIVE, **_description(nouns, image, annotations, similar)})
             rows[-1]["words"] = len(answer.text.split())
         else:
             given, label = {"Yes": "yes", "No": "no"}.get(answer.text, "neither"), image["truth"]
@@ -134,10 +130,7 @@ def score(answers: Iterable[Answer], annotations: Annotations, similar: Similar 
             "cog": (add_up(lambda row: row["imagined"]), add_up(lambda row: row["imaginable"])),
             "mean_words": (add_up(lambda row: row["words"]), described),
         }
-    asked = [
-        row if row["kind"] != _GENERATIVE else {**row, "label": "", "answer": "", "correct": 0}
-        for row in rows
-    ]
+    asked = [row if row["kind"] != _GENERATIVE else {**row, "label": "", "answer": "", "correct": 0} for row in rows]
     n_asked = len(rows) - sum(described)
     if n_asked:
         rates |= _by_type(asked)
@@ -214,12 +207,8 @@ def _first_similar(noun: str, words: Iterable[str], similar: Similar | None) -> 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("amber", "AMBER: hallucination in descriptions and in yes/no answers, without a judge")
-    parser.add_argument(
-        "--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt"
-    )
-    parser.add_argument(
-        "--vectors", help="an installed spaCy model with word vectors, as published: en_core_web_lg"
-    )
+    parser.add_argument("--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt")
+    parser.add_argument("--vectors", help="an installed spaCy model with word vectors, as published: en_core_web_lg")
     options = parser.parse_args(arguments)
 
     def scorer(path):

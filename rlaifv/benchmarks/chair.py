@@ -91,18 +91,14 @@ def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str],
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no vocabulary at {path}: expected a text file, one class and its synonyms a line"
-        )
+        raise FileNotFoundError(f"no vocabulary at {path}: expected a text file, one class and its synonyms a line")
     classes: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         words = line.strip().split(", ")
         if words[0] and not line.startswith("#"):
             classes |= dict.fromkeys(words, words[0])
     if not classes:
-        raise ValueError(
-            f"{path} names no class: expected one class and its synonyms a line, a comma between them"
-        )
+        raise ValueError(f"{path} names no class: expected one class and its synonyms a line, a comma between them")
     for word, name in extra:
         if name not in classes.values():
             raise ValueError(f"{path} has no class {name!r} for the extra word {word!r}")
@@ -167,9 +163,7 @@ def score(
     for answer, found in zip(answers, mentions, strict=True):
         key = image_key(answer.image, objects)
         if key is None:
-            missing.append(
-                {"id": answer.id, "image": answer.image, "reason": f"unknown image {answer.image!r}"}
-            )
+            missing.append({"id": answer.id, "image": answer.image, "reason": f"unknown image {answer.image!r}"})
             continue
         truth = {vocabulary.classes.get(name, name) for name in objects[key]}
         found = list(dict.fromkeys(found)) if counting == "unique" else list(found)
@@ -272,9 +266,7 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("chair", "CHAIR: objects that an answer names and that are not in the image")
-    parser.add_argument(
-        "--objects", required=True, nargs="+", help="COCO instances and captions, or {image: [names]}"
-    )
+    parser.add_argument("--objects", required=True, nargs="+", help="COCO instances and captions, or {image: [names]}")
     parser.add_argument("--vocabulary", default=COCO_WORDS, help="a synonym table (default: ours)")
     parser.add_argument("--counting", choices=_COUNTING, default="original")
     options = parser.parse_args(arguments)

@@ -22,9 +22,7 @@ def command(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(
-    options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Iterable[Mapping[str, Any]]]]
-) -> None:
+def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Iterable[Mapping[str, Any]]]]) -> None:
     """Score and print; a wrong file, name or value ends the command with one line.
 
     Args:

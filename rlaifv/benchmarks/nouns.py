@@ -46,9 +46,7 @@ def _tables() -> tuple[dict[str, frozenset[str]], dict[str, list[str]], list[lis
     """WordNet's words by kind ("noun", "verb", "adj"), its irregular plurals, and morphy's ending rules."""
     package = find_spec("spacy_lookups_data")
     if package is None:
-        raise ModuleNotFoundError(
-            "noun lemmas need the package spacy-lookups-data: pip install spacy-lookups-data"
-        )
+        raise ModuleNotFoundError("noun lemmas need the package spacy-lookups-data: pip install spacy-lookups-data")
     data = Path(package.submodule_search_locations[0]) / "data"
 
     def table(name: str):

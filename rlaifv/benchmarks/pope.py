@@ -39,13 +39,9 @@ def read_questions(path: str | Path) -> list[Question]:
     questions: dict[str, Question] = {}
     for number, record in enumerate(records):
         identity = lookup(record, ("question_id", "id", "doc_id")) or str(number)
-        wrapped = (
-            "doc" in record or "question" in record
-        )  # then "text" and "answer" are not what they are in POPE's
+        wrapped = "doc" in record or "question" in record  # then "text" and "answer" are not what they are in POPE's
         text = lookup(record, ("question", "prompt") if wrapped else ("text",))
-        label = (
-            lookup(record, ("label", "target")) or lookup(record.get("doc", record), ("answer",))
-        ).lower()
+        label = (lookup(record, ("label", "target")) or lookup(record.get("doc", record), ("answer",))).lower()
         if label not in ("yes", "no"):
             raise ValueError(f"{path}: question {identity} has the label {label!r}, expected yes or no")
         if identity in questions:
@@ -97,9 +93,7 @@ def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
     if not found:
         ids = f"{questions[0].id} … {questions[-1].id}"
         given = [row["id"] for row in missing]
-        raise ValueError(
-            f"no answer has an id of the questions ({ids}); the answers' ids: {', '.join(given)}"
-        )
+        raise ValueError(f"no answer has an id of the questions ({ids}); the answers' ids: {', '.join(given)}")
     missing += [{"id": q.id, "reason": "no answer to this question"} for q in questions if q.id not in found]
     return found, missing
 
@@ -141,9 +135,7 @@ def score(questions: Sequence[Question], answers: Iterable[Answer]) -> Scores:
             )
     rates = yes_no_rates(rows, positive="yes")
     for category in sorted({row["category"] for row in rows} - {""}):
-        for name, sums in yes_no_rates(
-            rows, "yes", lambda row, here=category: row["category"] == here
-        ).items():
+        for name, sums in yes_no_rates(rows, "yes", lambda row, here=category: row["category"] == here).items():
             rates[f"{category}_{name}"] = sums
     cells = {
         f"{'t' if row_correct else 'f'}{'p' if answer == 'yes' else 'n'}": sum(
@@ -179,9 +171,7 @@ def yes_no_rates(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, align, score, print."""
     parser = command("pope", "POPE: yes or no about objects that are and are not in the image")
-    parser.add_argument(
-        "--questions", help="one split of POPE; default: questions and labels of an lmms-eval file"
-    )
+    parser.add_argument("--questions", help="one split of POPE; default: questions and labels of an lmms-eval file")
     options = parser.parse_args(arguments)
 
     def scorer(path):

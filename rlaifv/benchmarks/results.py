@@ -67,9 +67,7 @@ def read_records(path: str | Path) -> tuple[list[dict], list[dict]]:
             end = text.find("\n", at)
             end = len(text) if end < 0 else end
             line = text.count("\n", 0, at) + 1
-            bad.append(
-                {"id": f"line {line}", "reason": f"no JSON ({error.msg}): {text[at : min(end, at + 80)]}"}
-            )
+            bad.append({"id": f"line {line}", "reason": f"no JSON ({error.msg}): {text[at : min(end, at + 80)]}"})
             at = _next_value(text, end)
             continue
         at = _next_value(text, end)
@@ -97,11 +95,7 @@ def _unwrap(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         for key in ("imgToEval", "samples", "logs", "results", "data"):
             inner = value.get(key)
-            if (
-                isinstance(inner, Mapping)
-                and inner
-                and all(isinstance(row, Mapping) for row in inner.values())
-            ):
+            if isinstance(inner, Mapping) and inner and all(isinstance(row, Mapping) for row in inner.values()):
                 return list(inner.values())
             if isinstance(inner, list):
                 return inner
@@ -131,9 +125,7 @@ def to_answers(records: Iterable[Mapping[str, Any]]) -> tuple[list[Answer], list
             text = text[0]
         if not isinstance(text, str):
             found = ", ".join(sorted(map(str, record))) or "no fields"
-            bad.append(
-                {"id": identity, "reason": f"no answer text among {', '.join(TEXT_FIELDS)} (found: {found})"}
-            )
+            bad.append({"id": identity, "reason": f"no answer text among {', '.join(TEXT_FIELDS)} (found: {found})"})
             continue
         image = lookup(record, IMAGE_FIELDS)
         if not image and Path(named := lookup(record, ID_FIELDS)).suffix:

@@ -102,9 +102,7 @@ def _places(scores: Scores, which: str) -> dict[str, int]:
     places: dict[str, int] = {}
     for number, row in enumerate(scores.rows):
         if row["id"] in places:
-            raise ValueError(
-                f"the {which} model has two rows with the id {row['id']!r}: rows cannot be paired"
-            )
+            raise ValueError(f"the {which} model has two rows with the id {row['id']!r}: rows cannot be paired")
         places[row["id"]] = number
     return places
 
@@ -124,9 +122,7 @@ def _resampled_ratios(sums: np.ndarray, resamples: int, rng: np.random.Generator
     return _divide(totals[..., 0], totals[..., 1])
 
 
-def _swapped_differences(
-    a: np.ndarray, b: np.ndarray, resamples: int, rng: np.random.Generator
-) -> np.ndarray:
+def _swapped_differences(a: np.ndarray, b: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """b − a after each row's results went to the other model with probability 1/2: (resamples, rates)."""
     n = a.shape[2]
     gap = (b - a).reshape(-1, n).T

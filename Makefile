@@ -1,0 +1,49 @@
+# `make help` lists what there is. Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env repro test lint format lab bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(READY) ## make or refresh the environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 env")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
+	dvc repro
+	@echo "report: plots/report.html, numbers: metrics/summary.json"
+
+test: $(READY) ## run the tests
+	python -m pytest -n 2
+
+lint: $(READY) ## check code, formatting and that notebooks are stripped
+	ruff check .
+	ruff format --check .
+	nbstripout --verify notebooks/*.ipynb notebooks/explore/*.ipynb
+
+format: $(READY) ## format code and strip notebooks in place
+	ruff check --fix .
+	ruff format .
+	nbstripout notebooks/*.ipynb notebooks/explore/*.ipynb
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	jupyter lab notebooks
+
+bench: $(READY) ## measure the speed of feedback, generation and training
+	for program in bench/*.py; do python $$program; done
+
+clean: ## remove the environment, scratch work, executed notebooks and generated data
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results .dvc/cache .dvc/tmp

@@ -1,0 +1,214 @@
+"""`trl.DPOTrainer` on packed pairs: its losses, metrics, PEFT and resume, without its four image passes a step.
+
+What is overridden: how a batch is laid out (`rlaifv.packing`), where reference log-probs come from
+(`rlaifv.reference`), the order of the data, and what happens when training goes wrong.
+"""
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from rlaifv.packing import build_batch, segment_weights
+from rlaifv.preferences import PairData
+from rlaifv.reference import ReferenceStore
+
+LOG_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "length/chosen",
+    "length/rejected",
+    "learning_rate",
+    "grad_norm",
+    "entropy",
+    "mean_token_accuracy",
+)
+
+
+class PairCollator:
+    """Turns rows of the trainer's dataset (`pair`: an index, perhaps reference log-probs) into a batch."""
+
+    def __init__(self, data: PairData, pad_token_id: int, *, packed: bool, segment_weight: float = 1.0):
+        self.data, self.pad_token_id = data, pad_token_id
+        self.packed, self.segment_weight = packed, segment_weight
+
+    def __call__(self, examples: list[dict]) -> dict:
+        pairs = [self.data.pairs[example["pair"]] for example in examples]
+        batch = build_batch(pairs, self.pad_token_id, packed=self.packed)
+        batch["pairs"] = [example["pair"] for example in examples]
+        if self.segment_weight != 1.0:
+            batch["weights"] = segment_weights(pairs, batch["input_ids"].shape[1], self.segment_weight)
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            if key in examples[0]:
+                batch[key] = torch.tensor([example[key] for example in examples])
+        return batch
+
+
+class EpochOrder(Sampler[int]):
+    """A new permutation of the pairs each epoch, from (seed, epoch) alone; the incomplete last batch is left out.
+
+    The epoch is read off the trainer's step, so an interrupted epoch goes on in its own order, and every step sees
+    the same pairs on any number of processes.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, step: Callable[[], int]):
+        if n < batch_size:
+            raise ValueError(f"{n} pairs do not fill one batch: set train.batch_size (now {batch_size}) to {n} or less")
+        self.n, self.seed, self.step = n, seed, step
+        self.steps_per_epoch = n // batch_size
+        self.length = self.steps_per_epoch * batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        epoch = self.step() // self.steps_per_epoch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        yield from torch.randperm(self.n, generator=generator)[: self.length].tolist()
+
+
+class PairTrainer(DPOTrainer):
+    """DPOTrainer over `PairData`. `model` must be read by a `packing.RowReader`."""
+
+    def __init__(self, *args, data: PairData, reference: ReferenceStore, **kwargs):
+        self.pair_data, self.reference = data, reference
+        self.now_training_on: list[str] = []
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset  # the pairs are tokenized already, jointly
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["pair", "ref_chosen_logps", "ref_rejected_logps"]
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return EpochOrder(len(self.train_dataset), batch, args.seed, lambda: self.state.global_step)
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        stored = self.reference.load()
+        if stored is None:
+            with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
+            stored = {key: with_logps[key] for key in ("ref_chosen_logps", "ref_rejected_logps")}
+            if self.accelerator.is_main_process:
+                self.reference.save(stored)
+            self.accelerator.wait_for_everyone()
+            return with_logps
+        for key, values in stored.items():
+            dataset = dataset.add_column(key, list(values))
+        return dataset
+
+    def compute_ref_log_probs(self, model, inputs):
+        model, inputs = self._model_and_inputs(model, inputs)
+        return super().compute_ref_log_probs(model, inputs)
+
+    def _model_and_inputs(self, model, inputs):
+        """Take out of a batch what is not for TRL, and make the model weigh its log-probs where weights are given."""
+        inputs = dict(inputs)
+        self.now_training_on = [self.pair_data.pairs[i].pair_id for i in inputs.pop("pairs")]
+        weights = inputs.pop("weights", None)
+        if weights is None:
+            return model, inputs
+
+        def weighted(**kwargs):
+            outputs = model(**kwargs)
+            outputs.log_probs = outputs.log_probs * weights
+            return outputs
+
+        return weighted, inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model, inputs = self._model_and_inputs(model, inputs)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value = loss[0] if return_outputs else loss
+        if not torch.isfinite(value):
+            raise FloatingPointError(self._went_wrong(f"the loss is {value.item()}"))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        lengths = inputs["completion_mask"].sum(dim=1).float()
+        for key, part in zip(("length/chosen", "length/rejected"), lengths.chunk(2), strict=True):
+            metrics[key].append(self.accelerator.gather(part).mean().item())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(self._went_wrong(f"the gradient norm is {norm}"))
+        return norm
+
+    def _went_wrong(self, what: str) -> str:
+        pairs = ", ".join(self.now_training_on)
+        return (
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the checkpoints "
+            f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
+        )
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer's estimate walks over all parameters each step and counts only `input_ids`
+
+
+class Watch(TrainerCallback):
+    """One line every few seconds, throughput for TensorBoard, and a warning when chosen answers lose their likelihood.
+
+    DPO only widens a margin: it can do so by pushing both answers down. `rewards/chosen` / (β · length) is the mean
+    change of a chosen answer's log-prob per token, in nats.
+    """
+
+    def __init__(self, beta: float, collapse_nats: float, say: Callable[[str], None], every_s: float = 5.0):
+        self.beta, self.collapse_nats, self.say, self.every_s = beta, collapse_nats, say, every_s
+        self.recent: list[float] = []
+        self.warned = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = self.said = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
+            return
+        self.recent = [*self.recent, logs["rewards/chosen"] / (self.beta * logs["length/chosen"])][-20:]
+        change = sum(self.recent) / len(self.recent)
+        if len(self.recent) == 20 and change < -self.collapse_nats and not self.warned:
+            self.warned = True
+            self.say(
+                f"WARNING step {state.global_step}: chosen answers have lost {-change:.2f} nats per token against the "
+                f"reference (train.collapse_nats {self.collapse_nats}): the model is forgetting, not preferring; lower "
+                f"train.learning_rate, raise train.beta or add the sft loss"
+            )
+        now = time.monotonic()
+        if now - self.said >= self.every_s or state.global_step == state.max_steps:
+            rate = (state.global_step - self.first_step) / (now - self.started)
+            self.said = now
+            self.say(
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                f"margin {logs['rewards/margins']:.3f}  accuracy {logs['rewards/accuracies']:.2f}  "
+                f"{rate * pairs_per_step(args):.1f} pairs/s  {(state.max_steps - state.global_step) / rate:.0f} s left"
+            )
+
+
+def pairs_per_step(args: DPOConfig) -> int:
+    """The global batch: pairs per optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def write_log(history: list[dict], path: Path) -> None:
+    """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([column.replace("/", "_") for column in LOG_COLUMNS])
+        for entry in history:
+            if "loss" in entry:
+                writer.writerow([f"{entry.get(column, math.nan):.8g}" for column in LOG_COLUMNS])

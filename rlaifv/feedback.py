@@ -1,0 +1,73 @@
+"""Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer").
+
+Each claim's question goes to the labeler with the image. A claim is accepted iff p_yes > p_no, where
+p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer token; a tie is a rejected claim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlaifv.images import open_image
+from rlaifv.params import FeedbackParams
+from rlaifv.records import Claim, Judgement, Reject, Store, batched
+from rlaifv.vlm import VLM
+from rlaifv.yesno import judge_many
+
+
+@dataclass(frozen=True)
+class FeedbackCounts:
+    """How many claims were judged or rejected, and how many distinct questions that took."""
+
+    judged: int
+    rejected: int
+    asked: int
+
+
+def feedback(
+    vlm: VLM,
+    claims: Sequence[Claim],
+    images: dict[str, str],
+    image_root: Path,
+    params: FeedbackParams,
+    store: Store,
+    out: Path,
+) -> FeedbackCounts:
+    """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
+
+    Claims are grouped by image; identical questions about one image are asked once and their answer is given to all
+    claims that need it.
+    """
+    by_image: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_image.setdefault(images[claim.candidate_id], []).append(claim)
+    groups = sorted(by_image.items())
+    asked = sum(len({claim.question for claim in group}) for _, group in groups)
+    for index, chunk in store.pending(batched(groups, params.batch_size)):
+        judgements, rejects = _judge_chunk(vlm, chunk, image_root, params)
+        store.write(index, judgements, rejects)
+    judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
+    return FeedbackCounts(judged, rejected, asked)
+
+
+def _judge_chunk(
+    vlm: VLM, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
+) -> tuple[list[Judgement], list[Reject]]:
+    rejects: list[Reject] = []
+    readable, items = [], []
+    for path, group in chunk:
+        try:
+            image = open_image(image_root / path)
+        except (OSError, ValueError) as error:
+            rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
+            continue
+        questions = list(dict.fromkeys(claim.question for claim in group))
+        readable.append((group, questions))
+        items.append((image, [f"{question} {params.suffix}" for question in questions]))
+    judgements = []
+    for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
+        answer_of = dict(zip(questions, answers, strict=True))
+        for claim in group:
+            p_yes, p_no = answer_of[claim.question]
+            judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
+    return judgements, rejects

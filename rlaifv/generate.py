@@ -1,0 +1,90 @@
+"""Generate: sample n answers per instruction from the current policy (RLAIF-V, section 2.1, "deconfounded").
+
+All answers of an instruction are drawn with identical decoding settings; only the random numbers differ, so that the
+preference pairs made of them differ in trustworthiness and not in style. A sample's random numbers come from
+(seed, instruction id, sample number) alone: results depend neither on batch size nor on order nor on a resume.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlaifv.images import open_image
+from rlaifv.params import GenerateParams
+from rlaifv.records import Candidate, Instruction, Reject, Store, batched
+from rlaifv.sampling import Prompt, generate_batch
+from rlaifv.vlm import VLM
+
+
+def uniforms(seed: int, name: str, sample: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) of the stream that belongs to (seed, name, sample)."""
+    key = hashlib.blake2b(f"{seed}/{name}/{sample}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
+
+
+def generate(
+    vlm: VLM,
+    instructions: Sequence[Instruction],
+    image_root: Path,
+    params: GenerateParams,
+    seed: int,
+    store: Store,
+    out: Path,
+) -> tuple[int, int]:
+    """Write `params.samples` candidates per instruction to `out`; return the counts of candidates and rejects.
+
+    An empty answer and an image that cannot be read are rejected; an answer cut at `max_new_tokens` is kept and
+    marked (`finish_reason` "length").
+    """
+    for index, chunk in store.pending(batched(instructions, params.batch_size)):
+        candidates, rejects = _sample_chunk(vlm, chunk, image_root, params, seed)
+        store.write(index, candidates, rejects)
+    return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
+
+
+def _sample_chunk(
+    vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int
+) -> tuple[list[Candidate], list[Reject]]:
+    candidates: list[Candidate] = []
+    rejects: list[Reject] = []
+    readable: list[Instruction] = []
+    prompts: list[Prompt] = []
+    for instruction in chunk:
+        try:
+            prompts.append(Prompt(open_image(image_root / instruction.image_path), instruction.question))
+            readable.append(instruction)
+        except (OSError, ValueError) as error:
+            rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
+    streams = [
+        np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
+    ]
+    generations = generate_batch(
+        vlm,
+        prompts,
+        streams,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        max_new_tokens=params.max_new_tokens,
+    )
+    for instruction, samples in zip(readable, generations, strict=True):
+        for s, generation in enumerate(samples):
+            name, answer = f"{instruction.id}#{s}", generation.text.strip()
+            if not answer:
+                rejects.append(Reject(name, "generate", "the answer is empty"))
+                continue
+            candidates.append(
+                Candidate(
+                    name,
+                    instruction.id,
+                    s,
+                    answer,
+                    len(generation.token_ids),
+                    generation.finish_reason,
+                    seed,
+                    vlm.fingerprint,
+                )
+            )
+    return candidates, rejects

@@ -1,0 +1,254 @@
+"""One row per pair: `[prompt | chosen | rejected]`, the image's features once, hidden states at answer positions only.
+
+`build_batch` lays out a batch of pairs, `RowReader` teaches a model to read it. TRL's loss sees neither: it gets
+`input_ids` that hold only the answers, and hidden states that stand exactly where the answers' predictions are, so
+every loss and metric of `DPOTrainer` works on it unchanged. The plain layout (two ordinary rows per pair) goes through
+the same door, for architectures that cannot read the packed one.
+"""
+
+import difflib
+from collections.abc import Sequence
+from types import MethodType
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+
+from rlaifv.preferences import EncodedPair, PairData
+
+PAD_BRANCH = -1
+
+
+def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool) -> dict:
+    """Lay out B pairs for `DPOTrainer`.
+
+    Returns `input_ids`, `attention_mask`, `completion_mask` [2B, 1 + A] (chosen rows first; column 0 stands for the
+    last prompt token; `attention_mask` there holds the prompt's length, so that its sum is the number of tokens) and
+    `rows`, what the model really reads:
+
+    - `input_ids` [R, n], right-padded; R = B packed, 2B plain
+    - `branch` [R, n] int8: 0 prompt, 1 chosen, 2 rejected, -1 padding
+    - `position_ids` [R, n]: the second branch starts where the first did (packed only)
+    - `gather` [2B, 1 + A]: index into the flattened [R * n] of the position that predicts each column's next token
+    - `images` [R]: which image each row is about
+    """
+    answers = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
+    width = 1 + max(len(ids) for ids, _ in answers)
+    labels = np.full((len(answers), width), pad_token_id, np.int64)
+    completion = np.zeros((len(answers), width), np.int64)
+    tokens = np.zeros((len(answers), width), np.int64)
+    gather = np.zeros((len(answers), width), np.int64)
+    branches = [[p.chosen, p.rejected] for p in pairs] if packed else [[ids] for ids, _ in answers]
+    prompts = [p for p in pairs] if packed else [*pairs, *pairs]
+    lengths = [len(p.prompt) + sum(map(len, b)) for p, b in zip(prompts, branches, strict=True)]
+    n = max(lengths)
+    ids = np.full((len(prompts), n), pad_token_id, np.int64)
+    branch = np.full((len(prompts), n), PAD_BRANCH, np.int8)
+    positions = np.zeros((len(prompts), n), np.int64)
+    types = {key: np.zeros((len(prompts), n), np.int64) for key in pairs[0].token_types}
+    for row, (pair, row_branches) in enumerate(zip(prompts, branches, strict=True)):
+        shared = len(pair.prompt)
+        ids[row, :shared], branch[row, :shared], positions[row, :shared] = pair.prompt, 0, np.arange(shared)
+        for key, values in pair.token_types.items():
+            types[key][row, :shared] = values
+        start = shared
+        for number, answer in enumerate(row_branches):
+            stop = start + len(answer)
+            ids[row, start:stop] = answer
+            branch[row, start:stop] = number + 1
+            positions[row, start:stop] = shared + np.arange(len(answer))
+            out = row + number * len(pairs)  # chosen rows first, rejected rows behind them
+            labels[out, 1 : 1 + len(answer)] = answer
+            completion[out, 1 + answers[out][1] : 1 + len(answer)] = 1
+            tokens[out, 0], tokens[out, 1 : 1 + len(answer)] = shared, 1
+            # the last prompt token predicts a branch's first token, then each token the one behind it
+            gather[out, 0] = row * n + shared - 1
+            gather[out, 1 : 1 + len(answer)] = row * n + np.arange(start, stop)
+            start = stop
+    as_tensor = torch.from_numpy
+    return {
+        "input_ids": as_tensor(labels),
+        "attention_mask": as_tensor(tokens),
+        "completion_mask": as_tensor(completion),
+        "rows": {
+            "input_ids": as_tensor(ids),
+            "branch": as_tensor(branch),
+            "position_ids": as_tensor(positions) if packed else None,
+            "gather": as_tensor(gather),
+            "images": [pair.image for pair in prompts],
+            "token_types": {key: as_tensor(value) for key, value in types.items()},
+        },
+    }
+
+
+def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Bool mask [len(ids)] of the tokens that an alignment with `other` inserts or replaces (RLHF-V's segments)."""
+    mask = np.ones(len(ids), bool)
+    matcher = difflib.SequenceMatcher(None, ids.tolist(), other.tolist(), autojunk=False)
+    for block in matcher.get_matching_blocks():
+        mask[block.a : block.a + block.size] = False
+    return mask
+
+
+def segment_weights(pairs: Sequence[EncodedPair], width: int, weight: float) -> torch.Tensor:
+    """Weights [2B, width - 1] of the answers' log-probs: `weight` for changed tokens, 1 for the rest.
+
+    Dense DPO of RLHF-V (arXiv 2312.00849, eq. 3): segments that a correction changed count more.
+    """
+    weights = np.ones((2 * len(pairs), width - 1), np.float32)
+    for i, pair in enumerate(pairs):
+        for row, ids, other in ((i, pair.chosen, pair.rejected), (i + len(pairs), pair.rejected, pair.chosen)):
+            weights[row, : len(ids)][changed_tokens(ids, other)] = weight
+    return torch.from_numpy(weights)
+
+
+def block_mask(branch: torch.Tensor) -> torch.Tensor:
+    """Bool attention mask [R, 1, n, n] from `branch` [R, n]: causal, and a branch sees only the prompt and itself."""
+    n = branch.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=branch.device).tril()
+    seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    return (causal & seen)[:, None]
+
+
+class RowReader:
+    """Teaches `model` to read batches of `build_batch`: gives its backbone a forward that understands `rows`.
+
+    The last hidden states come back at the positions in `gather` only, [2B, 1 + A, hidden], so that whoever projects
+    them onto the vocabulary does so for answers alone. Without `rows` the forward is the original one. `images` says
+    where image inputs come from and can be exchanged.
+    """
+
+    def __init__(self, model: PreTrainedModel, images: "FrozenTower | ImageInputs"):
+        self.images = images
+        backbone = model.base_model
+        self._original = backbone.forward
+        backbone.forward = MethodType(self._forward, backbone)
+
+    def _forward(self, backbone: torch.nn.Module, *args, rows: dict | None = None, **kwargs):
+        if rows is None:
+            return self._original(*args, **kwargs)
+        for key in ("input_ids", "attention_mask", "inputs_embeds"):
+            kwargs.pop(key, None)
+        branch = rows["branch"]
+        packed = rows["position_ids"] is not None
+        if packed:
+            kwargs["position_ids"] = rows["position_ids"]
+        mask = block_mask(branch) if packed else (branch != PAD_BRANCH).long()
+        with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
+            out = self._original(
+                input_ids=rows["input_ids"], attention_mask=mask, **rows["token_types"], **image_inputs, **kwargs
+            )
+        hidden = out.last_hidden_state
+        out.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[rows["gather"]]
+        return out
+
+
+def answer_logps(model: PreTrainedModel, batch: dict) -> torch.Tensor:
+    """Log-prob [2B, A] of every answer token of a `build_batch`, 0 where `completion_mask` is; a plain log-softmax."""
+    hidden = model.base_model(rows=batch["rows"], use_cache=False).last_hidden_state[:, :-1]
+    logits = model.get_output_embeddings()(hidden).float()
+    chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return chosen * batch["completion_mask"][:, 1:]
+
+
+def stack_inputs(parts: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Join the processor's outputs for single images along the batch; other dimensions are padded with zeros."""
+    joined = {}
+    for key in parts[0]:
+        tensors = [part[key] for part in parts]
+        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        if any(list(t.shape[1:]) != shape for t in tensors):
+            padded = [t.new_zeros(t.shape[0], *shape) for t in tensors]
+            for target, tensor in zip(padded, tensors, strict=True):
+                target[tuple(slice(0, size) for size in tensor.shape)] = tensor
+            tensors = padded
+        joined[key] = torch.cat(tensors).to(device)
+    return joined
+
+
+class ImageInputs:
+    """The images of a batch, preprocessed anew each time they are needed."""
+
+    def __init__(self, data: PairData):
+        self.data = data
+
+    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "ImageInputs":
+        self._now = (images, device)
+        return self
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        images, device = self._now
+        return stack_inputs([self.data.image_inputs(i) for i in images], device)
+
+    def __exit__(self, *_) -> None:
+        self._now = None
+
+
+class FrozenTower:
+    """The outputs of a frozen vision tower, computed once per image and kept in main memory.
+
+    Everything behind the tower (the projector, the merge into the text) stays the model's own code and may train. The
+    first use of an image runs the tower on that image alone; later ones replay what it returned.
+    """
+
+    def __init__(self, data: PairData, tower: torch.nn.Module):
+        self.data, self.tower = data, tower
+        self.outputs: dict[int, list] = {}  # per image: the tower's output, flattened
+        self.meta: dict[int, dict[str, torch.Tensor]] = {}  # per image: what else the model wants to know of it
+        self._spec = None
+        self._recording: list | None = None
+        self._serving: list[int] | None = None
+        self._original = tower.forward
+        tower.forward = MethodType(self._forward, tower)
+
+    def _forward(self, tower: torch.nn.Module, *args, **kwargs):
+        if self._serving is not None:
+            parts = [self.outputs[i] for i in self._serving]
+            device = self._device
+            leaves = [
+                torch.cat(leaf).to(device) if isinstance(leaf[0], torch.Tensor) else leaf[0]
+                for leaf in zip(*parts, strict=True)
+            ]
+            return tree_unflatten(leaves, self._spec)
+        out = self._original(*args, **kwargs)
+        if self._recording is not None:
+            leaves, self._spec = tree_flatten(out)
+            self._recording.append([x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in leaves])
+        return out
+
+    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "FrozenTower":
+        for image in set(images) - self.outputs.keys():
+            self._compute(backbone, image, device)
+        self._now, self._device = images, device
+        return self
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        self._serving = self._now
+        return stack_inputs([self.meta[i] for i in self._serving], self._device)
+
+    def __exit__(self, *_) -> None:
+        self._serving = None
+
+    @torch.no_grad()
+    def _compute(self, backbone: torch.nn.Module, image: int, device: torch.device) -> None:
+        inputs = self.data.image_inputs(image)
+        self._recording = []
+        try:
+            backbone.get_image_features(**{key: value.to(device) for key, value in inputs.items()})
+            (self.outputs[image],) = self._recording
+        finally:
+            self._recording = None
+        # only the shape of the pixels is looked at behind the tower: one number stands for all of them
+        pixels = inputs["pixel_values"]
+        self.meta[image] = {**inputs, "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
+
+    def bytes_per_image(self) -> int:
+        """Main memory that one image's outputs take (of those computed so far)."""
+        return max(
+            (
+                sum(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))
+                for leaves in self.outputs.values()
+            ),
+            default=0,
+        )

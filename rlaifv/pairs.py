@@ -1,0 +1,157 @@
+"""Pairs: score answers by their rejected claims and make length-balanced preference pairs (RLAIF-V, section 2.2)."""
+
+import hashlib
+import itertools
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlaifv.params import PairsParams
+from rlaifv.records import Candidate, Claim, Instruction, Judgement
+
+SCHEMA = pa.schema(
+    [
+        ("ds_name", pa.string()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("question", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("origin_dataset", pa.string()),
+        ("origin_split", pa.string()),
+        ("idx", pa.int64()),
+        ("image_path", pa.string()),
+        ("chosen_score", pa.int64()),
+        ("rejected_score", pa.int64()),
+    ]
+)
+"""The columns of the public RLAIF-V dataset, and the two scores."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one instruction; `chosen` has fewer rejected claims."""
+
+    instruction: Instruction
+    chosen: Candidate
+    rejected: Candidate
+    chosen_score: int
+    rejected_score: int
+
+
+def score_candidates(claims: Sequence[Claim], judgements: Sequence[Judgement]) -> dict[str, int]:
+    """Score of each candidate: −(number of rejected claims). Only candidates with every claim judged have one."""
+    accepted = {j.claim_id: j.accepted for j in judgements}
+    by_candidate: dict[str, list[str]] = defaultdict(list)
+    for claim in claims:
+        by_candidate[claim.candidate_id].append(claim.id)
+    return {
+        candidate: -sum(not accepted[i] for i in ids)
+        for candidate, ids in by_candidate.items()
+        if all(i in accepted for i in ids)
+    }
+
+
+def make_pairs(
+    instructions: Sequence[Instruction],
+    candidates: Sequence[Candidate],
+    scores: Mapping[str, int],
+    params: PairsParams,
+    seed: int,
+) -> list[Pair]:
+    """All pairs of an instruction's answers whose scores differ by at least `min_gap`, a few drawn at random of each.
+
+    At most `max_per_instruction` are drawn per (image, question), with random numbers that belong to the
+    instruction, so that one instruction's pairs never depend on another's. Two answers with the same text make no
+    pair.
+    """
+    by_instruction: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.id in scores:
+            by_instruction[candidate.instruction_id].append(candidate)
+    pairs: list[Pair] = []
+    for instruction in instructions:
+        ranked = sorted(by_instruction[instruction.id], key=lambda c: (-scores[c.id], c.sample))
+        possible = [
+            Pair(instruction, better, worse, scores[better.id], scores[worse.id])
+            for better, worse in itertools.combinations(ranked, 2)
+            if scores[better.id] - scores[worse.id] >= params.min_gap
+        ]
+        draw = random.Random(hashlib.blake2b(f"{seed}/{instruction.id}/pairs".encode()).digest())
+        pairs += draw.sample(possible, min(len(possible), params.max_per_instruction))
+    return pairs
+
+
+def words(text: str) -> int:
+    """Length of an answer in words."""
+    return len(text.split())
+
+
+def relative_length_gap(pairs: Sequence[Pair]) -> float:
+    """|mean length of rejected − mean length of chosen| / mean length of rejected, in words."""
+    chosen = sum(words(p.chosen.answer) for p in pairs)
+    rejected = sum(words(p.rejected.answer) for p in pairs)
+    return abs(rejected - chosen) / rejected
+
+
+def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
+    """Drop the pairs whose rejected answer is much longer, so that "shorter" is not what is learned.
+
+    For r in 0, .02, … .98, pairs with (len_rejected − len_chosen)/len_rejected > r are dropped; the r with the
+    smallest relative gap of mean lengths is kept (the larger r on a tie: it keeps more). Returns pairs and r.
+    """
+    best, best_r, best_gap = list(pairs), 1.0, relative_length_gap(pairs) if pairs else 0.0
+    for r in (step / 50 for step in reversed(range(50))):
+        kept = [p for p in pairs if words(p.rejected.answer) - words(p.chosen.answer) <= r * words(p.rejected.answer)]
+        if kept and (gap := relative_length_gap(kept)) < best_gap:
+            best, best_r, best_gap = kept, r, gap
+    return best, best_r
+
+
+def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) -> dict[str, object]:
+    """What a reader wants to know of the pairs: counts, lengths in words, score gaps."""
+    gaps = Counter(p.chosen_score - p.rejected_score for p in pairs)
+    return {
+        "pairs": len(pairs),
+        "pairs_before_balance": len(before_balance),
+        "instructions_with_pairs": len({p.instruction.id for p in pairs}),
+        "length_threshold_r": r,
+        "mean_words_chosen": _mean(words(p.chosen.answer) for p in pairs),
+        "mean_words_rejected": _mean(words(p.rejected.answer) for p in pairs),
+        "score_gaps": {str(gap): gaps[gap] for gap in sorted(gaps)},
+    }
+
+
+def _mean(values: Iterable[int]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) -> None:
+    """Write parquet in the public dataset's columns, images inside, so that any tool for that dataset reads it."""
+    columns: dict[str, list[object]] = {field.name: [] for field in SCHEMA}
+    for index, pair in enumerate(pairs):
+        row = {
+            "ds_name": name,
+            "image": {
+                "bytes": (image_root / pair.instruction.image_path).read_bytes(),
+                "path": pair.instruction.image_path,
+            },
+            "question": pair.instruction.question,
+            "chosen": pair.chosen.answer,
+            "rejected": pair.rejected.answer,
+            "origin_dataset": pair.instruction.source,
+            "origin_split": pair.instruction.id,
+            "idx": index,
+            "image_path": pair.instruction.image_path,
+            "chosen_score": pair.chosen_score,
+            "rejected_score": pair.rejected_score,
+        }
+        for column, value in row.items():
+            columns[column].append(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=SCHEMA), path)

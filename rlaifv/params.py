@@ -1,0 +1,307 @@
+"""Typed parameters: `params.yaml` (or any profile in `params/`) read as YAML 1.2 into frozen dataclasses.
+
+Unknown or missing keys, wrong types and impossible values stop the run in its first second with the key, the value
+and what was expected. This file imports nothing heavy, so that the check really is the first second.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlaifv import ROOT
+
+DEFAULT = ROOT / "params.yaml"
+
+
+class ParamsError(ValueError):
+    """A parameter file that cannot be used; the message names the file, the key, the value and the way out."""
+
+
+def _at_least(low: float) -> Any:
+    return field(metadata={"check": lambda v: v >= low, "expected": f"a value of at least {low:g}"})
+
+
+def _more_than(low: float) -> Any:
+    return field(metadata={"check": lambda v: v > low, "expected": f"a value above {low:g}"})
+
+
+def _between(low: float, high: float) -> Any:
+    return field(metadata={"check": lambda v: low <= v <= high, "expected": f"a value from {low:g} to {high:g}"})
+
+
+def _one_of(*choices: str) -> Any:
+    return field(metadata={"check": lambda v: v in choices, "expected": "one of " + ", ".join(choices)})
+
+
+@dataclass(frozen=True)
+class ModelParams:
+    """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision."""
+
+    path: str
+    revision: str | None
+    dtype: str = _one_of("float32", "bfloat16", "float16")
+    device: str = _one_of("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class WorldParams:
+    """The embedded world: how many scenes each split has, and the seed that draws them."""
+
+    seed: int
+    train: int = _at_least(1)
+    dev: int = _at_least(1)
+    test: int = _at_least(1)
+
+
+@dataclass(frozen=True)
+class SplitParams:
+    """An evaluation split: instructions with the COCO annotations of their images, and yes/no questions."""
+
+    instructions: str
+    instances: str
+    captions: str | None
+    questions: str | None
+
+
+@dataclass(frozen=True)
+class PrepareParams:
+    instructions: str
+    image_root: str
+    dev: SplitParams
+    test: SplitParams
+    per_iteration: int = _at_least(1)
+    max_reject_rate: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class GenerateParams:
+    """Sampling of candidates: identical settings for all samples of an instruction (section 2.1: deconfounded)."""
+
+    samples: int = _at_least(2)
+    temperature: float = _more_than(0)
+    top_p: float = _between(0, 1)
+    top_k: int = _at_least(0)
+    max_new_tokens: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    max_reject_rate: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class DivideParams:
+    temperature: float = _at_least(0)
+    top_p: float = _between(0, 1)
+    max_new_tokens: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    max_reject_rate: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class FeedbackParams:
+    suffix: str
+    batch_size: int = _at_least(1)
+    min_answer_mass: float = _between(0, 1)
+    max_reject_rate: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class PairsParams:
+    balance_length: bool
+    min_gap: int = _at_least(1)
+    max_per_instruction: int = _at_least(1)
+
+
+def _value(default: Any, check: Callable[[Any], bool], expected: str) -> Any:
+    return field(default=default, metadata={"check": check, "expected": expected})
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
+
+    # β of DPO: how strongly the policy is held to the reference (paper 0.1)
+    beta: float = _value(0.1, lambda v: v > 0, "a value above 0")
+    # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
+    learning_rate: float = _value(5e-7, lambda v: 0 < v < 1, "a value above 0 and below 1")
+    # passes over the pairs (paper 4)
+    epochs: int = _value(4, lambda v: v >= 1, "at least 1")
+    # pairs per optimizer step over all processes (paper 8)
+    batch_size: int = _value(8, lambda v: v >= 1, "at least 1")
+    # pairs per forward pass of one process; the rest of batch_size is accumulated
+    micro_batch_size: int = _value(1, lambda v: v >= 1, "at least 1")
+    # any schedule of transformers (paper cosine)
+    scheduler: str = "cosine"
+    # share of the steps in which the learning rate rises (paper 0.05)
+    warmup_ratio: float = _value(0.05, lambda v: 0 <= v <= 1, "a value from 0 to 1")
+    # of AdamW (paper 0.01)
+    weight_decay: float = _value(0.01, lambda v: v >= 0, "at least 0")
+    # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
+    max_grad_norm: float = _value(1.0, lambda v: v >= 0, "at least 0")
+    # TRL's losses: sigmoid is DPO's, sigmoid_norm its length-normalized form, ipo, robust, apo_zero ...; several are
+    # added up; sft adds the negative log-likelihood of the chosen answer
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    # one weight per loss_type; null is 1 each
+    loss_weights: tuple[float, ...] | None = None
+    # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
+    label_smoothing: float = _value(0.0, lambda v: 0 <= v < 0.5, "a value from 0 to below 0.5")
+    # weight of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
+    segment_weight: float = _value(1.0, lambda v: v > 0, "a value above 0")
+    # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
+    lora_r: int = _value(0, lambda v: v >= 0, "at least 0")
+    # LoRA's scale times r (paper 16)
+    lora_alpha: int = _value(16, lambda v: v >= 1, "at least 1")
+    # makes log-ratios noisy, the reference has none (paper's script 0.05)
+    lora_dropout: float = _value(0.0, lambda v: 0 <= v < 1, "a value from 0 to below 1")
+    # linear layers of the language model that get an adapter
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
+    load_in_4bit: bool = False
+    # the vision tower is always frozen; this freezes what joins it to the text as well
+    freeze_projector: bool = False
+    # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
+    dtype: str = _value("bfloat16", lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16")
+    # recompute activations in the backward pass: less memory, 30 % more time
+    gradient_checkpointing: bool = False
+    # longest row in tokens, longer ones are rejected; null is the model's own limit
+    max_length: int | None = None
+    # a checkpoint every 1/n epoch (paper 4)
+    checkpoints_per_epoch: int = _value(4, lambda v: v >= 1, "at least 1")
+    # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
+    packed: bool = True
+    # main memory for the frozen tower's features; 0 computes them anew each time
+    feature_cache_gb: float = _value(8.0, lambda v: v >= 0, "at least 0")
+    # warn when chosen answers lose this much log-prob per token against the reference
+    collapse_nats: float = _value(0.5, lambda v: v > 0, "a value above 0")
+    # processes that preprocess images, where features are not cached
+    num_workers: int = _value(0, lambda v: v >= 0, "at least 0")
+    # processes (GPUs) to train on; more than one goes through `accelerate launch`
+    processes: int = _value(1, lambda v: v >= 1, "at least 1")
+    # an accelerate configuration file (params/accelerate/...), else plain DDP
+    accelerate_config: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    max_new_tokens: int = _at_least(1)
+    batch_size: int = _at_least(1)
+
+
+@dataclass(frozen=True)
+class SelectParams:
+    max_recall_drop: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class ReportParams:
+    gallery: int = _at_least(1)
+
+
+@dataclass(frozen=True)
+class IterationParams:
+    """`prev` names the iteration whose policy this one starts from; "0" is the base model."""
+
+    prev: str
+
+
+@dataclass(frozen=True)
+class Params:
+    seed: int
+    policy: ModelParams
+    labeler: ModelParams
+    divider: ModelParams
+    world: WorldParams
+    prepare: PrepareParams
+    generate: GenerateParams
+    divide: DivideParams
+    feedback: FeedbackParams
+    pairs: PairsParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    select: SelectParams
+    report: ReportParams
+    iterations: dict[str, IterationParams]
+
+
+def load_params(path: str | Path = DEFAULT) -> Params:
+    """Read and check a whole parameter file; a relative path is taken from the repository."""
+    path = Path(path) if Path(path).is_absolute() else ROOT / path
+    if not path.is_file():
+        raise ParamsError(f"no parameter file {path}; the complete profiles are params.yaml and params/*.yaml")
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    params = _build(Params, content, "", path.name)
+    _check_iterations(params.iterations, path.name)
+    return params
+
+
+def _check_iterations(iterations: dict[str, IterationParams], file: str) -> None:
+    for name, item in iterations.items():
+        if not name.isdigit() or int(name) < 1:
+            raise ParamsError(f'{file}: iterations: expected names "1", "2", ..., got {name!r}')
+        if item.prev != "0" and item.prev not in iterations:
+            raise ParamsError(f"{file}: iterations.{name}.prev: no iteration {item.prev!r} to start from")
+        if int(item.prev) >= int(name):
+            raise ParamsError(f"{file}: iterations.{name}.prev: {item.prev!r} is not before {name!r}")
+
+
+def _build(kind: Any, value: Any, key: str, file: str) -> Any:
+    """Turn plain YAML into `kind`, checking names, types and values on the way."""
+    if dataclasses.is_dataclass(kind):
+        return _build_section(kind, value, key, file)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, key, file)
+    if origin is dict:
+        if not isinstance(value, dict) or not value:
+            raise ParamsError(f"{file}: {key}: expected a section with at least one entry, got {value!r}")
+        for name in value:
+            if not isinstance(name, str):
+                raise ParamsError(f'{file}: {key}: names are text: write "{name}": with quotes (DVC drops others)')
+        return {name: _build(arguments[1], item, f"{key}.{name}", file) for name, item in value.items()}
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_build(arguments[0], item, f"{key}[{i}]", file) for i, item in enumerate(items))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
+        hint = " (a number in quotes is text: remove the quotes)" if _is_number(value) and kind is not str else ""
+        raise ParamsError(f"{file}: {key}: expected {expected}, got {value!r}{hint}")
+    return value
+
+
+def _build_section(kind: Any, value: Any, key: str, file: str) -> Any:
+    if not isinstance(value, dict):
+        raise ParamsError(f"{file}: {key or 'the file'}: expected a section, got {value!r}")
+    prefix = f"{key}." if key else ""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    if unknown := [name for name in value if name not in fields]:
+        raise ParamsError(f"{file}: unknown key {prefix}{unknown[0]}; known here: {', '.join(sorted(fields))}")
+    if missing := [name for name in fields if name not in value]:
+        raise ParamsError(f"{file}: missing key {prefix}{missing[0]}")
+    built = {}
+    for name, item in value.items():
+        built[name] = _build(hints[name], item, prefix + name, file)
+        check = fields[name].metadata.get("check")
+        if check and built[name] is not None and not check(built[name]):
+            raise ParamsError(f"{file}: {prefix}{name}: expected {fields[name].metadata['expected']}, got {item!r}")
+    return kind(**built)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""Report: one summary of all rounds, and a self-contained HTML page with pictures."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from rlaifv.records import read_jsonl
+
+RATES = ("response_hallucination", "mention_hallucination", "recall")
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1020px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; } .lead { color: #555; }
+table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+img { max-width: 100%; } .example { display: grid; grid-template-columns: 180px 1fr 1fr; gap: 1rem; margin: 1.2rem 0; }
+.example img { width: 180px; border: 1px solid #ddd; } .example p { margin: .2rem 0 .5rem; }
+.claim { display: inline-block; margin: 2px 3px 2px 0; padding: 1px 6px; border-radius: 4px; font-size: 13px; }
+"""
+
+
+def read_result(folder: Path) -> dict:
+    """Everything that one round's select (or the baseline) left in `data/results/<round>`."""
+    result = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    result |= {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
+    if (folder / "log.csv").is_file():
+        with (folder / "log.csv").open() as stream:
+            result["log"] = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    return result
+
+
+def read_timings(folder: Path) -> list[dict]:
+    """The wall minutes and peak memory that every stage noted; they lie outside `data/`, for they are never equal."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan
+
+
+def summarize(results: Mapping[str, dict], timings: Sequence[Mapping]) -> dict:
+    """The contents of metrics/summary.json; `results` are by round, "0" the base."""
+    rounds = sorted((name for name in results if name != "0"), key=int)
+    base = results["0"]["test"]
+    chosen = [{"iteration": int(name), **results[name]["test"]} for name in rounds]
+    final = chosen[-1] if chosen else {"iteration": 0, **base}
+    reduction = 1 - final["response_hallucination"] / base["response_hallucination"]
+    labeler = results["0"]["labeler"]
+    return {
+        "base": base,
+        "iterations": chosen,
+        "final": final,
+        "relative_reduction": reduction if base["response_hallucination"] else 0.0,
+        "labeler_accuracy": {"overall": labeler.get("accuracy"), **labeler.get("per_type", {}), "n": labeler["n"]},
+        "minutes": round(sum(t["minutes"] for t in timings), 2),
+        "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
+    }
+
+
+def data_uri(figure_or_path: Figure | Path) -> str:
+    """A figure or an image file as a data URI, so that the page needs no other file."""
+    if isinstance(figure_or_path, Path):
+        data, kind = figure_or_path.read_bytes(), figure_or_path.suffix.lstrip(".").lower().replace("jpg", "jpeg")
+    else:
+        buffer = io.BytesIO()
+        figure_or_path.savefig(buffer, format="png", metadata={"Software": None})
+        data, kind = buffer.getvalue(), "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def claim_html(claim: Mapping) -> str:
+    """A claim on a background from red (P(yes) 0) over yellow to green (P(yes) 1)."""
+    share = claim["p_yes"] / max(claim["p_yes"] + claim["p_no"], 1e-12)
+    tip = f"p_yes {claim['p_yes']:.3f}, p_no {claim['p_no']:.3f}"
+    color = f"hsl({120 * share:.0f} 70% 82%)"
+    return f'<span class="claim" style="background:{color}" title="{tip}">{html.escape(claim["claim"])}</span>'
+
+
+def answer_html(row: Mapping) -> str:
+    return f"<p>{html.escape(row['answer'])}</p>" + "".join(claim_html(claim) for claim in row["claims"])
+
+
+def example_html(image: Path, base: Mapping, aligned: Mapping) -> str:
+    """One image with the base's and the aligned answer, claim by claim."""
+    return (
+        f'<div class="example"><img src="{data_uri(image)}" alt="">'
+        f"<div><b>base</b>{answer_html(base)}</div><div><b>aligned</b>{answer_html(aligned)}</div></div>"
+    )
+
+
+def rates_table(rows: Sequence[Mapping]) -> str:
+    """Rates per round in percent, with yes/no accuracy and answer length beside them."""
+    head = "<tr><th>model</th><th>response hall. ↓</th><th>mention hall. ↓</th><th>recall ↑</th>"
+    head += "<th>mean words</th><th>yes/no accuracy</th><th>n</th></tr>"
+    body = ""
+    for row in rows:
+        name = "base" if row["iteration"] == 0 else f"round {row['iteration']}"
+        cells = [_percent(row, rate) for rate in RATES]
+        yes_no = row["yes_no"].get("accuracy")
+        cells += [f"{row['mean_words']:.1f}", "–" if yes_no is None else f"{100 * yes_no:.1f}", str(row["n"])]
+        body += f"<tr><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<table>{head}{body}</table>"
+
+
+def _percent(row: Mapping, rate: str) -> str:
+    text = f"{100 * row[rate]:.1f}"
+    if interval := row.get(f"{rate}_interval"):
+        text += f" <small>({100 * interval[0]:.1f}–{100 * interval[1]:.1f})</small>"
+    return text
+
+
+def page(summary: Mapping, figures: Mapping[str, Figure], examples: Sequence[str], models: Mapping[str, str]) -> str:
+    """The whole HTML page."""
+    rows = [{"iteration": 0, **summary["base"]}, *summary["iterations"]]
+    labeler = summary["labeler_accuracy"]
+    per_type = ", ".join(
+        f"{k} {100 * v:.1f}" for k, v in labeler.items() if k not in ("overall", "n") and v is not None
+    )
+    overall = "not measured" if labeler["overall"] is None else f"{100 * labeler['overall']:.1f} % ({per_type})"
+    pictures = "".join(
+        f'<h2>{html.escape(title)}</h2><img src="{data_uri(figure)}" alt="{html.escape(title)}">'
+        for title, figure in figures.items()
+    )
+    model_lines = "".join(f"<li>{role}: <code>{html.escape(name)}</code></li>" for role, name in models.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>RLAIF-V report</title><style>{STYLE}</style></head><body>
+<h1>RLAIF-V: what open feedback taught the model</h1>
+<p class="lead">{len(summary["iterations"])} rounds. Response hallucination on test
+{100 * summary["base"]["response_hallucination"]:.1f} % → {100 * summary["final"]["response_hallucination"]:.1f} %
+({100 * summary["relative_reduction"]:.1f} % less), recall {100 * summary["base"]["recall"]:.1f} % →
+{100 * summary["final"]["recall"]:.1f} %.</p>
+{rates_table(rows)}
+<p>Greedy answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted
+as Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with
+published figures. Labeler accuracy on held-out balanced claims: {overall}.
+The stages took {summary["minutes"]} minutes in all and {summary["peak_memory_gb"]} GB at the most.</p>
+<ul>{model_lines}</ul>
+{pictures}
+<h2>Before and after, claim by claim</h2>
+<p>Test images, not picked: the first of the split. Each claim is colored by the labeler's P(yes).</p>
+{"".join(examples)}
+</body></html>
+"""

@@ -1,0 +1,215 @@
+"""The language of the embedded world: descriptions, claims, questions, and whether a claim is true of a scene.
+
+A description has one sentence per group of objects ("There is a red cup at the top-left.") and sometimes ends with an
+opinion. A sentence makes three claims: existence or count, color, position; a claim turns into a yes/no question.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+
+from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, CONTEXTS, GRID, POSITIONS, Group, Scene
+
+INSTRUCTIONS: tuple[str, ...] = (
+    "Describe the image.",
+    "What is in the picture?",
+    "Please describe this scene in detail.",
+    "What do you see in this image?",
+    "Write a detailed description of the picture.",
+    "Tell me what is shown here.",
+)
+OPINIONS: tuple[str, ...] = (
+    "It is a lovely picture.",
+    "The scene looks calm.",
+    "I like this image.",
+    "It looks very nice.",
+)
+YES_NO = "Please answer yes or no."
+"""The suffix that the feedback stage puts behind a question."""
+
+STYLES: tuple[tuple[str, float], ...] = (
+    ("There {be} {thing} at the {position}.", 0.5),
+    ("{Thing} {be} at the {position}.", 0.3),
+    ("I can see {thing} at the {position}.", 0.2),
+)
+"""Phrasings of a sentence and how often a description uses them. One leads, so that greedy decoding is stable."""
+
+NUMBERS = ("a", "two", "three")
+TYPES = ("existence", "count", "color", "position")
+_PLURALS = {"knife": "knives", "mouse": "mice", "sheep": "sheep", "bus": "buses"}
+PLURALS: dict[str, str] = {name: _PLURALS.get(name, name + "s") for name in CLASSES}
+_SINGULAR = {form: name for name in CLASSES for form in (PLURALS[name], name)}
+
+PARTNERS: dict[str, tuple[str, str]] = {
+    "fork": ("knife", "blue"),
+    "cup": ("spoon", "yellow"),
+    "bottle": ("bowl", "red"),
+    "car": ("truck", "red"),
+    "bicycle": ("motorcycle", "black"),
+    "dog": ("cat", "brown"),
+    "cow": ("sheep", "pink"),
+    "laptop": ("mouse", "purple"),
+    "book": ("clock", "green"),
+    "keyboard": ("chair", "brown"),
+}
+"""What a hallucinating describer adds: the class that usually goes with a present one, and its typical color. The
+color is fixed because it is said before the class: a random one would spread the probability over eight words, and
+greedy decoding would not repeat the error."""
+
+_NOUN = "|".join(sorted(_SINGULAR, key=len, reverse=True))
+_COLOR, _PLACE = "|".join(COLOR_NAMES), "|".join(sorted(POSITIONS, key=len, reverse=True))
+_THING = rf"(?P<number>[Aa]|[Tt]wo|[Tt]hree) (?P<color>{_COLOR}) (?P<noun>{_NOUN})"
+_SENTENCE = re.compile(
+    rf"(?:There (?:is|are) |I can see )?{_THING}(?: (?:is|are))?(?: at the (?P<place>{_PLACE})(?![a-z-]))?"
+)
+_CLAIM = re.compile(
+    rf"There (?:is|are) (?P<number>a|two|three) (?P<what>{_NOUN}) in the image\."
+    rf"|The (?P<noun>{_NOUN}) (?:is|are) (?:(?P<color>{_COLOR})|at the (?P<place>{_PLACE}))\."
+)
+
+
+def _words(name: str, count: int) -> tuple[str, str]:
+    """The noun and the verb for `count` objects of class `name`."""
+    return (name, "is") if count == 1 else (PLURALS[name], "are")
+
+
+def sentence(group: Group, style: str = STYLES[0][0]) -> str:
+    """One sentence about a group, in one of the phrasings of STYLES."""
+    noun, be = _words(group.name, group.count)
+    thing = f"{NUMBERS[group.count - 1]} {group.color} {noun}"
+    return style.format(be=be, thing=thing, Thing=thing.capitalize(), position=POSITIONS[group.cell])
+
+
+def caption(groups: Sequence[Group], rng: random.Random, opinion: float = 0.3) -> str:
+    """A description of `groups` in their order, in one random phrasing, with an opinion in that share of cases."""
+    style = rng.choices([text for text, _ in STYLES], [weight for _, weight in STYLES])[0]
+    sentences = [sentence(group, style) for group in groups]
+    if rng.random() < opinion:
+        sentences.append(rng.choice(OPINIONS))
+    return " ".join(sentences)
+
+
+def plant(scene: Scene, rng: random.Random, probability: float) -> list[Group]:
+    """The scene's groups and, behind each trigger of PARTNERS whose partner is absent, that partner as a phantom with
+    `probability`: one object in its typical color in an empty cell."""
+    said, taken = [], {group.cell for group in scene.groups}
+    for group in scene.groups:
+        said.append(group)
+        partner, color = PARTNERS.get(group.name, (None, None))
+        if partner and scene.find(partner) is None and rng.random() < probability:
+            cell = rng.choice([cell for cell in range(GRID * GRID) if cell not in taken])
+            taken.add(cell)
+            said.append(Group(partner, color, 1, cell))
+    return said
+
+
+def claims_of(group: Group, with_position: bool = True) -> list[str]:
+    """The atomic claims of a sentence about a group: existence or count, color, position."""
+    noun, be = _words(group.name, group.count)
+    claims = [
+        f"There {be} {NUMBERS[group.count - 1]} {noun} in the image.",
+        f"The {noun} {be} {group.color}.",
+    ]
+    return [*claims, f"The {noun} {be} at the {POSITIONS[group.cell]}."] if with_position else claims
+
+
+def claims(answer: str) -> list[str]:
+    """The atomic claims of any text of this world, sentence by sentence, without its opinions.
+
+    A sentence that breaks off after its noun (an answer cut at its token limit) still makes the claims said so far.
+    """
+    found = []
+    for match in _SENTENCE.finditer(answer):
+        count = NUMBERS.index(match["number"].lower()) + 1
+        place = match["place"]
+        group = Group(_SINGULAR[match["noun"]], match["color"], count, POSITIONS.index(place) if place else 0)
+        found.extend(claims_of(group, with_position=place is not None))
+    return found
+
+
+def to_question(claim: str) -> str:
+    """The yes/no question of a claim: "The cup is red." → "Is the cup red?". Raises ValueError for other text."""
+    if _CLAIM.fullmatch(claim) is None:
+        raise ValueError(f"{claim!r} is not a claim of the embedded world (see rlaifv/tinyworld/language.py)")
+    if claim.startswith("There"):
+        return re.sub(r"There (is|are) (.*)\.", lambda m: f"{m[1].capitalize()} there {m[2]}?", claim)
+    return re.sub(r"The (\S+) (is|are) (.*)\.", lambda m: f"{m[2].capitalize()} the {m[1]} {m[3]}?", claim)
+
+
+def claim_type(claim: str) -> str:
+    """One of TYPES. Raises ValueError for text that is not a claim of this world."""
+    match = _CLAIM.fullmatch(claim)
+    if match is None:
+        raise ValueError(f"{claim!r} is not a claim of the embedded world (see rlaifv/tinyworld/language.py)")
+    if match["number"]:
+        return "existence" if match["number"] == "a" else "count"
+    return "color" if match["color"] else "position"
+
+
+def is_true(claim: str, scene: Scene) -> bool:
+    """Whether a claim holds in a scene: the one definition of truth in this world.
+
+    "There is a cup" holds for one cup or more, "There are two cups" for exactly two; color and position claims hold
+    for the group of that class, in singular or plural; every claim about an absent class is false.
+    Raises ValueError for text that is not a claim of this world.
+    """
+    kind, match = claim_type(claim), _CLAIM.fullmatch(claim)
+    group = scene.find(_SINGULAR[match["what"] or match["noun"]])
+    if group is None:
+        return False
+    if kind == "count":
+        return group.count == NUMBERS.index(match["number"]) + 1
+    if kind == "color":
+        return group.color == match["color"]
+    return kind == "existence" or POSITIONS[group.cell] == match["place"]
+
+
+def random_claim(scene: Scene, kind: str, answer: bool, rng: random.Random) -> str | None:
+    """A claim of that type that is true (answer) or false of the scene, or None when a true count has no plural.
+
+    False claims are of the kinds that descriptions make: an absent class of the same context (most often the partner
+    of a present class), rarely of another context, or a present object with another number, color or position.
+    """
+    present = rng.choice(scene.groups)
+    if kind == "count" and answer:
+        plural = [group for group in scene.groups if group.count > 1]
+        if not plural:
+            return None
+        present = rng.choice(plural)
+    if answer:
+        wanted = {"existence": 0, "count": 0, "color": 1, "position": 2}[kind]
+        group = Group(present.name, present.color, 1, present.cell) if kind == "existence" else present
+        return claims_of(group)[wanted]
+    if kind == "existence" or rng.random() < 0.5:
+        present = Group(_absent(scene, rng), rng.choice(COLOR_NAMES), rng.choices((1, 2, 3), (6, 1, 1))[0], 0)
+        partner_color = dict(PARTNERS.values()).get(present.name)
+        color = partner_color if partner_color and rng.random() < 0.5 else present.color
+        taken = {group.cell for group in scene.groups}
+        free = [cell for cell in range(GRID * GRID) if cell not in taken]
+        cell = rng.choice(free) if rng.random() < 0.6 else rng.randrange(GRID * GRID)
+        count = 1 if kind == "existence" else max(present.count, 2) if kind == "count" else present.count
+        return claims_of(Group(present.name, color, count, cell))[{"color": 1, "position": 2}.get(kind, 0)]
+    if kind == "count":
+        count = rng.choice([count for count in (2, 3) if count != present.count])
+        return claims_of(Group(present.name, present.color, count, present.cell))[0]
+    others = [group for group in scene.groups if group.name != present.name]
+    if kind == "color":
+        colors = [group.color for group in others] if others and rng.random() < 0.4 else list(COLOR_NAMES)
+        colors = [color for color in colors if color != present.color] or [
+            color for color in COLOR_NAMES if color != present.color
+        ]
+        return claims_of(Group(present.name, rng.choice(colors), present.count, present.cell))[1]
+    cells = [group.cell for group in others] if others and rng.random() < 0.4 else list(range(GRID * GRID))
+    cells = [cell for cell in cells if cell != present.cell]
+    return claims_of(Group(present.name, present.color, present.count, rng.choice(cells)))[2]
+
+
+def _absent(scene: Scene, rng: random.Random) -> str:
+    """A class that the scene does not show."""
+    partners = [PARTNERS[g.name][0] for g in scene.groups if g.name in PARTNERS]
+    partners = [name for name in partners if scene.find(name) is None]
+    draw = rng.random()
+    if partners and draw < 0.4:
+        return rng.choice(partners)
+    pool = CLASSES if draw > 0.85 else CONTEXTS[scene.context]
+    return rng.choice([name for name in pool if scene.find(name) is None])
