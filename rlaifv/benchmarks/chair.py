@@ -108,12 +108,17 @@ def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str],
 
 
 def count_words(lemmas: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
-    """The mentions in a sequence of lemmas: two-word phrases first, and no seat where a toilet is."""
+    """The mentions in a sequence of lemmas, two-word phrases before single words."""
     words, at = [], 0
     while at < len(lemmas):
         phrase = " ".join(lemmas[at : at + 2])
         words.append(vocabulary.phrases.get(phrase, lemmas[at]))
         at += 2 if phrase in vocabulary.phrases else 1
+    return name_classes(words, vocabulary)
+
+
+def name_classes(words: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
+    """The words and phrases that the vocabulary knows, as mentions of their classes."""
     if "toilet" in words:  # "the seat of the toilet" is no chair
         words = [word for word in words if word != "seat"]
     return [Mention(word, vocabulary.classes[word]) for word in words if word in vocabulary.classes]

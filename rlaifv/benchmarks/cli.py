@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import Comparison, compare, intervals
+from rlaifv.records import write_jsonl
 
 
 def command(module: str, description: str) -> argparse.ArgumentParser:
@@ -20,6 +22,38 @@ def command(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rows", help="write the per-row table here, one JSON object a line")
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
     return parser
+
+
+def add_judge_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the benchmarks that ask a judge."""
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--judge", help="name of the judge at an OpenAI-compatible server")
+    judge.add_argument("--judge-model", help="a language model to judge in this process: folder or hub id")
+    parser.add_argument("--base-url", help="the server, such as http://localhost:8000/v1 (key: $OPENAI_API_KEY)")
+    parser.add_argument("--cache", help="file of raw replies (default: beside the answers, .judge.jsonl)")
+    parser.add_argument("--attempts", type=int, default=3, help="times a row with unreadable replies is asked")
+    parser.add_argument("--tries", type=int, default=4, help="times a request that failed is sent")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one try")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight")
+    parser.add_argument("--published-prompt", help="the published scorer's .py file, to use its prompt (see fetch)")
+
+
+def judge_of(options: argparse.Namespace) -> Judge:
+    """The judge that the options name."""
+    if options.judge_model:
+        return load_judge(options.judge_model)
+    return open_judge(
+        options.judge,
+        options.base_url,
+        concurrency=options.concurrency,
+        tries=options.tries,
+        timeout=options.timeout,
+    )
+
+
+def cache_of(options: argparse.Namespace, answers: str) -> Path:
+    """The file of raw replies: the one named, or one beside the answers."""
+    return Path(options.cache) if options.cache else Path(f"{answers}.judge.jsonl")
 
 
 def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Iterable[Mapping[str, Any]]]]) -> None:
@@ -35,7 +69,7 @@ def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Itera
         bounds = intervals(scores)
         tests = compare(scorer(options.against)[0], scores) if options.against else []
         if options.rows:
-            write_rows(options.rows, scores.rows)
+            write_jsonl(Path(options.rows), scores.rows)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         if options.json:
             print(json.dumps({"error": str(error)}))
@@ -46,12 +80,9 @@ def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Itera
         print(json.dumps({**scores.report(), "intervals": bounds, **compared}))
     if not scores.rows:
         sys.exit("error: no answer could be scored; the reasons are listed above")
-
-
-def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a per-row table as JSON lines."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    if without_verdict := scores.counts.get("n_without_verdict", 0):
+        print(f"{without_verdict} rows have no verdict; run again to ask the judge for these alone", file=sys.stderr)
+        sys.exit(3)
 
 
 def print_scores(

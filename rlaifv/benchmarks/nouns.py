@@ -111,3 +111,10 @@ def _is_noun(before: str, word: str, after: str) -> bool:
     if _BEFORE_VERB.fullmatch(before) and noun_lemma(word) in _tables()[0]["verb"]:
         return False
     return word != "hot" and bool(noun_forms(word))
+
+
+def is_participle(word: str) -> bool:
+    """Whether the word is a verb's -ing or -ed form ("standing", "parked")."""
+    verbs = _tables()[0]["verb"]
+    stem = word.removesuffix("ing").removesuffix("ed")
+    return stem != word and len(stem) > 2 and bool({stem, stem + "e", stem[:-1]} & verbs)
