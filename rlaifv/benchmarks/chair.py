@@ -266,15 +266,14 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("chair", "CHAIR: objects that an answer names and that are not in the image")
-    parser.add_argument("--answers", required=True, help="answers, .json or .jsonl, LLaVA-style or lmms-eval fields")
     parser.add_argument("--objects", required=True, nargs="+", help="COCO instances and captions, or {image: [names]}")
     parser.add_argument("--vocabulary", default=COCO_WORDS, help="a synonym table (default: ours)")
     parser.add_argument("--counting", choices=_COUNTING, default="original")
     options = parser.parse_args(arguments)
 
-    def scorer():
+    def scorer(path):
         vocabulary = load_vocabulary(options.vocabulary)
-        answers, bad = read_answers(options.answers)
+        answers, bad = read_answers(path)
         objects = load_objects(options.objects, vocabulary, [answer.image for answer in answers])
         return score(answers, objects, vocabulary, options.counting), bad
 
