@@ -5,9 +5,9 @@ import logging
 import torch
 
 from rlaifv.packing import RowReader, answer_logps, build_batch
+from rlaifv.params import TrainParams
 from rlaifv.preferences import PairData
 from rlaifv.tower import FrozenTower, ImageInputs, vision_tower
-from rlaifv.params import TrainParams
 from rlaifv.vlm import VLM
 
 log = logging.getLogger(__name__)

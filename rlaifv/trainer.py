@@ -20,10 +20,10 @@ from trl import DPOConfig
 from rlaifv.checkpoints import merge, write_adapter, write_checkpoint
 from rlaifv.dpo import PairCollator, PairTrainer, Watch, write_log
 from rlaifv.layout import choose_layout
+from rlaifv.params import TrainParams
 from rlaifv.preferences import PairData
 from rlaifv.reference import ReferenceStore
 from rlaifv.tower import vision_tower
-from rlaifv.params import TrainParams
 from rlaifv.vlm import VLM, load_vlm, resolve_checkpoint
 
 log = logging.getLogger(__name__)
