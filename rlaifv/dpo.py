@@ -5,6 +5,7 @@ What is overridden: how a batch is laid out (`rlaifv.packing`), where reference 
 """
 
 import csv
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from trl import DPOConfig, DPOTrainer
 from rlaifv.packing import build_batch, segment_weights
 from rlaifv.preferences import PairData
 from rlaifv.reference import ReferenceStore
+
+log = logging.getLogger(__name__)
 
 LOG_COLUMNS = (
     "step",
@@ -114,6 +117,7 @@ class PairTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         model, inputs = self._model_and_inputs(model, inputs)
+        self.reference.report(len(self.now_training_on) * self.args.world_size)
         return super().compute_ref_log_probs(model, inputs)
 
     def _model_and_inputs(self, model, inputs):
@@ -152,8 +156,8 @@ class PairTrainer(DPOTrainer):
     def _went_wrong(self, what: str) -> str:
         pairs = ", ".join(self.now_training_on)
         return (
-            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the checkpoints "
-            f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the "
+            f"checkpoints before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
         )
 
     def floating_point_ops(self, inputs):
@@ -167,8 +171,8 @@ class Watch(TrainerCallback):
     change of a chosen answer's log-prob per token, in nats.
     """
 
-    def __init__(self, beta: float, collapse_nats: float, say: Callable[[str], None], every_s: float = 5.0):
-        self.beta, self.collapse_nats, self.say, self.every_s = beta, collapse_nats, say, every_s
+    def __init__(self, beta: float, collapse_nats: float, every_s: float = 5.0):
+        self.beta, self.collapse_nats, self.every_s = beta, collapse_nats, every_s
         self.recent: list[float] = []
         self.warned = False
 
@@ -183,19 +187,24 @@ class Watch(TrainerCallback):
         change = sum(self.recent) / len(self.recent)
         if len(self.recent) == 20 and change < -self.collapse_nats and not self.warned:
             self.warned = True
-            self.say(
-                f"WARNING step {state.global_step}: chosen answers have lost {-change:.2f} nats per token against the "
-                f"reference (train.collapse_nats {self.collapse_nats}): the model is forgetting, not preferring; lower "
-                f"train.learning_rate, raise train.beta or add the sft loss"
+            log.warning(
+                "step %d: chosen answers have lost %.2f nats per token against the reference (train.collapse_nats %g): "
+                "the model is forgetting, not preferring; lower train.learning_rate, raise train.beta or add the sft "
+                "loss",
+                *(state.global_step, -change, self.collapse_nats),
             )
         now = time.monotonic()
         if now - self.said >= self.every_s or state.global_step == state.max_steps:
             rate = (state.global_step - self.first_step) / (now - self.started)
             self.said = now
-            self.say(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"margin {logs['rewards/margins']:.3f}  accuracy {logs['rewards/accuracies']:.2f}  "
-                f"{rate * pairs_per_step(args):.1f} pairs/s  {(state.max_steps - state.global_step) / rate:.0f} s left"
+            log.info(
+                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f s left",
+                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
+                *(
+                    logs["rewards/accuracies"],
+                    rate * pairs_per_step(args),
+                    (state.max_steps - state.global_step) / rate,
+                ),
             )
 
 

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rlaifv import ROOT
+from rlaifv.processors import load_processor
 
 POINTER = "pointer.json"
 """A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
@@ -140,11 +140,6 @@ def load_vlm(
     if adapter is not None:
         fingerprint += "+" + fingerprint_checkpoint(adapter)
     return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))
-
-
-def load_processor(source: str, revision: str | None = None) -> ProcessorMixin:
-    """The checkpoint's processor."""
-    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
