@@ -16,6 +16,7 @@ from rlaifv.benchmarks.judge import (
     JudgeRefused,
     Request,
     ask_all,
+    load_judge,
     open_judge,
     published_prompt,
 )
@@ -195,3 +196,13 @@ def test_verdicts_and_missing_rows_always_add_up(works, attempts):
     result = ask_all(requests, judge, parse_rating, attempts=attempts)
     assert len(result.verdicts) + len(result.missing) == len(works)
     assert result.replied == sum(works) + attempts * (len(works) - sum(works))
+
+
+def test_a_model_of_this_machine_can_judge(tmp_path):
+    from tiny_llava import save_tiny_llava
+
+    judge = load_judge(str(save_tiny_llava(tmp_path / "model")), max_tokens=4, device="cpu")
+    requests = [Request("a", "what is it ?"), Request("b", "describe it .", "there is a dog .")]
+    replies = ask_all(requests, judge, lambda reply: reply, tmp_path / "cache.jsonl")
+    assert set(replies.verdicts) | {row["id"] for row in replies.missing} == {"a", "b"}
+    assert judge.name.startswith(str(tmp_path / "model") + "@")
