@@ -299,11 +299,13 @@ def open_judge(
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
     import numpy as np
+    import torch
 
     from rlaifv.sampling import Prompt, generate_batch
     from rlaifv.vlm import load_vlm
 
-    model = load_vlm(path, device=device, dtype="float32" if device == "cpu" else "bfloat16")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")
 
     def ask(requests: Sequence[Request]) -> list[str | JudgeFailed]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]
