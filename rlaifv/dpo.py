@@ -156,7 +156,7 @@ class PairTrainer(DPOTrainer):
     def _went_wrong(self, what: str) -> str:
         pairs = ", ".join(self.now_training_on)
         return (
-            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the checkpoints "
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
             f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
         )
 
