@@ -106,7 +106,7 @@ test_train.run(Path({str(folder)!r}), "killed")
     process = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     (run_folder,) = (folder / "killed" / "scratch").glob("train-*")
-    assert (run_folder / "trainer" / "checkpoint-5").is_dir()
+    assert (run_folder / "trainer" / "checkpoint-4").is_dir()  # step 1 of 3 of the second epoch
     half_written = run_folder / "trainer" / "checkpoint-6"
     half_written.mkdir()
     result = run(folder, "killed")
