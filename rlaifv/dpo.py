@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -156,9 +157,18 @@ class PairTrainer(DPOTrainer):
     def _went_wrong(self, what: str) -> str:
         pairs = ", ".join(self.now_training_on)
         return (
-            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the "
-            f"checkpoints before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
+            f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # `save_pretrained` writes LLaVA and others under the hub's parameter names; the Trainer loads without undoing
+        # that, matches nothing, warns, and goes on from the weights of step 0
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        return None
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer's estimate walks over all parameters each step and counts only `input_ids`

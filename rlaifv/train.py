@@ -115,10 +115,12 @@ def launch(job: Path, params: TrainParams) -> None:
     if params.accelerate_config:
         command += ["--config_file", str(ROOT / params.accelerate_config)]
     else:
-        command += ["--multi_gpu" if torch.cuda.is_available() else "--cpu", "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "rlaifv.train", "--job", str(job)]
+        # also for processes on CPUs: it is accelerate's name for torchrun with plain data parallelism
+        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "rlaifv.train", "--job", str(job)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

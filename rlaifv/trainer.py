@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
@@ -142,7 +143,7 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
         data=data,
         reference=reference,
         data_collator=collator,
-        train_dataset=Dataset.from_dict({"pair": list(range(len(data.pairs)))}),
+        train_dataset=numbered(len(data.pairs), run / "dataset"),
         processing_class=vlm.processor or vlm.tokenizer,
         peft_config=lora_config(vlm.model, params) if params.lora_r else None,
     )
@@ -151,6 +152,14 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
     trainer.add_callback(Watch(params.beta, params.collapse_nats))
     trainer.add_callback(Publish(trainer, vlm, params, run, job["policy"]))
     return trainer
+
+
+def numbered(n: int, folder: Path) -> Dataset:
+    """What the Trainer iterates over: the numbers 0..n-1 of the pairs. On disk, where all processes find TRL's cache."""
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            Dataset.from_dict({"pair": list(range(n))}).save_to_disk(folder)
+    return datasets.load_from_disk(folder)
 
 
 def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
