@@ -5,12 +5,14 @@ What is overridden: how a batch is laid out (`rlaifv.packing`), where reference 
 """
 
 import csv
+import logging
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -18,6 +20,8 @@ from trl import DPOConfig, DPOTrainer
 from rlaifv.packing import build_batch, segment_weights
 from rlaifv.preferences import PairData
 from rlaifv.reference import ReferenceStore
+
+log = logging.getLogger(__name__)
 
 LOG_COLUMNS = (
     "step",
@@ -114,6 +118,7 @@ class PairTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         model, inputs = self._model_and_inputs(model, inputs)
+        self.reference.report(len(self.now_training_on) * self.args.world_size)
         return super().compute_ref_log_probs(model, inputs)
 
     def _model_and_inputs(self, model, inputs):
@@ -152,9 +157,18 @@ class PairTrainer(DPOTrainer):
     def _went_wrong(self, what: str) -> str:
         pairs = ", ".join(self.now_training_on)
         return (
-            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops here and keeps the checkpoints "
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
             f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # `save_pretrained` writes LLaVA and others under the hub's parameter names; the Trainer loads without undoing
+        # that, matches nothing, warns, and goes on from the weights of step 0
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        return None
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer's estimate walks over all parameters each step and counts only `input_ids`
@@ -167,8 +181,8 @@ class Watch(TrainerCallback):
     change of a chosen answer's log-prob per token, in nats.
     """
 
-    def __init__(self, beta: float, collapse_nats: float, say: Callable[[str], None], every_s: float = 5.0):
-        self.beta, self.collapse_nats, self.say, self.every_s = beta, collapse_nats, say, every_s
+    def __init__(self, beta: float, collapse_nats: float, every_s: float = 5.0):
+        self.beta, self.collapse_nats, self.every_s = beta, collapse_nats, every_s
         self.recent: list[float] = []
         self.warned = False
 
@@ -183,19 +197,24 @@ class Watch(TrainerCallback):
         change = sum(self.recent) / len(self.recent)
         if len(self.recent) == 20 and change < -self.collapse_nats and not self.warned:
             self.warned = True
-            self.say(
-                f"WARNING step {state.global_step}: chosen answers have lost {-change:.2f} nats per token against the "
-                f"reference (train.collapse_nats {self.collapse_nats}): the model is forgetting, not preferring; lower "
-                f"train.learning_rate, raise train.beta or add the sft loss"
+            log.warning(
+                "step %d: chosen answers have lost %.2f nats per token against the reference (train.collapse_nats %g): "
+                "the model is forgetting, not preferring; lower train.learning_rate, raise train.beta or add the sft "
+                "loss",
+                *(state.global_step, -change, self.collapse_nats),
             )
         now = time.monotonic()
         if now - self.said >= self.every_s or state.global_step == state.max_steps:
             rate = (state.global_step - self.first_step) / (now - self.started)
             self.said = now
-            self.say(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"margin {logs['rewards/margins']:.3f}  accuracy {logs['rewards/accuracies']:.2f}  "
-                f"{rate * pairs_per_step(args):.1f} pairs/s  {(state.max_steps - state.global_step) / rate:.0f} s left"
+            log.info(
+                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f s left",
+                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
+                *(
+                    logs["rewards/accuracies"],
+                    rate * pairs_per_step(args),
+                    (state.max_steps - state.global_step) / rate,
+                ),
             )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlaifv.benchmarks import chair
 from rlaifv.benchmarks.results import Answer
+from rlaifv.benchmarks.statistics import intervals
 from rlaifv.images import open_image
 from rlaifv.params import EvaluateParams, SplitParams
 from rlaifv.records import Instruction, Store, batched, read_jsonl, read_records
@@ -83,21 +84,25 @@ def greedy_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[
     return rows
 
 
-def hallucination(answers: Sequence[dict[str, str]], split: Split) -> dict[str, float]:
+def hallucination(answers: Sequence[dict[str, str]], split: Split) -> dict[str, object]:
     """Rates (fractions) of a list of answers in Object HalBench's counting, recall beside them.
 
     `response_hallucination` = answers with a hallucinated object / answers that mention any object;
-    `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer.
+    `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer. `<rate>_interval` is
+    its 95 % bootstrap interval over answers.
     """
     named = [Answer(r["id"], r["answer"], image=split.image_ids[Path(r["image"]).name]) for r in answers]
-    scored = chair.score(named, split.objects, counting="unique").metrics
+    scores = chair.score(named, split.objects, counting="unique")
+    if scores.missing:
+        raise ValueError(f"{len(scores.missing)} answers cannot be scored, first: {scores.missing[0]}")
+    metrics, bounds = scores.metrics, intervals(scores)
+    rates = {"response_hallucination": "chair_s_refine", "mention_hallucination": "chair_i", "recall": "recall"}
     return {
-        "response_hallucination": scored["chair_s_refine"],
-        "mention_hallucination": scored["chair_i"],
-        "recall": scored["recall"],
-        "chair_s": scored["chair_s"],
-        "mean_words": scored["mean_words"],
-        "n": scored["n"],
+        **{name: metrics[rate] for name, rate in rates.items()},
+        **{f"{name}_interval": bounds[rate] for name, rate in rates.items()},
+        "chair_s": metrics["chair_s"],
+        "mean_words": metrics["mean_words"],
+        "n": metrics["n"],
     }
 
 

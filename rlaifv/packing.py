@@ -12,10 +12,10 @@ from types import MethodType
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
-from rlaifv.preferences import EncodedPair, PairData
+from rlaifv.preferences import EncodedPair
+from rlaifv.tower import FrozenTower, ImageInputs
 
 PAD_BRANCH = -1
 
@@ -40,7 +40,7 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     tokens = np.zeros((len(answers), width), np.int64)
     gather = np.zeros((len(answers), width), np.int64)
     branches = [[p.chosen, p.rejected] for p in pairs] if packed else [[ids] for ids, _ in answers]
-    prompts = [p for p in pairs] if packed else [*pairs, *pairs]
+    prompts = list(pairs) if packed else [*pairs, *pairs]
     lengths = [len(p.prompt) + sum(map(len, b)) for p, b in zip(prompts, branches, strict=True)]
     n = max(lengths)
     ids = np.full((len(prompts), n), pad_token_id, np.int64)
@@ -119,7 +119,7 @@ class RowReader:
     where image inputs come from and can be exchanged.
     """
 
-    def __init__(self, model: PreTrainedModel, images: "FrozenTower | ImageInputs"):
+    def __init__(self, model: PreTrainedModel, images: FrozenTower | ImageInputs):
         self.images = images
         backbone = model.base_model
         self._original = backbone.forward
@@ -150,105 +150,3 @@ def answer_logps(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     logits = model.get_output_embeddings()(hidden).float()
     chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     return chosen * batch["completion_mask"][:, 1:]
-
-
-def stack_inputs(parts: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Join the processor's outputs for single images along the batch; other dimensions are padded with zeros."""
-    joined = {}
-    for key in parts[0]:
-        tensors = [part[key] for part in parts]
-        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        if any(list(t.shape[1:]) != shape for t in tensors):
-            padded = [t.new_zeros(t.shape[0], *shape) for t in tensors]
-            for target, tensor in zip(padded, tensors, strict=True):
-                target[tuple(slice(0, size) for size in tensor.shape)] = tensor
-            tensors = padded
-        joined[key] = torch.cat(tensors).to(device)
-    return joined
-
-
-class ImageInputs:
-    """The images of a batch, preprocessed anew each time they are needed."""
-
-    def __init__(self, data: PairData):
-        self.data = data
-
-    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "ImageInputs":
-        self._now = (images, device)
-        return self
-
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        images, device = self._now
-        return stack_inputs([self.data.image_inputs(i) for i in images], device)
-
-    def __exit__(self, *_) -> None:
-        self._now = None
-
-
-class FrozenTower:
-    """The outputs of a frozen vision tower, computed once per image and kept in main memory.
-
-    Everything behind the tower (the projector, the merge into the text) stays the model's own code and may train. The
-    first use of an image runs the tower on that image alone; later ones replay what it returned.
-    """
-
-    def __init__(self, data: PairData, tower: torch.nn.Module):
-        self.data, self.tower = data, tower
-        self.outputs: dict[int, list] = {}  # per image: the tower's output, flattened
-        self.meta: dict[int, dict[str, torch.Tensor]] = {}  # per image: what else the model wants to know of it
-        self._spec = None
-        self._recording: list | None = None
-        self._serving: list[int] | None = None
-        self._original = tower.forward
-        tower.forward = MethodType(self._forward, tower)
-
-    def _forward(self, tower: torch.nn.Module, *args, **kwargs):
-        if self._serving is not None:
-            parts = [self.outputs[i] for i in self._serving]
-            device = self._device
-            leaves = [
-                torch.cat(leaf).to(device) if isinstance(leaf[0], torch.Tensor) else leaf[0]
-                for leaf in zip(*parts, strict=True)
-            ]
-            return tree_unflatten(leaves, self._spec)
-        out = self._original(*args, **kwargs)
-        if self._recording is not None:
-            leaves, self._spec = tree_flatten(out)
-            self._recording.append([x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in leaves])
-        return out
-
-    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "FrozenTower":
-        for image in set(images) - self.outputs.keys():
-            self._compute(backbone, image, device)
-        self._now, self._device = images, device
-        return self
-
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        self._serving = self._now
-        return stack_inputs([self.meta[i] for i in self._serving], self._device)
-
-    def __exit__(self, *_) -> None:
-        self._serving = None
-
-    @torch.no_grad()
-    def _compute(self, backbone: torch.nn.Module, image: int, device: torch.device) -> None:
-        inputs = self.data.image_inputs(image)
-        self._recording = []
-        try:
-            backbone.get_image_features(**{key: value.to(device) for key, value in inputs.items()})
-            (self.outputs[image],) = self._recording
-        finally:
-            self._recording = None
-        # only the shape of the pixels is looked at behind the tower: one number stands for all of them
-        pixels = inputs["pixel_values"]
-        self.meta[image] = {**inputs, "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
-
-    def bytes_per_image(self) -> int:
-        """Main memory that one image's outputs take (of those computed so far)."""
-        return max(
-            (
-                sum(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))
-                for leaves in self.outputs.values()
-            ),
-            default=0,
-        )

@@ -178,8 +178,6 @@ class TrainParams:
     feature_cache_gb: float = _value(8.0, lambda v: v >= 0, "at least 0")
     # warn when chosen answers lose this much log-prob per token against the reference
     collapse_nats: float = _value(0.5, lambda v: v > 0, "a value above 0")
-    # processes that preprocess images, where features are not cached
-    num_workers: int = _value(0, lambda v: v >= 0, "at least 0")
     # processes (GPUs) to train on; more than one goes through `accelerate launch`
     processes: int = _value(1, lambda v: v >= 1, "at least 1")
     # an accelerate configuration file (params/accelerate/...), else plain DDP

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rlaifv.images import decode_image
+from rlaifv.records import Reject
 from rlaifv.vlm import VLM, encode
 
 COLUMNS = ("image", "question", "chosen", "rejected")
@@ -23,14 +24,6 @@ COLUMNS = ("image", "question", "chosen", "rejected")
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What some processors say about each prompt token (Gemma3, Qwen-VL); an answer's tokens have type 0."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A pair that is not trained on, and why."""
-
-    pair_id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class PairData:
             )
 
     def _reject(self, row: int, reason: str) -> None:
-        self.rejects.append(Reject(self.pair_id(row), reason))
+        self.rejects.append(Reject(self.pair_id(row), "train", reason))
 
     def pair_id(self, row: int) -> str:
         """`row:idx`: the row's number and the dataset's own index."""

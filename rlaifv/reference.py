@@ -6,12 +6,15 @@ are computed again, saying so. (The original trusts any `*logp*` file that lies 
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
 
 KEY = b"rlaifv.reference"
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -24,31 +27,39 @@ class ReferenceStore:
     layout, the dtype, the segment weight. `pair_ids` are the pairs in training order.
     """
 
-    def __init__(self, folder: Path, made_of: dict, pair_ids: list[str], say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, made_of: dict, pair_ids: list[str]):
         text = json.dumps({**made_of, "pairs": pair_ids}, sort_keys=True)
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self.path = folder / f"reference-{self.fingerprint}.parquet"
-        self.made_of, self.pair_ids, self.say = made_of, pair_ids, say
+        self.made_of, self.pair_ids = made_of, pair_ids
         self.reused = False
+        self._done, self._said = 0, time.monotonic()
 
     def load(self) -> dict[str, np.ndarray] | None:
         """The stored log-probs [pairs], or None when there are none for exactly this model, data and settings."""
         if not self.path.is_file():
             others = len(list(self.path.parent.glob("reference-*.parquet")))
             why = f"; {others} stored for other models or data are not used" if others else ""
-            self.say(f"reference log-probs: computing {len(self.pair_ids)} pairs once{why}")
+            log.info("reference log-probs: computing %d pairs once%s", len(self.pair_ids), why)
             return None
         table = pq.read_table(self.path)
         stored = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
         if stored != self.made_of or table["pair_id"].to_pylist() != self.pair_ids:
-            self.say(
-                f"WARNING reference log-probs: {self.path} was made of {stored}, not of {self.made_of}: not used, "
-                f"computing them again"
+            log.warning(
+                "reference log-probs: %s was made of %s, not of %s: not used, computing them again",
+                *(self.path, stored, self.made_of),
             )
             return None
         self.reused = True
-        self.say(f"reference log-probs: {len(table)} pairs read from {self.path.name}")
+        log.info("reference log-probs: %d pairs read from %s", len(table), self.path.name)
         return {column: table[column].to_numpy() for column in COLUMNS}
+
+    def report(self, pairs: int) -> None:
+        """Count `pairs` more as computed; a log line every few seconds says how many are."""
+        self._done += pairs
+        if time.monotonic() - self._said >= 5:
+            self._said = time.monotonic()
+            log.info("reference log-probs: %d of %d pairs", self._done, len(self.pair_ids))
 
     def save(self, logps: dict[str, list[float]]) -> None:
         """Write atomically: a killed run leaves the old file or the new one, never half of one."""

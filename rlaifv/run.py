@@ -53,6 +53,7 @@ def execute(notebook, parameters: dict[str, str]) -> int:
             cwd=str(ROOT),
             progress_bar=False,
             log_output=False,
+            extra_arguments=["--log-level=40"],  # the kernel's own warnings are not the stage's
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )

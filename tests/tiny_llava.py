@@ -19,33 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = [
-    "what",
-    "is",
-    "in",
-    "the",
-    "image",
-    "?",
-    "a",
-    "red",
-    "blue",
-    "green",
-    "dog",
-    "cat",
-    "kite",
-    "and",
-    "left",
-    "right",
-    "of",
-    "describe",
-    "it",
-    "there",
-    "no",
-    "yes",
-    ".",
-    "big",
-    "small",
-]
+TEXT = "what is in the image ? a red blue green dog cat kite and left right of describe it there no yes . big small"
+WORDS = TEXT.split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"

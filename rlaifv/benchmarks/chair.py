@@ -22,20 +22,7 @@ from rlaifv.benchmarks.scores import Scores
 
 COCO_WORDS = Path(__file__).with_name("coco_vocabulary.txt")
 
-_ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _PHRASES = {
     "home plate": "home plate",  # no plate of the class, and no word of the vocabulary
     "train track": "train track",  # no train
@@ -108,12 +95,17 @@ def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str],
 
 
 def count_words(lemmas: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
-    """The mentions in a sequence of lemmas: two-word phrases first, and no seat where a toilet is."""
+    """The mentions in a sequence of lemmas, two-word phrases before single words."""
     words, at = [], 0
     while at < len(lemmas):
         phrase = " ".join(lemmas[at : at + 2])
         words.append(vocabulary.phrases.get(phrase, lemmas[at]))
         at += 2 if phrase in vocabulary.phrases else 1
+    return name_classes(words, vocabulary)
+
+
+def name_classes(words: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
+    """The words and phrases that the vocabulary knows, as mentions of their classes."""
     if "toilet" in words:  # "the seat of the toilet" is no chair
         words = [word for word in words if word != "seat"]
     return [Mention(word, vocabulary.classes[word]) for word in words if word in vocabulary.classes]
@@ -266,15 +258,14 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("chair", "CHAIR: objects that an answer names and that are not in the image")
-    parser.add_argument("--answers", required=True, help="answers, .json or .jsonl, LLaVA-style or lmms-eval fields")
     parser.add_argument("--objects", required=True, nargs="+", help="COCO instances and captions, or {image: [names]}")
     parser.add_argument("--vocabulary", default=COCO_WORDS, help="a synonym table (default: ours)")
     parser.add_argument("--counting", choices=_COUNTING, default="original")
     options = parser.parse_args(arguments)
 
-    def scorer():
+    def scorer(path):
         vocabulary = load_vocabulary(options.vocabulary)
-        answers, bad = read_answers(options.answers)
+        answers, bad = read_answers(path)
         objects = load_objects(options.objects, vocabulary, [answer.image for answer in answers])
         return score(answers, objects, vocabulary, options.counting), bad
 

@@ -1,0 +1,316 @@
+"""Ask a judge, keep every reply, and say what is missing.
+
+A judge is any model behind an OpenAI-compatible server (`open_judge`), or one in this process (`load_judge`, or a
+plain callable in a `Judge`). Every raw reply is appended to a cache file with the judge's name and the hash of its
+prompt, so that a stopped evaluation goes on where it was and a repeated one asks nothing. A reply that cannot be read
+is asked for again a bounded number of times, then listed; it is never turned into a score here.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class JudgeFailed(RuntimeError):
+    """No reply for one request; the message says why."""
+
+
+class JudgeRefused(ValueError):
+    """The judge will answer nothing: a wrong key, an unknown model, a wrong address."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question for a judge: the row that it is about, a user turn, a system turn (either may be empty)."""
+
+    id: str
+    text: str
+    system: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the judge reads."""
+        return hashlib.sha256(f"{self.system}\0{self.text}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that is asked.
+
+    Attributes:
+        name: stored with every reply and stated beside every score.
+        ask: requests → replies in the same order; a JudgeFailed in place of a reply that did not come.
+        batch_size: requests handed to `ask` at once; replies are stored after each batch.
+    """
+
+    name: str
+    ask: Callable[[Sequence[Request]], Iterable[str | JudgeFailed]]
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Judged(Generic[T]):
+    """What came of a list of requests.
+
+    Attributes:
+        verdicts: row id → parsed reply.
+        replies: row id → raw reply; the last one, for a row whose replies cannot be read.
+        missing: rows without a verdict, [{"id", "reason"}]; the next run asks for these alone.
+        replied: replies that came in this call, unreadable ones included.
+        cached: verdicts that the cache already held.
+    """
+
+    verdicts: Mapping[str, T]
+    replies: Mapping[str, str]
+    missing: Sequence[Mapping[str, str]]
+    replied: int
+    cached: int
+
+    @property
+    def unparsed(self) -> list[str]:
+        """Ids of the rows that got a reply which cannot be read."""
+        return [row["id"] for row in self.missing if row["id"] in self.replies]
+
+
+def ask_all(
+    requests: Sequence[Request],
+    judge: Judge,
+    parse: Callable[[str], T | None],
+    cache: str | Path | None = None,
+    attempts: int = 3,
+    run: int = 0,
+) -> Judged[T]:
+    """Get a verdict for every request that can have one.
+
+    Args:
+        requests: one a row, ids unique.
+        judge: whom to ask.
+        parse: raw reply → verdict; None for a reply that cannot be read.
+        cache: JSON-lines file of raw replies, made when absent and only appended to.
+        attempts: how often a request is sent in this call before its unreadable reply is given up.
+        run: number of the repetition; each has replies of its own.
+
+    Raises:
+        ValueError: two requests with one id.
+        JudgeRefused: the judge refuses everybody; replies that came before are in the cache.
+    """
+    if len({request.id for request in requests}) < len(requests):
+        raise ValueError("two requests to the judge have one id; verdicts could not be told apart")
+    store = ReplyCache(cache)
+    verdicts: dict[str, T] = {}
+    replies: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for request in requests:
+        for reply in store.replies(judge.name, request, run):
+            _take(request, reply, parse, verdicts, replies, reasons)
+    cached, replied = len(verdicts), 0
+    waiting = [request for request in requests if request.id not in verdicts]
+    for _ in range(attempts):
+        unread = []
+        for start in range(0, len(waiting), judge.batch_size):
+            batch = waiting[start : start + judge.batch_size]
+            for request, reply in zip(batch, judge.ask(batch), strict=True):
+                if isinstance(reply, JudgeFailed):
+                    reasons[request.id] = f"no reply: {reply}"
+                    continue
+                replied += 1
+                store.add(judge.name, request, run, reply)
+                _take(request, reply, parse, verdicts, replies, reasons)
+                if request.id not in verdicts:
+                    unread.append(request)
+        waiting = unread
+    missing = [{"id": r.id, "reason": reasons[r.id]} for r in requests if r.id not in verdicts]
+    return Judged(verdicts, replies, missing, replied, cached)
+
+
+def _take(request: Request, reply: str, parse, verdicts: dict, replies: dict, reasons: dict) -> None:
+    """File one raw reply under verdicts or under reasons; a readable reply is kept once it came."""
+    if request.id in verdicts:
+        return
+    replies[request.id] = reply
+    verdict = parse(reply)
+    if verdict is None:
+        reasons[request.id] = f"unreadable reply: {' '.join(reply.split())[-160:]!r}"
+    else:
+        verdicts[request.id] = verdict
+
+
+def published_prompt(path: str | Path, name: str) -> str:
+    """The string constant `name` of a published scorer's Python file, read without running it.
+
+    The published prompts are not ours to ship; `rlaifv.benchmarks.fetch prompts` gets the files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no Python or assigns no such string.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run `python -m rlaifv.benchmarks.fetch prompts`")
+    try:
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+    except SyntaxError as error:
+        raise ValueError(f"{path} is no Python file: {error}") from None
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
+            names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+            if name in names and isinstance(statement.value.value, str):
+                return statement.value.value
+    raise ValueError(f"{path} assigns no string to {name}")
+
+
+def prompt_label(template: str, published: bool) -> str:
+    """How a score names its prompt: whose it is, and the beginning of its hash."""
+    return f"{'published' if published else 'ours'} {hashlib.sha256(template.encode()).hexdigest()[:12]}"
+
+
+class ReplyCache:
+    """Raw replies by (judge, prompt hash, run) in a JSON-lines file that is only appended to."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = Path(path) if path else None
+        self._replies: dict[tuple[str, str, int], list[str]] = {}
+        if self.path and self.path.exists():
+            text = self.path.read_text(encoding="utf-8")
+            for line in text.split("\n"):
+                self._read(line)
+            if text and not text.endswith("\n"):  # a process was killed while it wrote
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n")
+        elif self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _read(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            key = (row["judge"], row["prompt_sha256"], row["run"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return  # an empty or half-written line: that reply is asked for again
+        self._replies.setdefault(key, []).append(row["reply"])
+
+    def replies(self, judge: str, request: Request, run: int) -> list[str]:
+        """All replies to this request, oldest first."""
+        return self._replies.get((judge, request.digest, run), [])
+
+    def add(self, judge: str, request: Request, run: int, reply: str) -> None:
+        """Keep a reply, on disk before this returns."""
+        self._replies.setdefault((judge, request.digest, run), []).append(reply)
+        if self.path:
+            row = {"id": request.id, "judge": judge, "prompt_sha256": request.digest, "run": run, "reply": reply}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@dataclass
+class _Health:
+    """Whether the server still serves: after some failures in a row, nobody is asked any more."""
+
+    limit: int
+    failures: int = 0
+    last: str = ""
+    refusal: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def served(self) -> None:
+        with self.lock:
+            self.failures = 0
+
+    def failed(self, reason: str) -> JudgeFailed:
+        with self.lock:
+            self.failures, self.last = self.failures + 1, reason
+        return JudgeFailed(reason)
+
+
+def open_judge(
+    model: str,
+    base_url: str | None = None,
+    *,
+    key_variable: str = "OPENAI_API_KEY",
+    concurrency: int = 8,
+    tries: int = 4,
+    timeout: float = 120.0,
+    max_tokens: int = 2048,
+    temperature: float | None = 0.0,
+    give_up_after: int = 5,
+) -> Judge:
+    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, SGLang, `transformers serve`, …).
+
+    Args:
+        model: its name there.
+        base_url: such as http://localhost:8000/v1; default OpenAI's, or the environment's OPENAI_BASE_URL.
+        key_variable: the environment variable with the key; local servers need none. The key is stored nowhere.
+        concurrency: requests in flight.
+        tries: how often one request is sent when it times out or the server answers 429 or 5xx (with growing pauses).
+        timeout: seconds for one try.
+        max_tokens, temperature: of the reply; None leaves the temperature to the server.
+        give_up_after: failed requests in a row after which the rest is listed without being asked.
+    """
+    import openai
+
+    key = os.environ.get(key_variable) or "none"
+    client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=tries - 1)
+    options: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    health = _Health(give_up_after)
+
+    def ask_one(request: Request) -> str | JudgeFailed:
+        if health.refusal:
+            return JudgeFailed(health.refusal)
+        if health.failures >= health.limit:
+            return JudgeFailed(f"not asked after {health.failures} failures in a row, the last: {health.last}")
+        turns = [("system", request.system), ("user", request.text)]
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        try:
+            response = client.chat.completions.create(messages=messages, **options)
+            text = response.choices[0].message.content
+        except openai.APIStatusError as error:
+            reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
+            if error.status_code in (401, 403, 404):
+                health.refusal = reason
+            if error.status_code < 500 and error.status_code != 429:
+                return JudgeFailed(reason)  # this row's fault, such as a prompt that is too long
+            return health.failed(reason)
+        except openai.OpenAIError as error:  # no connection, or no reply in time
+            return health.failed(f"{type(error).__name__} after {tries} tries: {error}")
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return health.failed(f"no chat completion: is {client.base_url} an OpenAI-compatible address?")
+        health.served()
+        return text if text and text.strip() else JudgeFailed("an empty reply")
+
+    def ask(requests: Sequence[Request]) -> Iterator[str | JudgeFailed]:
+        with ThreadPoolExecutor(concurrency) as pool:
+            yield from pool.map(ask_one, requests)
+        if health.refusal:
+            raise JudgeRefused(f"the judge {model} at {client.base_url} answers {health.refusal}")
+
+    return Judge(model, ask)
+
+
+def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
+    """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
+    import numpy as np
+    import torch
+
+    from rlaifv.sampling import Prompt, generate_batch
+    from rlaifv.vlm import load_vlm
+
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")
+
+    def ask(requests: Sequence[Request]) -> list[str | JudgeFailed]:
+        prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]
+        streams = [np.zeros((1, max_tokens))] * len(prompts)  # greedy decoding draws nothing
+        replies = generate_batch(model, prompts, streams, temperature=0, top_k=0, top_p=1, max_new_tokens=max_tokens)
+        return [samples[0].text or JudgeFailed("an empty reply") for samples in replies]
+
+    return Judge(f"{path}@{model.fingerprint}", ask, batch_size)

@@ -1,0 +1,190 @@
+"""POPE (arXiv 2305.10355): does the model say "yes" about objects that are not in the image?
+
+    python -m rlaifv.benchmarks.pope --answers answers.jsonl --questions coco_pope_adversarial.json --json
+
+Answers are aligned with the questions by `question_id`, never by position, and where the answer file repeats
+the questions they must be the same: a file that was cut or shuffled is refused, with the ids that differ.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlaifv.benchmarks.cli import command, run
+from rlaifv.benchmarks.results import Answer, image_keys, lookup, read_answers, read_records
+from rlaifv.benchmarks.scores import Scores
+
+_ID_FIELDS = ("question_id", "id", "doc_id")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One yes/no question; `label` is "yes" or "no", `category` the split where a file holds several."""
+
+    id: str
+    text: str
+    label: str
+    image: str = ""
+    category: str = ""
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a POPE file, or of an lmms-eval sample file, which carries its questions and labels.
+
+    Raises:
+        ValueError: a row that does not parse, a label other than yes and no, or two questions with one id.
+    """
+    records, bad = read_records(path)
+    if bad:
+        raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
+    questions: dict[str, Question] = {}
+    for number, record in enumerate(records):
+        identity = lookup(record, _ID_FIELDS) or str(number)
+        wrapped = "doc" in record or "question" in record  # then "text" and "answer" are not what they are in POPE's
+        text = lookup(record, ("question", "prompt") if wrapped else ("text",))
+        label = (lookup(record, ("label", "target")) or lookup(record.get("doc", record), ("answer",))).lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"{path}: question {identity} has the label {label!r}, expected yes or no")
+        if identity in questions:
+            raise ValueError(f"{path}: two questions have the id {identity}; give one split at a time")
+        image = lookup(record, ("image", "image_source", "image_id"))
+        questions[identity] = Question(identity, text, label, image, lookup(record, ("category",)))
+    return list(questions.values())
+
+
+def says_yes(text: str) -> bool:
+    """The published rule: "no" when the first sentence has the word No, no or not, and "yes" otherwise."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def is_clear(text: str) -> bool:
+    """Whether the answer has the word yes or no at all; the published rule takes an unclear one for a yes."""
+    return bool(re.search(r"\b(yes|no|not)\b", text.split(".")[0], re.IGNORECASE))
+
+
+def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[str, Answer], list[dict]]:
+    """Question id → its answer, and a list of what has no partner.
+
+    Raises:
+        ValueError: answers about other questions or images under the same ids, or two answers to a question.
+    """
+    by_id = {question.id: question for question in questions}
+    found: dict[str, Answer] = {}
+    missing, twice, wrong = [], [], []
+    answers = list(answers)
+    if any(answer.record and not lookup(answer.record, _ID_FIELDS) for answer in answers):
+        raise ValueError("the answers have no question_id; without it nothing says which question they belong to")
+    for answer in answers:
+        question = by_id.get(answer.id)
+        if question is None:
+            missing.append({"id": answer.id, "reason": "answer to no question of this file"})
+        elif answer.id in found:
+            twice.append(answer.id)
+        else:
+            found[answer.id] = answer
+            if not _same(question, answer):
+                wrong.append(answer.id)
+    if wrong:
+        question, answer = by_id[wrong[0]], found[wrong[0]]
+        raise ValueError(
+            f"{len(wrong)} of {len(found)} answers belong to other questions than their ids say (id "
+            f"{wrong[0]}: {question.text!r} {question.image} against {answer.question!r} {answer.image}); use "
+            f"the answer file that was made for these questions. Ids that do not match: {', '.join(wrong)}"
+        )
+    if twice:
+        raise ValueError(f"{len(twice)} questions are answered twice: {', '.join(twice)}")
+    if not found:
+        ids = f"{questions[0].id} … {questions[-1].id}"
+        given = [row["id"] for row in missing]
+        raise ValueError(f"no answer has an id of the questions ({ids}); the answers' ids: {', '.join(given)}")
+    missing += [{"id": q.id, "reason": "no answer to this question"} for q in questions if q.id not in found]
+    return found, missing
+
+
+def _same(question: Question, answer: Answer) -> bool:
+    """False when the answer names another question or another image."""
+    if question.text and answer.question and _plain(question.text) not in _plain(answer.question):
+        return False
+    keys = set(image_keys(question.image)) & set(image_keys(answer.image))
+    return not (question.image and answer.image) or bool(keys)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def score(questions: Sequence[Question], answers: Iterable[Answer]) -> Scores:
+    """Accuracy, precision, recall, F1 (positive class: yes) and the share of yes answers.
+
+    Raises:
+        ValueError: questions and answers that are not aligned (`align`).
+    """
+    found, missing = align(questions, answers)
+    rows = []
+    for question in questions:
+        if question.id in found:
+            answer = found[question.id]
+            yes, truth = says_yes(answer.text), question.label == "yes"
+            rows.append(
+                {
+                    "id": question.id,
+                    "category": question.category,
+                    "label": question.label,
+                    "answer": "yes" if yes else "no",
+                    "correct": yes == truth,
+                    "clear": is_clear(answer.text),
+                    "text": answer.text,
+                }
+            )
+    rates = yes_no_rates(rows, positive="yes")
+    for category in sorted({row["category"] for row in rows} - {""}):
+        for name, sums in yes_no_rates(rows, "yes", lambda row, here=category: row["category"] == here).items():
+            rates[f"{category}_{name}"] = sums
+    cells = {
+        f"{'t' if row_correct else 'f'}{'p' if answer == 'yes' else 'n'}": sum(
+            row["correct"] == row_correct and row["answer"] == answer for row in rows
+        )
+        for row_correct in (True, False)
+        for answer in ("yes", "no")
+    }
+    counts = {"n": len(rows), **cells, "n_unclear": sum(not row["clear"] for row in rows)}
+    return Scores("pope", rows, rates, counts, {"alignment": "question id"}, missing)
+
+
+def yes_no_rates(
+    rows: Sequence[Mapping], positive: str, chosen=lambda row: True
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Accuracy, precision, recall, F1 and yes ratio as sums over rows with "label", "answer" and "correct".
+
+    F1 = 2 TP / (2 TP + FP + FN), which is the harmonic mean of precision and recall.
+    """
+    inside = [int(chosen(row)) for row in rows]
+    said = [i * (row["answer"] == positive) for i, row in zip(inside, rows, strict=True)]
+    true = [i * (row["label"] == positive) for i, row in zip(inside, rows, strict=True)]
+    hits = [s * t for s, t in zip(said, true, strict=True)]
+    return {
+        "accuracy": ([i * row["correct"] for i, row in zip(inside, rows, strict=True)], inside),
+        "precision": (hits, said),
+        "recall": (hits, true),
+        "f1": ([2 * hit for hit in hits], [s + t for s, t in zip(said, true, strict=True)]),
+        "yes_ratio": ([i * (row["answer"] == "yes") for i, row in zip(inside, rows, strict=True)], inside),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: read, align, score, print."""
+    parser = command("pope", "POPE: yes or no about objects that are and are not in the image")
+    parser.add_argument("--questions", help="one split of POPE; default: questions and labels of an lmms-eval file")
+    options = parser.parse_args(arguments)
+
+    def scorer(path):
+        answers, bad = read_answers(path)
+        return score(read_questions(options.questions or path), answers), bad
+
+    run(options, scorer)
+
+
+if __name__ == "__main__":
+    main()

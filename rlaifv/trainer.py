@@ -1,0 +1,250 @@
+"""One process of a training run: load, freeze, lay out, train or resume, write checkpoints."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import DPOConfig
+
+from rlaifv.checkpoints import merge, write_adapter, write_checkpoint
+from rlaifv.dpo import PairCollator, PairTrainer, Watch, write_log
+from rlaifv.layout import choose_layout
+from rlaifv.params import TrainParams
+from rlaifv.preferences import PairData
+from rlaifv.reference import ReferenceStore
+from rlaifv.tower import vision_tower
+from rlaifv.vlm import VLM, load_vlm, resolve_checkpoint
+
+log = logging.getLogger(__name__)
+
+PROJECTOR = ("projector", "merger", "connector", "aligner", "resampler", "image_newline")
+"""Words in the names of the parameters between vision tower and language model, over all architectures."""
+
+
+def be_quiet() -> None:
+    """No usage statistics, and no progress bars of libraries between our own log lines."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports the use of its trainers otherwise
+    os.environ["TQDM_DISABLE"] = "1"
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run_job(job: dict) -> None:
+    """Train in this process (one of several under `accelerate launch`), resuming what is in the job's folder."""
+    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
+    run = Path(job["run"])
+    be_quiet()
+    main = int(os.environ.get("RANK", "0")) == 0
+    vlm = load_policy(job["policy"], params)
+    data = PairData(vlm, Path(job["pairs"]), params.max_length)
+    for reject in data.rejects:
+        log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
+    if not data.pairs:
+        raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
+    freeze(vlm.model, params)
+    if torch.cuda.is_available() and not sharded():
+        vlm.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    layout = choose_layout(vlm, data, params)
+    trainer = make_trainer(vlm, data, params, run, job, layout)
+    last = last_checkpoint(run / "trainer")
+    if last:
+        log.info("train: resuming from %s", last.name)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if main:
+        write_log(trainer.state.log_history, run / "published" / "log.csv")
+        result = {
+            "n_checkpoints": params.epochs * params.checkpoints_per_epoch,
+            "steps": trainer.state.global_step,
+            "pairs": len(data.pairs),
+            "rejects": [(reject.id, reject.reason) for reject in data.rejects],
+            "layout": layout,
+            "reference": "reused" if trainer.reference.reused else "computed",
+            "trained_tokens": sum(
+                len(p.chosen) + len(p.rejected) - p.chosen_start - p.rejected_start for p in data.pairs
+            ),
+        }
+        (run / "finished.json").write_text(json.dumps(result))
+
+
+def load_policy(policy: str, params: TrainParams) -> VLM:
+    """The policy in main memory, its weights in the dtype that the optimizer needs.
+
+    Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
+    bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
+    """
+    dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
+    vlm = load_vlm(policy, dtype=dtype, device="cpu")
+    if not params.load_in_4bit:
+        return vlm
+    source, revision = resolve_checkpoint(policy)
+    quantized = AutoModelForImageTextToText.from_pretrained(
+        source,
+        revision=revision,
+        use_safetensors=True,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        device_map={"": int(os.environ.get("LOCAL_RANK", "0"))},
+    )
+    return dataclasses.replace(vlm, model=quantized.requires_grad_(False))
+
+
+def sharded() -> str | None:
+    """What spreads the weights over the processes of this run, if anything: "deepspeed" or "fsdp"."""
+    for name in ("deepspeed", "fsdp"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false") == "true":
+            return name
+    return None
+
+
+def freeze(model: PreTrainedModel, params: TrainParams) -> None:
+    """Let only the language model learn, and the projector unless it is frozen; never the vision tower."""
+    if params.lora_r:
+        return  # the adapters that PEFT adds are all that learns
+    tower = {id(p) for p in vision_tower(model).parameters()} if vision_tower(model) is not None else set()
+    for name, parameter in model.named_parameters():
+        projector = any(word in name for word in PROJECTOR)
+        parameter.requires_grad_(not params.freeze_projector if projector else id(parameter) not in tower)
+
+
+def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: dict, layout: str) -> PairTrainer:
+    """A `PairTrainer` for this run; the reference log-probs are computed or read here."""
+    collator = PairCollator(
+        data, vlm.tokenizer.pad_token_id, packed=layout.startswith("packed"), segment_weight=params.segment_weight
+    )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+    args = training_arguments(params, run / "trainer", job["seed"])
+    made_of = {
+        "policy": job["identity"]["policy"],
+        "data": job["identity"]["pairs"],
+        "segment_weight": params.segment_weight,
+        "dtype": params.dtype,
+        "load_in_4bit": params.load_in_4bit,
+    }
+    reference = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
+    for module in vlm.model.modules():  # as TRL does, but before LoRA's own dropout joins
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer = PairTrainer(
+        model=vlm.model,
+        args=args,
+        data=data,
+        reference=reference,
+        data_collator=collator,
+        train_dataset=numbered(len(data.pairs), run / "dataset"),
+        processing_class=vlm.processor or vlm.tokenizer,
+        peft_config=lora_config(vlm.model, params) if params.lora_r else None,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Watch(params.beta, params.collapse_nats))
+    trainer.add_callback(Publish(trainer, vlm, params, run, job["policy"]))
+    return trainer
+
+
+def numbered(n: int, folder: Path) -> Dataset:
+    """What the Trainer iterates over: the numbers 0..n-1 of the pairs. On disk, where all processes find TRL's cache."""
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            Dataset.from_dict({"pair": list(range(n))}).save_to_disk(folder)
+    return datasets.load_from_disk(folder)
+
+
+def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
+    """TRL's arguments for our parameters."""
+    return DPOConfig(
+        output_dir=str(folder),
+        beta=params.beta,
+        loss_type=list(params.loss_type),
+        loss_weights=list(params.loss_weights) if params.loss_weights else None,
+        label_smoothing=params.label_smoothing,
+        learning_rate=params.learning_rate,
+        num_train_epochs=params.epochs,
+        per_device_train_batch_size=params.micro_batch_size,
+        gradient_accumulation_steps=params.batch_size // (params.micro_batch_size * params.processes),
+        lr_scheduler_type=params.scheduler,
+        warmup_steps=params.warmup_ratio,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        bf16=params.dtype == "bfloat16",
+        gradient_checkpointing=params.gradient_checkpointing,
+        precompute_ref_log_probs=True,
+        disable_dropout=False,  # done already; LoRA's own stays
+        max_length=None,  # never cut an answer
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # `Publish` says when
+        save_total_limit=1,
+        report_to="tensorboard",
+        disable_tqdm=True,
+        seed=seed,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:
+    """LoRA on the language model's linear layers; vision tower and projector stay as they are."""
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    targets = "|".join(re.escape(target) for target in params.lora_targets)
+    return LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=rf"{re.escape(name)}\..*\.({targets})",
+        task_type="CAUSAL_LM",
+    )
+
+
+class Publish(TrainerCallback):
+    """Writes checkpoint k after k/n of an epoch's steps, and then lets the Trainer write one it can resume from."""
+
+    def __init__(self, trainer: PairTrainer, vlm: VLM, params: TrainParams, run: Path, policy: str):
+        self.trainer, self.vlm, self.params, self.run, self.policy = trainer, vlm, params, run, policy
+
+    def on_step_end(self, args, state, control, **kwargs):
+        n = self.params.epochs * self.params.checkpoints_per_epoch
+        due = [k for k in range(1, n + 1) if max(1, round(k * state.max_steps / n)) == state.global_step]
+        for k in due:
+            self._write(self.run / "published" / f"checkpoint-{k}")
+        control.should_save = bool(due)
+        return control
+
+    def _write(self, out: Path) -> None:
+        trainer, params = self.trainer, self.params
+        # every process takes part: the weights may be spread over all of them
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not trainer.accelerator.is_main_process:
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if params.lora_r:
+            write_adapter(model, self.run / "adapter", weights)
+            merge(self.policy, self.run / "adapter", out, params.dtype)
+        else:
+            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete Trainer checkpoint; half-written ones (a kill while saving) are deleted."""
+    complete = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            complete[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return complete[max(complete)] if complete else None
