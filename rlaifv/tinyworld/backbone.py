@@ -26,6 +26,12 @@ from rlaifv.tinyworld.tokenizer import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
 
 WIDTH = 128
 _CELLS = GRID * GRID
+_KINDS = {"class": CLASSES, "color": COLOR_NAMES, "number": NUMBERS, "position": POSITIONS}
+SHOWN: tuple[str, ...] = tuple(word for words in _KINDS.values() for word in words)
+"""The words for what a patch can show: 24 classes, 8 colors, 3 numbers, 9 positions."""
+SLICES: dict[str, slice] = {
+    kind: slice(SHOWN.index(words[0]), SHOWN.index(words[0]) + len(words)) for kind, words in _KINDS.items()
+}
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast, layers: int, width: int = WIDTH) -> LlamaConfig:
@@ -33,7 +39,7 @@ def text_config(tokenizer: PreTrainedTokenizerFast, layers: int, width: int = WI
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=(2 if layers == 3 else 3) * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -47,7 +53,7 @@ def text_config(tokenizer: PreTrainedTokenizerFast, layers: int, width: int = WI
     )
 
 
-def build_vlm(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlavaForConditionalGeneration:
+def build_vlm(tokenizer: PreTrainedTokenizerFast, layers: int = 3) -> LlavaForConditionalGeneration:
     """A LLaVA of about 1.5 million parameters with random weights, queries equal to keys and related words close."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -69,6 +75,7 @@ def build_vlm(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlavaForCo
     )
     model = LlavaForConditionalGeneration(config)
     start_language_model(model.model.language_model, tokenizer)
+    start_lookup(model.model.language_model)
     return model
 
 
@@ -79,7 +86,12 @@ def start_language_model(language_model: torch.nn.Module, tokenizer: PreTrainedT
         for layer in language_model.layers:
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
         table = language_model.embed_tokens.weight
-        plural, bare = torch.randn(2, table.shape[1]) * 0.05
+        basis = directions()
+        plural, bare = torch.randn(2, len(basis[2])) * 0.06 @ basis[2]
+        rest = torch.randn(len(table), len(basis[2])) @ basis[2]
+        table.copy_(0.9 * F.normalize(rest, dim=-1))
+        for index, word in enumerate(SHOWN):
+            table[tokenizer.convert_tokens_to_ids(" " + word)] = 0.9 * basis[0][index]
 
         def relate(word: str, base: str, shift: torch.Tensor) -> None:
             ids = tokenizer.convert_tokens_to_ids([word, base])
@@ -88,9 +100,46 @@ def start_language_model(language_model: torch.nn.Module, tokenizer: PreTrainedT
         for token in sorted(tokenizer.get_vocab()):
             if token.startswith(" ") and len(token) > 1:
                 relate(token[1:], token.lower() if token.lower() in tokenizer.get_vocab() else token, bare)
+        relate(" one", " a", plural)
         for name, form in PLURALS.items():
             if form != name:
                 relate(" " + form, " " + name, plural)
+
+
+def directions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three orthogonal bases (44, 44 and 40 of 128 directions): words of what is shown, the same things as patches
+    show them, and the rest."""
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
+    return tuple(basis.split([len(SHOWN), len(SHOWN), WIDTH - 2 * len(SHOWN)]))
+
+
+def start_lookup(language_model: torch.nn.Module, gain: float = 0.8, copied: float = 0.17) -> None:
+    """Start three heads of the first layer as lookups by class, color and position: the word attends to the patch that
+    shows it and receives, as words, what else the patch shows. Training goes on from there.
+
+    A word's query and a patch's key live in the rotary pairs that hardly turn with distance.
+    """
+    words, patches, _ = directions()
+    attention = language_model.layers[0].self_attn
+    side = WIDTH // language_model.config.num_attention_heads
+    slow = [*range(side // 2 - 12, side // 2), *range(side - 12, side)]
+    with torch.no_grad():
+        for head, (asked, told) in enumerate(
+            [("class", ("color", "number", "position")), ("color", ("class",)), ("position", ("class", "color"))]
+        ):
+            rows = slice(head * side, (head + 1) * side)
+            for projection, source in ((attention.q_proj, words), (attention.k_proj, patches)):
+                weight = torch.randn(side, WIDTH) * 0.02
+                found = source[SLICES[asked]]
+                weight[slow[: len(found)]] = gain * found
+                projection.weight[rows] = weight
+            value, output = attention.v_proj.weight[rows], attention.o_proj.weight[:, rows]
+            at = 0
+            for kind in told:
+                length = SLICES[kind].stop - SLICES[kind].start
+                value[at : at + length] = patches[SLICES[kind]]
+                output[:, at : at + length] = copied * words[SLICES[kind]].T
+                at += length
 
 
 def pixel_values(scenes: list[Scene], seed: int, processor: LlavaProcessor) -> torch.Tensor:
@@ -114,31 +163,26 @@ def patch_labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
     return labels
 
 
-_WORDS = {"class": CLASSES, "color": COLOR_NAMES, "number": NUMBERS, "position": POSITIONS}
+def patch_scores(features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scores of each patch (scenes, 9, width) for what it may show: kind → (scenes, 9, 1 + words), index 0 = none."""
+    patches = directions()[1]
+    match = 8 * features @ patches.T
+    return {
+        kind: torch.cat([torch.full_like(match[..., :1], 4.0), match[..., where]], dim=-1)
+        for kind, where in SLICES.items()
+    }
 
 
-def patch_scores(features: torch.Tensor, table: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> dict:
-    """Scores of each patch (scenes, 9, width) for the words of each kind: (scenes, 9, 1 + words), index 0 = none."""
-    scores = {}
-    for kind, words in _WORDS.items():
-        vectors = table[tokenizer.convert_tokens_to_ids([" " + word for word in words])]
-        match = 8 * (features @ F.normalize(vectors, dim=-1).T) / vectors.norm(dim=-1).mean()
-        scores[kind] = torch.cat([torch.full_like(match[..., :1], 4.0), match], dim=-1)
-    return scores
-
-
-def patch_targets(labels: dict, table: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """The sum of the word embeddings that name each cell: (scenes, 9, width)."""
-    target = 0.0
-    for kind, words in _WORDS.items():
-        vectors = table[tokenizer.convert_tokens_to_ids([" " + word for word in words])]
-        target = target + torch.cat([torch.zeros_like(vectors[:1]), vectors])[labels[kind]]
-    return target
+def patch_targets(labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of the directions that name each cell: (scenes, 9, width)."""
+    patches = directions()[1]
+    return sum(
+        torch.cat([torch.zeros(1, WIDTH), patches[where]])[labels[kind]] for kind, where in SLICES.items()
+    )
 
 
 def align(
     model: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
     pixels: torch.Tensor,
     scenes: list[Scene],
     steps: int,
@@ -149,7 +193,6 @@ def align(
 
     Returns the learning curve: step, loss and the share of right patches of each kind on the last batch.
     """
-    table = model.get_input_embeddings().weight.detach()
     parameters = [
         *model.model.vision_tower.parameters(),
         *model.model.multi_modal_projector.parameters(),
@@ -160,11 +203,11 @@ def align(
     for step in range(1, steps + 1):
         rows = torch.randint(len(scenes), (batch,))
         features = image_features(model, pixels[rows])
-        scores = patch_scores(features, table, tokenizer)
+        scores = patch_scores(features)
         losses = {
             kind: F.cross_entropy(scores[kind].flatten(0, 1), labels[kind][rows].flatten()) for kind in scores
         }
-        target = patch_targets({kind: labels[kind][rows] for kind in labels}, table, tokenizer)
+        target = patch_targets({kind: labels[kind][rows] for kind in labels})
         loss = sum(losses.values()) + (features - target).square().sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -85,7 +85,8 @@ def _texts() -> list[str]:
         style.format(be="is are", thing="", Thing="", position="").replace("  ", " ") for style, _ in STYLES
     ]
     claims = ["There is are Is Are there in the image The at. ?"]
-    answers = ["Yes No yes no Yes. No, 0 1 2 3 4 5 6 7 8 9 10 ! ' \" ; / * _ ( ) [ ] { } < > ="]
+    answers = ["What color is are the? How many are there? Where none one"]
+    answers += ["Yes No yes no Yes. No, 0 1 2 3 4 5 6 7 8 9 10 ! ' \" ; / * _ ( ) [ ] { } < > ="]
     prompts = [CLAIMS_PROMPT, QUESTIONS_PROMPT, "### Facts:\n- ### Modified sentences:\n- ", "USER: ASSISTANT: \n"]
     texts = [*prompts, *INSTRUCTIONS, *OPINIONS, YES_NO, *styles, *claims, *answers, *things, *PLURALS.values()]
     return [re.sub(r"\{(question|answer|claims)\}", "", text) for text in texts]
