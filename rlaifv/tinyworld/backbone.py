@@ -74,17 +74,23 @@ def build_vlm(tokenizer: PreTrainedTokenizerFast, layers: int = 3) -> LlavaForCo
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    start_language_model(model.model.language_model, tokenizer)
+    start_language_model(model.model.language_model, tokenizer, quiet=0.2)
     start_lookup(model.model.language_model)
+    start_binding(model.model.language_model)
     return model
 
 
-def start_language_model(language_model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+def start_language_model(
+    language_model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, quiet: float = 1.0
+) -> None:
     """Start a LlamaModel so that equal and related words attend to each other: keys = queries, and the embedding of a
-    plural or of a capitalized word is that of the plain word plus a common vector."""
+    plural or of a capitalized word is that of the plain word plus a common vector. Every layer adds `quiet` times its
+    random output to the residual stream."""
     with torch.no_grad():
         for layer in language_model.layers:
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            layer.self_attn.o_proj.weight.mul_(quiet)
+            layer.mlp.down_proj.weight.mul_(quiet)
         table = language_model.embed_tokens.weight
         basis = directions()
         plural, bare = torch.randn(2, len(basis[2])) * 0.06 @ basis[2]
@@ -140,6 +146,28 @@ def start_lookup(language_model: torch.nn.Module, gain: float = 0.8, copied: flo
                 value[at : at + length] = patches[SLICES[kind]]
                 output[:, at : at + length] = copied * words[SLICES[kind]].T
                 at += length
+
+
+def start_binding(language_model: torch.nn.Module, gain: float = 1.0) -> None:
+    """Start two heads of the second layer as comparisons: the color word of a question looks for the color that the
+    lookup gave its noun, the position word for the position, and is flagged when they agree.
+
+    The value is the noun's number, which no color or position word has, so that the word's match with itself (where
+    attention rests when nothing agrees) raises no flag.
+    """
+    words, _, rest = directions()
+    attention = language_model.layers[1].self_attn
+    side = WIDTH // language_model.config.num_attention_heads
+    slow = [*range(side // 2 - 12, side // 2), *range(side - 12, side)]
+    with torch.no_grad():
+        for head, kind in enumerate(("color", "position")):
+            rows = slice(head * side, (head + 1) * side)
+            weight = torch.randn(side, WIDTH) * 0.02
+            weight[slow[: SLICES[kind].stop - SLICES[kind].start]] = gain * words[SLICES[kind]]
+            attention.q_proj.weight[rows] = weight
+            attention.k_proj.weight[rows] = weight
+            attention.v_proj.weight[rows.start] = words[SLICES["number"]].sum(0)
+            attention.o_proj.weight[:, rows.start] = rest[head]
 
 
 def pixel_values(scenes: list[Scene], seed: int, processor: LlavaProcessor) -> torch.Tensor:
