@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -204,9 +203,7 @@ def patch_scores(features: torch.Tensor) -> dict[str, torch.Tensor]:
 def patch_targets(labels: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum of the directions that name each cell: (scenes, 9, width)."""
     patches = directions()[1]
-    return sum(
-        torch.cat([torch.zeros(1, WIDTH), patches[where]])[labels[kind]] for kind, where in SLICES.items()
-    )
+    return sum(torch.cat([torch.zeros(1, WIDTH), patches[where]])[labels[kind]] for kind, where in SLICES.items())
 
 
 def align(
@@ -232,9 +229,7 @@ def align(
         rows = torch.randint(len(scenes), (batch,))
         features = image_features(model, pixels[rows])
         scores = patch_scores(features)
-        losses = {
-            kind: F.cross_entropy(scores[kind].flatten(0, 1), labels[kind][rows].flatten()) for kind in scores
-        }
+        losses = {kind: F.cross_entropy(scores[kind].flatten(0, 1), labels[kind][rows].flatten()) for kind in scores}
         target = patch_targets({kind: labels[kind][rows] for kind in labels})
         loss = sum(losses.values()) + (features - target).square().sum(-1).mean()
         optimizer.zero_grad()
@@ -243,9 +238,7 @@ def align(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            right = {
-                kind: (scores[kind].argmax(-1) == labels[kind][rows]).float().mean().item() for kind in scores
-            }
+            right = {kind: (scores[kind].argmax(-1) == labels[kind][rows]).float().mean().item() for kind in scores}
             curve.append({"phase": "align", "step": step, "loss": loss.item(), **right})
             print(f"align {step}/{steps} {time.time() - started:.0f} s {curve[-1]}", flush=True)
     return curve

@@ -53,7 +53,7 @@ class CheckpointParams:
     """Unseen scenes on which the saved checkpoints are measured."""
 
 
-def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()) -> dict:  # noqa: B008 (frozen)
+def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()) -> dict:
     """Train and save policy, labeler and divider into `folder`.
 
     Returns {"curves": learning curves as rows, "scores": what the saved checkpoints reach, "minutes", "megabytes"}.

@@ -97,9 +97,7 @@ def reply(
 ) -> list[str]:
     """Greedy replies of the divider to user prompts."""
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
     replies = []
@@ -122,11 +120,7 @@ def division_accuracy(
     listed = [claims(answer) for answer in answers]
     told = reply(model, tokenizer, first)
     split = [text == claims_reply(answer) for text, answer in zip(told, answers, strict=True)]
-    second = [
-        QUESTIONS_PROMPT.format(claims="\n".join(f"- {claim}" for claim in found)) for found in listed if found
-    ]
+    second = [QUESTIONS_PROMPT.format(claims="\n".join(f"- {claim}" for claim in found)) for found in listed if found]
     asked = reply(model, tokenizer, second)
-    turned = [
-        text == questions_reply(found) for text, found in zip(asked, [f for f in listed if f], strict=True)
-    ]
+    turned = [text == questions_reply(found) for text, found in zip(asked, [f for f in listed if f], strict=True)]
     return {"claims": sum(split) / len(split), "questions": sum(turned) / max(len(turned), 1)}

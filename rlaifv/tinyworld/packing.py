@@ -88,14 +88,10 @@ class Packer:
         same = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
         mask = (same & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
         slots = self._prefix.index(self._encode("<image>")[0]) if self._with_image else None
-        return Packed(
-            ids, positions, mask, slots, torch.tensor(at), torch.tensor(targets), torch.tensor(weights)
-        )
+        return Packed(ids, positions, mask, slots, torch.tensor(at), torch.tensor(targets), torch.tensor(weights))
 
 
-def target_logits(
-    language_model: torch.nn.Module, packed: Packed, features: torch.Tensor | None
-) -> torch.Tensor:
+def target_logits(language_model: torch.nn.Module, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
     """Logits (T, vocabulary) at the target positions of a LlamaModel with tied embeddings.
 
     features: projected patch features (R, 9, width) of the rows' images, or None without images.

@@ -81,9 +81,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def _texts() -> list[str]:
     """Texts that contain every word that the tokenizer must know."""
     things = [f"{number} {number.capitalize()}" for number in NUMBERS] + [*COLOR_NAMES, *POSITIONS, *CLASSES]
-    styles = [
-        style.format(be="is are", thing="", Thing="", position="").replace("  ", " ") for style, _ in STYLES
-    ]
+    styles = [style.format(be="is are", thing="", Thing="", position="").replace("  ", " ") for style, _ in STYLES]
     claims = ["There is are Is Are there in the image The at. ?"]
     answers = ["What color is are the? How many are there? Where none one"]
     answers += ["Yes No yes no Yes. No, 0 1 2 3 4 5 6 7 8 9 10 ! ' \" ; / * _ ( ) [ ] { } < > ="]
