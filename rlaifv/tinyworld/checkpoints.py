@@ -36,7 +36,7 @@ class CheckpointParams:
     align_steps: int = 900
     align_lr: float = 2e-3
     scenes: int = 12000
-    """Scenes of the lessons. Half of them show two colors at most, so that a color alone does not tell objects apart."""
+    """Scenes of the lessons. Half of them show two colors at most, so that colors alone do not tell things apart."""
     rows: int = 6
     """Scenes a step: small steps learn faster than large ones here."""
     labeler_steps: int = 3000
@@ -59,6 +59,17 @@ def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()
     Returns {"curves": learning curves as rows, "scores": what the saved checkpoints reach, "minutes", "megabytes"}.
     """
     folder, started = Path(folder), time.time()
+    curves = make_labeler_and_policy(folder, params) + make_divider(folder, params)
+    return {
+        "curves": curves,
+        "scores": examine(folder, exam_scenes(params)),
+        "minutes": (time.time() - started) / 60,
+        "megabytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6,
+    }
+
+
+def make_labeler_and_policy(folder: Path, params: CheckpointParams) -> list[dict]:
+    """Align, teach and save the labeler, then the policy that goes on from it. Returns the learning curves."""
     torch.manual_seed(params.seed)
     tokenizer = build_tokenizer()
     processor = build_processor(tokenizer)
