@@ -223,7 +223,7 @@ def test_the_checkpoints_are_ordinary_small_and_safe():
 def test_the_labeler_answers_every_type_of_question_on_unseen_scenes(labeler, tokenizer):
     features = cached_features(labeler, pixel_values(UNSEEN, 77, build_processor(tokenizer)))
     for kind, accuracy in answer_accuracy(labeler, tokenizer, UNSEEN, features).items():
-        assert accuracy >= 0.95, kind
+        assert accuracy >= (0.92 if kind == "position" else 0.97), kind  # shipped: 0.955 and 1.0 on 300 scenes
 
 
 def test_the_policy_sees_what_is_there_and_hallucinates_what_goes_with_it(policy, tokenizer):
