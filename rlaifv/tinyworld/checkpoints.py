@@ -5,12 +5,12 @@ the labeler with descriptions in which co-occurring objects are imagined; the di
 are saved as ordinary Hugging Face checkpoints (float16) and measured as saved, on scenes that they have not seen.
 
 How the shipped files were made: with these parts, but in several sittings, each continuing the weights of the one
-before with a fresh learning-rate cycle, while the lessons were still being improved. Alignment 900 steps; labeler 6,400
-steps in five sittings (the last with scenes of two colors); policy 6,200 steps in four, from an earlier labeler
-(1,100 steps, without `start_binding`), the first two with partners of the same context, the third with today's partners, the
-last with today's remarks; divider 4,500 steps in two, without `start_copying` (a run with it was ahead at equal steps
-when it was stopped after 1,150). This command has not been run from start to end with the defaults below: it gives
-other bytes, and its scores, which it prints, are to be compared with those of the shipped files (`examine`).
+before with a fresh learning-rate cycle, while the lessons were still being improved. Alignment: 900 steps. Labeler:
+6,400 steps in five sittings, the last with scenes of two colors. Policy: 6,200 steps in four sittings, from an earlier
+labeler (1,100 steps, without `start_binding`); two with partners of the same context, one with today's partners, one
+with today's remarks. Divider: 4,500 steps in two sittings, without `start_copying` (a run with it was ahead at equal
+steps when it was stopped after 1,150). This command has not been run from start to end with the defaults below: it
+gives other bytes, and the scores that it prints are to be compared with those of the shipped files (`examine`).
 """
 
 import argparse
