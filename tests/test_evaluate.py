@@ -20,7 +20,13 @@ def model(tmp_path_factory):
 
 def prompts() -> list[Prompt]:
     """Two lengths, interleaved, each about an image of its own."""
-    texts = ["describe it .", "what is in the image ?", "describe it .", "is there a red dog ?", "what is in the image ?"]
+    texts = [
+        "describe it .",
+        "what is in the image ?",
+        "describe it .",
+        "is there a red dog ?",
+        "what is in the image ?",
+    ]
     return [Prompt(Image.open(io.BytesIO(picture(seed))).convert("RGB"), text) for seed, text in enumerate(texts)]
 
 
@@ -47,16 +53,17 @@ def test_one_beam_is_greedy_decoding(model):
     assert best_answers(model, prompts(), 1, 6) == beam_search(model, prompts(), 1, 6)
 
 
-def test_three_beams_find_likelier_answers_than_greedy_decoding(model):
+def test_beams_find_likelier_answers_than_greedy_decoding(tmp_path):
+    model = load_vlm(str(save_tiny_llava(tmp_path, seed=2)), device="cpu")  # one that greedy decoding leads astray
     # equally long answers, so that likelihoods compare
     pairs = [
         (log_prob(model, prompt, greedy), log_prob(model, prompt, beam))
         for prompt, greedy, beam in zip(
-            prompts(), best_answers(model, prompts(), 1, 5), best_answers(model, prompts(), 3, 5), strict=True
+            prompts(), best_answers(model, prompts(), 1, 5), best_answers(model, prompts(), 4, 5), strict=True
         )
         if len(greedy.split()) == len(beam.split())
     ]
-    assert pairs and all(beam >= greedy - 1e-4 for greedy, beam in pairs)
+    assert all(beam >= greedy - 1e-4 for greedy, beam in pairs)
     assert any(beam > greedy + 1e-3 for greedy, beam in pairs)
 
 

@@ -40,16 +40,6 @@ NONE = "no benchmarks configured"
 MAX_WITHOUT_REPLY = 0.05
 """Share of rows that a judge may leave without any reply; with more of them the stage stops, to go on later."""
 
-HEADLINES = {
-    "chair": ("chair_s", "chair_i", "recall", "mean_words"),
-    "object_halbench": ("chair_s_refine", "chair_i", "recall", "mean_words"),
-    "amber": ("chair", "hal", "cog", "cover", "mean_words", "accuracy", "f1", "yes_ratio"),
-    "mmhal": ("hallucination_rate", "score", "informativeness", "mean_words"),
-    "refomb": ("trust", "win", "overall", "mean_words"),
-    "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
-}
-"""What a report shows of a benchmark: its hallucination rates, and what tells saying less from knowing more."""
-
 _COCO = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
 _INLINE = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # an image in base64, as Object HalBench's question file has it
 
@@ -298,17 +288,3 @@ def score_file(item: BenchmarkParams, answers: Path, cache: Path) -> Scores:
 def judge_of(params: JudgeParams) -> Judge:
     """The judge at a server, or the checkpoint that judges in this process."""
     return open_judge(params.name, params.base_url) if params.base_url else load_judge(params.name)
-
-
-def rates_table(results: Mapping[str, Mapping]) -> list[dict]:
-    """The headline rates of `score`, ready for a data frame: each with its 95 % interval, in percent unless a mean."""
-    rows = []
-    for name, result in results.items():
-        for rate in HEADLINES[result["kind"]]:
-            if rate in result["intervals"]:
-                scale = 1 if rate in result["means"] else 100
-                low, high = (scale * bound for bound in result["intervals"][rate])
-                value = scale * result["metrics"][rate]
-                unit = "" if scale == 1 else "%"
-                rows.append({"benchmark": name, "rate": rate, "value": value, "low": low, "high": high, "unit": unit})
-    return rows
