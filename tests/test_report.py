@@ -2,7 +2,7 @@
 
 import json
 
-from rlaifv.benchmarks import published, suite
+from rlaifv.benchmarks import published
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import intervals
 from rlaifv.report import benchmarks_html, page, paired_html, read_result, summarize
@@ -97,4 +97,3 @@ def test_what_the_suite_writes_is_what_the_report_reads(tmp_path):
     assert [row["rate"] for row in published.rates_table(read["benchmarks"])] == list(
         published.HEADLINES["object_halbench"]
     )
-    assert suite.NONE == "no benchmarks configured"
