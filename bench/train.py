@@ -61,18 +61,19 @@ PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e1
 """Dense bfloat16 operations per second, for model-FLOPs utilization."""
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}1 {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}32000 {% else %}{{ c['text'] }}{% endif %}{% endfor %} "
-    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %} 2{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}<s> {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %} </s>{% endif %}{% endfor %}"
 )
 
 
 def with_processor(vlm: VLM) -> VLM:
-    """A processor whose words are the token ids themselves; the template writes begin and end token, as TRL wants."""
-    backend = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    """A processor with one word per token id; the template writes begin and end token, as TRL wants."""
+    special = {0: "<pad>", 1: "<s>", 2: "</s>", IMAGE_ID: "<image>"}
+    backend = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(VOCABULARY)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="0", eos_token="2", additional_special_tokens=[str(IMAGE_ID)]
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", additional_special_tokens=["<image>"]
     )
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
@@ -80,7 +81,7 @@ def with_processor(vlm: VLM) -> VLM:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        image_token=str(IMAGE_ID),
+        image_token="<image>",
         chat_template=TEMPLATE,
     )
     return VLM(vlm.model, tokenizer, processor, vlm.name, vlm.fingerprint, [2])
@@ -91,7 +92,7 @@ def make_rows(pairs: int, answer: int) -> list[dict]:
     rng = np.random.default_rng(0)
 
     def words(count: int) -> str:
-        return " ".join(map(str, rng.integers(3, IMAGE_ID, count)))
+        return " ".join(f"w{i}" for i in rng.integers(3, IMAGE_ID, count))
 
     rows = []
     for i in range(pairs):
