@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test lint format lab bench clean
+.PHONY: help env repro test lint format lab bench tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 bench: $(READY) ## measure the speed of feedback, generation and training
 	for program in bench/*.py; do python $$program; done
+
+tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothing
+	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
 	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results .dvc/cache .dvc/tmp

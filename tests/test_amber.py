@@ -54,10 +54,10 @@ def test_the_positive_class_is_no_and_only_exact_answers_count():
     assert "chair" not in metrics
 
 
-def test_ids_that_amber_does_not_have_are_listed():
-    result = amber.score([Answer("7", "A dog."), Answer("1", "A dog.")], ANNOTATIONS)
+def test_ids_that_amber_does_not_have_and_second_answers_are_listed():
+    result = amber.score([Answer("7", "A dog."), Answer("1", "A dog."), Answer("1", "A cat.")], ANNOTATIONS)
     assert result.metrics["n"] == 1
-    assert [row["id"] for row in result.missing] == ["7"]
+    assert [row["id"] for row in result.missing] == ["7", "1"]
 
 
 @pytest.mark.parametrize(

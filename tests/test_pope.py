@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlaifv.benchmarks import pope
-from rlaifv.benchmarks.results import Answer, read_answers
+from rlaifv.benchmarks.results import Answer, read_answers, to_answers
 
 QUESTIONS = [
     pope.Question("1", "Is there a dog in the image?", "yes", "COCO_val2014_000000000009.jpg"),
@@ -68,6 +68,12 @@ def test_a_question_answered_twice_and_ids_of_another_file_are_refused():
         pope.score(QUESTIONS, answers("Yes") * 2)
     with pytest.raises(ValueError, match=r"no answer has an id of the questions \(1 … 4\).*1000"):
         pope.score(QUESTIONS, [Answer("1000", "Yes")])
+
+
+def test_answers_without_an_id_are_refused_instead_of_counted_off():
+    given, _ = to_answers([{"question": q.text, "answer": "yes"} for q in QUESTIONS])
+    with pytest.raises(ValueError, match="no question_id"):
+        pope.score(QUESTIONS, given)
 
 
 def test_an_lmms_eval_file_brings_its_own_questions_labels_and_categories(tmp_path):

@@ -52,12 +52,12 @@ class Annotations:
 
 
 def read_annotations(folder: str | Path) -> Annotations:
-    """AMBER's three files.
+    """AMBER's three files, from their folder (or by the path of its annotations.json).
 
     Raises:
         FileNotFoundError: one is missing; says which and how to get it.
     """
-    folder = Path(folder)
+    folder = Path(folder).parent if Path(folder).name == "annotations.json" else Path(folder)
     for name in ("annotations.json", "relation.json", "safe_words.txt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {folder / name}: run `python -m rlaifv.benchmarks.fetch amber`")
@@ -99,15 +99,18 @@ def score(answers: Iterable[Answer], annotations: Annotations, similar: Similar 
         similar: whether two words mean the same, by word vectors as published (default: only equal words do).
 
     Returns:
-        Scores; answers with ids that AMBER does not have are listed as missing.
+        Scores; answers with ids that AMBER does not have, and second answers, are listed as missing.
     """
     known = frozenset(annotations.associations).union(*annotations.associations.values())
-    rows, missing = [], []
+    rows, missing, seen = [], [], set()
     for answer in answers:
         image = annotations.images.get(answer.id)
-        if image is None:
-            missing.append({"id": answer.id, "reason": "AMBER has no such id"})
-        elif image["type"] == _GENERATIVE:
+        if image is None or answer.id in seen:
+            reason = "AMBER has no such id" if image is None else "a second answer to this id"
+            missing.append({"id": answer.id, "reason": reason})
+            continue
+        seen.add(answer.id)
+        if image["type"] == _GENERATIVE:
             nouns = [noun for noun in text_nouns(answer.text) if noun in known]
             rows.append({"id": answer.id, "kind": _GENERATIVE, **_description(nouns, image, annotations, similar)})
             rows[-1]["words"] = len(answer.text.split())
@@ -207,7 +210,9 @@ def _first_similar(noun: str, words: Iterable[str], similar: Similar | None) -> 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("amber", "AMBER: hallucination in descriptions and in yes/no answers, without a judge")
-    parser.add_argument("--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt")
+    parser.add_argument(
+        "--data", "--annotations", required=True, help="folder of annotations.json, relation.json, safe_words.txt"
+    )
     parser.add_argument("--vectors", help="an installed spaCy model with word vectors, as published: en_core_web_lg")
     options = parser.parse_args(arguments)
 

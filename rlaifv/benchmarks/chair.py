@@ -22,20 +22,7 @@ from rlaifv.benchmarks.scores import Scores
 
 COCO_WORDS = Path(__file__).with_name("coco_vocabulary.txt")
 
-_ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _PHRASES = {
     "home plate": "home plate",  # no plate of the class, and no word of the vocabulary
     "train track": "train track",  # no train

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
+from rlaifv.benchmarks.published import print_table, table
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import Comparison, compare, intervals
 from rlaifv.records import write_jsonl
@@ -20,6 +21,7 @@ def command(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--answers", required=True, help=".json or .jsonl, LLaVA-style or lmms-eval fields")
     parser.add_argument("--against", help="answers of another model: a paired test of --answers against it")
     parser.add_argument("--rows", help="write the per-row table here, one JSON object a line")
+    parser.add_argument("--published", action="store_true", help="print the paper's rows below ours")
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
     return parser
 
@@ -75,6 +77,8 @@ def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Itera
             print(json.dumps({"error": str(error)}))
         sys.exit(f"error: {error}")
     print_scores(scores, bounds, tests)
+    if options.published:
+        print_table(table(scores, Path(options.answers).name))
     if options.json:
         compared = {"against": options.against, "tests": [asdict(test) for test in tests]} if tests else {}
         print(json.dumps({**scores.report(), "intervals": bounds, **compared}))

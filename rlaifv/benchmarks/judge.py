@@ -212,16 +212,22 @@ class ReplyCache:
 
 @dataclass
 class _Health:
-    """Whether the server still answers: after some failed connections in a row nobody is asked any more."""
+    """Whether the server still serves: after some failures in a row, nobody is asked any more."""
 
     limit: int
     failures: int = 0
+    last: str = ""
     refusal: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, failed: bool) -> None:
+    def served(self) -> None:
         with self.lock:
-            self.failures = self.failures + 1 if failed else 0
+            self.failures = 0
+
+    def failed(self, reason: str) -> JudgeFailed:
+        with self.lock:
+            self.failures, self.last = self.failures + 1, reason
+        return JudgeFailed(reason)
 
 
 def open_judge(
@@ -246,7 +252,7 @@ def open_judge(
         tries: how often one request is sent when it times out or the server answers 429 or 5xx (with growing pauses).
         timeout: seconds for one try.
         max_tokens, temperature: of the reply; None leaves the temperature to the server.
-        give_up_after: requests in a row without a connection, after which the rest is listed without being asked.
+        give_up_after: failed requests in a row after which the rest is listed without being asked.
     """
     import openai
 
@@ -258,26 +264,28 @@ def open_judge(
     health = _Health(give_up_after)
 
     def ask_one(request: Request) -> str | JudgeFailed:
-        if health.refusal or health.failures >= health.limit:
-            return JudgeFailed(health.refusal or f"not asked, {client.base_url} does not answer")
+        if health.refusal:
+            return JudgeFailed(health.refusal)
+        if health.failures >= health.limit:
+            return JudgeFailed(f"not asked after {health.failures} failures in a row, the last: {health.last}")
         turns = [("system", request.system), ("user", request.text)]
         messages = [{"role": role, "content": content} for role, content in turns if content]
         try:
             response = client.chat.completions.create(messages=messages, **options)
-        except openai.APIConnectionError as error:  # a timeout is one too
-            health.note(failed=True)
-            return JudgeFailed(f"{type(error).__name__} after {tries} tries: {error}")
+            text = response.choices[0].message.content
         except openai.APIStatusError as error:
-            health.note(failed=False)
             reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
             if error.status_code in (401, 403, 404):
                 health.refusal = reason
-            return JudgeFailed(reason)
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # no chat completion at all
-            health.note(failed=False)
-            return JudgeFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        health.note(failed=False)
-        return _content(response)
+            if error.status_code < 500 and error.status_code != 429:
+                return JudgeFailed(reason)  # this row's fault, such as a prompt that is too long
+            return health.failed(reason)
+        except openai.OpenAIError as error:  # no connection, or no reply in time
+            return health.failed(f"{type(error).__name__} after {tries} tries: {error}")
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return health.failed(f"no chat completion: is {client.base_url} an OpenAI-compatible address?")
+        health.served()
+        return text if text and text.strip() else JudgeFailed("an empty reply")
 
     def ask(requests: Sequence[Request]) -> Iterator[str | JudgeFailed]:
         with ThreadPoolExecutor(concurrency) as pool:
@@ -288,23 +296,16 @@ def open_judge(
     return Judge(model, ask)
 
 
-def _content(response: Any) -> str | JudgeFailed:
-    """The text of a chat completion, or why there is none."""
-    try:
-        text = response.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
-        return JudgeFailed(f"no chat completion: {str(response)[:200]!r}")
-    return text if isinstance(text, str) and text.strip() else JudgeFailed("an empty reply")
-
-
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
     import numpy as np
+    import torch
 
     from rlaifv.sampling import Prompt, generate_batch
     from rlaifv.vlm import load_vlm
 
-    model = load_vlm(path, device=device, dtype="float32" if device == "cpu" else "bfloat16")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")
 
     def ask(requests: Sequence[Request]) -> list[str | JudgeFailed]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]

@@ -177,19 +177,22 @@ def evaluate(
     known = [answer for answer in answers if image_key(answer.image, objects)]
     unknown = [answer for answer in answers if not image_key(answer.image, objects)]
     listed: dict[int, Sequence[str]] = {}
+    places: dict[str, int] = {}
     requests = []
     for place, answer in enumerate(known):
         if len(answer.text.split()) < _LONG_ENOUGH:
             listed[place] = []
             continue
         text = template.replace("{question}", answer.question).replace("{answer}", answer.text)
+        identity = answer.id if answer.id not in places else f"{answer.id} (row {place})"
+        places[identity] = place
         # the published scorer sends its whole prompt as the system turn
-        requests.append(Request(str(place), "", text) if prompt_file else Request(str(place), text))
+        requests.append(Request(identity, "", text) if prompt_file else Request(identity, text))
     judged = ask_all(requests, judge, parse_objects, cache, attempts)
-    listed |= {int(place): names for place, names in judged.verdicts.items()}
+    listed |= {places[identity]: names for identity, names in judged.verdicts.items()}
     words_of, nouns = word_finder(vocabulary)
     result = score(known, listed, objects, vocabulary, words_of)
-    reasons = [{"id": known[int(row["id"])].id, "reason": row["reason"]} for row in judged.missing]
+    reasons = list(judged.missing)
     reasons += [{"id": answer.id, "reason": f"unknown image {answer.image!r}"} for answer in unknown]
     counts = {**result.counts, "n_unparsed": len(judged.unparsed), "n_without_verdict": len(judged.missing)}
     settings = {

@@ -15,6 +15,8 @@ from rlaifv.benchmarks.cli import command, run
 from rlaifv.benchmarks.results import Answer, image_keys, lookup, read_answers, read_records
 from rlaifv.benchmarks.scores import Scores
 
+_ID_FIELDS = ("question_id", "id", "doc_id")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -38,7 +40,7 @@ def read_questions(path: str | Path) -> list[Question]:
         raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
     questions: dict[str, Question] = {}
     for number, record in enumerate(records):
-        identity = lookup(record, ("question_id", "id", "doc_id")) or str(number)
+        identity = lookup(record, _ID_FIELDS) or str(number)
         wrapped = "doc" in record or "question" in record  # then "text" and "answer" are not what they are in POPE's
         text = lookup(record, ("question", "prompt") if wrapped else ("text",))
         label = (lookup(record, ("label", "target")) or lookup(record.get("doc", record), ("answer",))).lower()
@@ -71,6 +73,9 @@ def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
     by_id = {question.id: question for question in questions}
     found: dict[str, Answer] = {}
     missing, twice, wrong = [], [], []
+    answers = list(answers)
+    if any(answer.record and not lookup(answer.record, _ID_FIELDS) for answer in answers):
+        raise ValueError("the answers have no question_id; without it nothing says which question they belong to")
     for answer in answers:
         question = by_id.get(answer.id)
         if question is None:

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 # "answer" stands before "text": some files put the question into "text". In lmms-eval files the answer is in
-# "filtered_resps"; the "answer" of the "doc" there is the gold label, so answers are never looked up in
-# "doc".
+# "filtered_resps"; the "answer" of the "doc" there is the gold label, so answers are never looked up in "doc".
 TEXT_FIELDS = (
-    "model_answer",
-    "filtered_resps",
-    "resps",
-    "response",
-    "answer",
-    "text",
-    "caption",
-    "output",
-    "prediction",
+    *("model_answer", "filtered_resps", "resps", "response", "model_response", "answer", "text", "caption"),
+    *("output", "outputs", "prediction", "pred", "generated_text"),
 )
 QUESTION_FIELDS = ("question", "prompt", "raw_question", "query", "input")
-IMAGE_FIELDS = ("image_id", "image", "image_path", "image_file", "image_source", "image_url", "image_src")
+IMAGE_FIELDS = (
+    *("image_id", "image", "image_path", "image_file", "image_name", "file_name", "image_source"),
+    *("image_url", "image_src"),
+)
 ID_FIELDS = ("question_id", "id", "qid", "doc_id", "idx", "image_id")
 
 _VALUE = re.compile(r"[^\s,]")
