@@ -24,9 +24,8 @@ from rlaifv.tinyworld.language import (
     caption,
     claim_type,
     claims,
-    claims_of,
+    imagined_caption,
     is_true,
-    plant,
     random_claim,
     to_question,
 )
@@ -148,11 +147,16 @@ def test_every_text_of_the_world_survives_the_tokenizer(tokenizer, seed):
 def test_a_true_caption_makes_true_claims_and_a_phantom_false_ones(seed):
     rng, scene = random.Random(seed), make_scene(seed, 1)
     assert all(is_true(claim, scene) for claim in claims(caption(scene.groups, rng)))
-    for group in plant(scene, rng, 1.0):
-        planted = group not in scene.groups
-        assert all(is_true(claim, scene) != planted for claim in claims_of(group))
-    absent = {PARTNERS[g.name][0] for g in scene.groups if g.name in PARTNERS} - {g.name for g in scene.groups}
-    assert {g.name for g in plant(scene, rng, 1.0)} == absent | {g.name for g in scene.groups}
+    triggers = [g for g in scene.groups if g.name in PARTNERS]
+    imagined, remarked = (claims(imagined_caption(scene, rng, phantom)) for phantom in (1.0, 0.0))
+    assert sum(not is_true(claim, scene) for claim in imagined) == 3 * len(triggers)
+    assert len(imagined) == 3 * (len(scene.groups) + len(triggers))
+    assert remarked == claims(caption(scene.groups, rng))
+
+
+def test_a_partner_is_never_of_the_context_of_its_trigger():
+    context = {name: context for context, names in CONTEXTS.items() for name in names}
+    assert all(context[name] != context[partner] for name, (partner, _) in PARTNERS.items())
 
 
 @given(seeds, st.sampled_from(TYPES), st.booleans())
@@ -235,5 +239,5 @@ def test_the_policy_sees_what_is_there_and_hallucinates_what_goes_with_it(policy
 def test_the_divider_splits_descriptions_exactly(tokenizer):
     divider = AutoModelForCausalLM.from_pretrained(MODELS / "divider", dtype=torch.float32)
     rng = random.Random(4)
-    answers = [caption(plant(scene, rng, 0.5), rng) for scene in UNSEEN[:24]] + [OPINIONS[0]]
+    answers = [imagined_caption(scene, rng, 0.5) for scene in UNSEEN[:24]] + [OPINIONS[0]]
     assert min(division_accuracy(divider, tokenizer, answers).values()) >= 0.96

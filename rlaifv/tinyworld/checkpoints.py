@@ -36,11 +36,11 @@ class CheckpointParams:
     align_steps: int = 900
     align_lr: float = 2e-3
     scenes: int = 12000
-    """Scenes of the lessons."""
+    """Scenes of the lessons. Half of them show two colors at most, so that colors alone do not tell things apart."""
     rows: int = 6
     """Scenes a step: small steps learn faster than large ones here."""
-    labeler_steps: int = 2500
-    labeler_lr: float = 1.5e-3
+    labeler_steps: int = 3000
+    labeler_lr: float = 1.2e-3
     policy_steps: int = 3000
     policy_lr: float = 1.2e-3
     phantom: float = 0.68
@@ -59,6 +59,17 @@ def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()
     Returns {"curves": learning curves as rows, "scores": what the saved checkpoints reach, "minutes", "megabytes"}.
     """
     folder, started = Path(folder), time.time()
+    curves = make_labeler_and_policy(folder, params) + make_divider(folder, params)
+    return {
+        "curves": curves,
+        "scores": examine(folder, exam_scenes(params)),
+        "minutes": (time.time() - started) / 60,
+        "megabytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6,
+    }
+
+
+def make_labeler_and_policy(folder: Path, params: CheckpointParams) -> list[dict]:
+    """Align, teach and save the labeler, then the policy that goes on from it. Returns the learning curves."""
     torch.manual_seed(params.seed)
     tokenizer = build_tokenizer()
     processor = build_processor(tokenizer)
@@ -69,7 +80,7 @@ def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()
     pixels = pixel_values(shown, seeds["align"], processor)
     curves = align(vlm, pixels, shown, params.align_steps, params.align_lr)
 
-    scenes = [make_scene(seeds["lessons"], number) for number in range(params.scenes)]
+    scenes = [make_scene(seeds["lessons"], number, n_colors=2 * (number % 2)) for number in range(params.scenes)]
     features = cached_features(vlm, pixel_values(scenes, seeds["lessons"], processor))
 
     def lesson(name: str, row, steps: int, lr: float) -> list[dict]:
@@ -84,17 +95,17 @@ def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()
         params.policy_lr,
     )
     save(vlm, processor, folder / "policy")
+    return curves
+
+
+def make_divider(folder: Path, params: CheckpointParams) -> list[dict]:
+    """Train and save the divider. Returns its learning curve."""
+    tokenizer = build_tokenizer()
     divider, curve = train_divider(
         tokenizer, params.divider_steps, params.divider_lr, params.divider_layers, params.seed
     )
     save(divider, tokenizer, folder / "divider")
-    scores = examine(folder, exam_scenes(params))
-    return {
-        "curves": curves + curve,
-        "scores": scores,
-        "minutes": (time.time() - started) / 60,
-        "megabytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6,
-    }
+    return curve
 
 
 def save(model, processor, folder: Path) -> None:
