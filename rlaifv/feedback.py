@@ -21,6 +21,7 @@ from rlaifv.records import (
     to_json,
     write_atomic,
 )
+from rlaifv.served import NO_WORDS, YES_WORDS, ServedLabeler
 from rlaifv.vlm import VLM
 from rlaifv.yesno import judge_many, yes_no_ids
 
@@ -37,7 +38,7 @@ class FeedbackCounts:
 
 
 def feedback(
-    vlm: VLM,
+    vlm: VLM | ServedLabeler,
     claims: Sequence[Claim],
     images: dict[str, str],
     image_root: Path,
@@ -64,10 +65,13 @@ def feedback(
     return FeedbackCounts(judged, rejected, asked)
 
 
-def write_labeler(vlm: VLM, suffix: str, path: Path) -> None:
+def write_labeler(vlm: VLM | ServedLabeler, suffix: str, path: Path) -> None:
     """Record who judged, with which suffix, and which tokens counted as yes and no."""
-    ids = yes_no_ids(vlm)
-    tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
+    if isinstance(vlm, ServedLabeler):  # its tokens have no ids here, only spellings
+        tokens = {"yes": YES_WORDS, "no": NO_WORDS}
+    else:
+        ids = yes_no_ids(vlm)
+        tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
     row = {"labeler": vlm.name, "fingerprint": vlm.fingerprint, "suffix": suffix, "tokens": tokens}
     write_atomic(path, to_json(row) + "\n")
 
@@ -86,7 +90,7 @@ def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str)
 
 
 def _judge_chunk(
-    vlm: VLM, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
+    vlm: VLM | ServedLabeler, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
 ) -> tuple[list[Judgement], list[Reject]]:
     rejects: list[Reject] = []
     readable, items = [], []

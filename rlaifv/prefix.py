@@ -376,7 +376,7 @@ def next_batch(trees: list[Tree], budget: int, capacity: int) -> list[Tree]:
 
 def default_budget(vlm: VLM) -> int:
     """Tokens a forward to start with: what keeps a GPU busy, or a CPU's caches warm."""
-    return 16384 if vlm.device.type == "cuda" else 2048
+    return 16384 if vlm.device.type == "cuda" else 1024
 
 
 def out_of_memory(error: RuntimeError) -> bool:

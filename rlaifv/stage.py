@@ -17,6 +17,7 @@ from rlaifv.params import ModelParams, Params, load_params
 from rlaifv.records import digest, digest_files, write_atomic
 
 if TYPE_CHECKING:
+    from rlaifv.served import ServedLabeler
     from rlaifv.vlm import VLM
 
 DATA = ROOT / "data"
@@ -99,6 +100,14 @@ class Stage:
             "source": digest_files(*(Path(__file__).parent / module for module in modules)),
             **extra,
         }
+
+    def load_labeler(self) -> "VLM | ServedLabeler":
+        """The labeler of the parameter file: a checkpoint, or a server's address (`http://host:8000/v1#model`)."""
+        from rlaifv.served import is_served, open_served
+
+        if is_served(self.params.labeler.path):
+            return open_served(self.params.labeler.path, ROOT / "scratch")
+        return self.load(self.params.labeler)
 
     def load(self, model: ModelParams, folder: Path | None = None) -> "VLM":
         """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier round)."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from rlaifv.prefix import next_token_logprobs
+from rlaifv.served import NO_WORDS, YES_WORDS, ServedLabeler, judge_served
 from rlaifv.vlm import VLM, encode_questions, prompt_text, special_tokens_needed
 
-YES_WORDS = ("Yes", "yes")
-NO_WORDS = ("No", "no")
 PROBE = "Is this a question? Please answer yes or no."
 
 
@@ -63,16 +62,20 @@ def first_answer_token(vlm: VLM, word: str) -> int | None:
     return after[-1]
 
 
-def judge_many(vlm: VLM, items: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[tuple[float, float]]]:
+def judge_many(
+    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
+) -> list[list[tuple[float, float]]]:
     """Ask several images their questions, each image and each distinct question once.
 
     Args:
-        vlm: the labeler.
+        vlm: the labeler, in this process or behind a server.
         items: (image, questions) pairs; the questions end with the suffix that asks for yes or no.
 
     Returns:
         For each item, (p_yes, p_no) per question, in order. A claim is accepted iff p_yes > p_no: a tie is rejected.
     """
+    if isinstance(vlm, ServedLabeler):
+        return judge_served(vlm, items)
     ids = yes_no_ids(vlm)
     distinct = [list(dict.fromkeys(questions)) for _, questions in items]
     encoded = [encode_questions(vlm, image, asked) for (image, _), asked in zip(items, distinct, strict=True)]
