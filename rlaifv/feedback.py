@@ -5,15 +5,27 @@ p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer tok
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlaifv.images import open_image
 from rlaifv.params import FeedbackParams
-from rlaifv.records import Claim, Judgement, Reject, Store, batched
+from rlaifv.records import (
+    Claim,
+    Judgement,
+    Reject,
+    Store,
+    batched,
+    read_records,
+    to_json,
+    write_atomic,
+)
 from rlaifv.vlm import VLM
-from rlaifv.yesno import judge_many
+from rlaifv.yesno import judge_many, yes_no_ids
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,30 @@ def feedback(
         judgements, rejects = _judge_chunk(vlm, chunk, image_root, params)
         store.write(index, judgements, rejects)
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
+    write_labeler(vlm, params.suffix, out.parent / "labeler.json")
+    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, vlm.name)
     return FeedbackCounts(judged, rejected, asked)
+
+
+def write_labeler(vlm: VLM, suffix: str, path: Path) -> None:
+    """Record who judged, with which suffix, and which tokens counted as yes and no."""
+    ids = yes_no_ids(vlm)
+    tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
+    row = {"labeler": vlm.name, "fingerprint": vlm.fingerprint, "suffix": suffix, "tokens": tokens}
+    write_atomic(path, to_json(row) + "\n")
+
+
+def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str) -> None:
+    """Warn when the labeler puts little probability on any answer: the prompt does not fit it."""
+    mass = sum(j.p_yes + j.p_no for j in judgements) / max(len(judgements), 1)
+    if judgements and mass < minimum:
+        log.warning(
+            "%s puts only %.2f of its probability on yes or no (feedback.min_answer_mass is %.2f): "
+            "the question or feedback.suffix does not fit this labeler",
+            name,
+            mass,
+            minimum,
+        )
 
 
 def _judge_chunk(

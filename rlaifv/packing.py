@@ -12,7 +12,7 @@ from types import MethodType
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlaifv.preferences import EncodedPair
 from rlaifv.tower import FrozenTower, ImageInputs
@@ -104,11 +104,43 @@ def segment_weights(pairs: Sequence[EncodedPair], width: int, weight: float) -> 
 
 
 def block_mask(branch: torch.Tensor) -> torch.Tensor:
-    """Bool attention mask [R, 1, n, n] from `branch` [R, n]: causal, and a branch sees only the prompt and itself."""
+    """Bool attention mask [R, n, n] from `branch` [R, n]: causal, and a branch sees only the prompt and itself."""
     n = branch.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=branch.device).tril()
-    seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return (causal & seen)[:, None]
+    return causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
+
+
+def packed_masks(rows: dict, config: PretrainedConfig) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Mask [R, 1, n, n] of packed rows, or one per type of layer where some layers see only a sliding window.
+
+    `token_type_ids` (Gemma3) mark image tokens, which see each other in both directions.
+    """
+    seen = block_mask(rows["branch"])
+    if "token_type_ids" in rows["token_types"]:
+        image = rows["token_types"]["token_type_ids"] == 1
+        number = (image & ~image.roll(1, dims=1)).cumsum(1).masked_fill(~image, 0)  # 1, 2, ... for each run of them
+        seen = seen | ((number[:, :, None] == number[:, None, :]) & (number[:, None, :] > 0))
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    if not window or "sliding_attention" not in layer_types:
+        return seen[:, None]
+    positions = rows["position_ids"]
+    near = seen & (positions[:, :, None] - positions[:, None, :] < window)
+    if "full_attention" not in layer_types:
+        return near[:, None]
+    return {"full_attention": seen[:, None], "sliding_attention": near[:, None]}
+
+
+def packed_positions(rows: dict, backbone: torch.nn.Module, image_inputs: dict) -> torch.Tensor:
+    """Positions [R, n] of packed rows; [3, R, n] for models that place image tokens in three dimensions (Qwen-VL)."""
+    if not hasattr(backbone, "get_rope_index"):
+        return rows["position_ids"]
+    prompt = (rows["branch"] == 0).long()
+    grids = {key: value for key, value in image_inputs.items() if key.endswith("grid_thw")}
+    in_prompt, delta = backbone.get_rope_index(
+        input_ids=rows["input_ids"], attention_mask=prompt, **rows["token_types"], **grids
+    )
+    return torch.where(prompt.bool(), in_prompt, rows["position_ids"] + delta)
 
 
 class RowReader:
@@ -122,7 +154,7 @@ class RowReader:
     def __init__(self, model: PreTrainedModel, images: FrozenTower | ImageInputs):
         self.images = images
         backbone = model.base_model
-        self._original = backbone.forward
+        self._original, self._config = backbone.forward, model.get_decoder().config
         backbone.forward = MethodType(self._forward, backbone)
 
     def _forward(self, backbone: torch.nn.Module, *args, rows: dict | None = None, **kwargs):
@@ -131,11 +163,12 @@ class RowReader:
         for key in ("input_ids", "attention_mask", "inputs_embeds"):
             kwargs.pop(key, None)
         branch = rows["branch"]
-        packed = rows["position_ids"] is not None
-        if packed:
-            kwargs["position_ids"] = rows["position_ids"]
-        mask = block_mask(branch) if packed else (branch != PAD_BRANCH).long()
         with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
+            if rows["position_ids"] is not None:
+                mask = packed_masks(rows, self._config)
+                kwargs["position_ids"] = packed_positions(rows, backbone, image_inputs)
+            else:
+                mask = (branch != PAD_BRANCH).long()
             out = self._original(
                 input_ids=rows["input_ids"], attention_mask=mask, **rows["token_types"], **image_inputs, **kwargs
             )

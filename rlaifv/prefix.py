@@ -268,7 +268,7 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     target = -(-sum(lengths) // rows)
     packed, used = [[]], 0
     for index, length in enumerate(lengths):
-        if used and used + length // 2 > target:
+        if used + length // 2 > target and used:
             packed.append([])
             used = 0
         packed[-1].append(index)
@@ -279,10 +279,10 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 def row_capacity(vlm: VLM) -> int:
     """Branch tokens a packed row.
 
-    A row of q branch tokens spends 4·q·D FLOPs a token and layer on masked attention among them, against about
-    24·D² in the linear layers: q = D/2 keeps the waste under a tenth.
+    In a row of q branch tokens, a token and layer spend about 2·q·D FLOPs on keys of other branches that the mask
+    hides, against 24·D² in the linear layers: q = D wastes under a tenth, and the matrices are large enough.
     """
-    return min(2048, max(64, vlm.model.get_decoder().config.hidden_size // 2))
+    return min(2048, max(64, vlm.model.get_decoder().config.hidden_size))
 
 
 def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
@@ -399,9 +399,10 @@ def halve_budget(vlm: VLM, used: int) -> None:
 
 @torch.inference_mode()
 def run_plain(
-    vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict, batch: int = PLAIN_BATCH, side: str = "right"
+    vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict, batch: int | None = None, side: str = "right"
 ) -> dict[tuple[int, int], torch.Tensor]:
     """The same log-probs with every row whole through the model's forward, `batch` rows at a time."""
+    batch = batch or PLAIN_BATCH
     jobs = [(tree, i) for tree in trees for i in range(len(tree.branches))]
     jobs.sort(key=lambda job: (repr(inputs_shape(job[0].inputs)), job[0].index))
     results, start = {}, 0
@@ -436,7 +437,8 @@ def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce, targets:
     output = vlm.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep, **inputs)
     results = {}
     for k, (tree, i) in enumerate(jobs):
-        logits = output.logits[k, [place - ids.shape[1] + keep for place in wanted[k]]].float()
+        # counted from the end, for some models (MiniCPM-V 4.6) ignore `logits_to_keep` and return them all
+        logits = output.logits[k, [place - ids.shape[1] for place in wanted[k]]].float()
         target = targets[tree.index, i].to(logits.device) if targets else None
         results[tree.index, i] = reduce(logits, target).cpu()
     return results

@@ -68,5 +68,7 @@ def image_only(
     unused = {"image_processor", "video_processor", "tokenizer", "processor_class", "auto_map"}
     processor = ImageOnly(**parts, **{k: v for k, v in settings.items() if k not in unused})
     # out of the parts again: what is saved and listed is what is there
+    del processor.video_processor
+    ImageOnly.video_processor = NO_VIDEO
     ImageOnly.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
     return processor

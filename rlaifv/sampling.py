@@ -243,7 +243,7 @@ def sample_shared(
             widest = int(live.sum(1).max())
             if widest <= 0.75 * slots.shape[1]:
                 # live samples first, done ones fill up
-                order = live.gather(1, slots).long().argsort(1, descending=True, stable=True)[:, :widest]
+                order = live.gather(1, slots).long().sort(dim=1, descending=True, stable=True).indices[:, :widest]
                 chosen = chosen.gather(1, order)
                 columns.plan(slots.gather(1, order))
         output = decoder(

@@ -21,6 +21,9 @@ def stack_inputs(parts: Sequence[dict[str, torch.Tensor]], device: torch.device)
     joined = {}
     for key in parts[0]:
         tensors = [part[key] for part in parts]
+        if key == "pixel_values" and "target_sizes" in parts[0]:
+            joined[key] = torch.cat(tensors, dim=-1).to(device)  # MiniCPM-V puts all images' patches in one row
+            continue
         shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
         if any(list(t.shape[1:]) != shape for t in tensors):
             padded = [t.new_zeros(t.shape[0], *shape) for t in tensors]

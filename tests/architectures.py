@@ -102,7 +102,8 @@ def build_tokenizer(special: dict[str, str], template: str, *, bos: str | None =
 def template(image: str, user: str = "USER: ", end: str = " ", assistant: str = "ASSISTANT:", space: str = " ") -> str:
     """A chat template of the LLaVA kind: turn prefixes, the image placeholder, the answer behind a space."""
     return (
-        "{% for message in messages %}{% if message['role'] == 'user' %}" + user + "{% if message['content'] is string %}"
+        "{% for message in messages %}{% if message['role'] == 'user' %}" + user
+        + "{% if message['content'] is string %}"
         "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}" + image
         + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '" + end + "' }}{% else %}" + assistant
         + "{{ '" + space + "' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -354,7 +355,9 @@ def gemma3() -> VLM:
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
     )
-    return vlm_of(Gemma3ForConditionalGeneration(config), tokenizer, processor, "gemma3")
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero would hide the image
+    return vlm_of(model, tokenizer, processor, "gemma3")
 
 
 def minicpm_v_4_6() -> VLM:

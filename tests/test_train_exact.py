@@ -164,7 +164,7 @@ def test_trained_tokens_are_exactly_the_answer_and_the_end_token(folder):
 
 def test_a_branch_sees_the_prompt_and_itself_and_nothing_else():
     branch = torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
-    seen = block_mask(branch)[0, 0]
+    seen = block_mask(branch)[0]
     assert seen[3].tolist() == [True, True, True, True, False, False, False]
     assert seen[5].tolist() == [True, True, False, False, True, True, False]
     assert seen.any(dim=1).all()  # a padded query that saw nothing would be NaN
@@ -208,7 +208,7 @@ def test_changed_tokens_are_what_remains_beside_a_common_subsequence(a, b):
 def test_a_model_that_reads_packed_rows_wrongly_is_trained_on_plain_rows(folder, monkeypatch, caplog):
     import rlaifv.packing
 
-    monkeypatch.setattr(rlaifv.packing, "block_mask", lambda branch: torch.ones_like(branch)[:, None, None].bool())
+    monkeypatch.setattr(rlaifv.packing, "block_mask", lambda branch: torch.ones_like(branch)[:, None].bool())
     vlm = load_vlm(str(folder / "model"), device="cpu")
     data = PairData(vlm, folder / "pairs.parquet")
     freeze(vlm.model, PARAMS)

@@ -180,7 +180,7 @@ def random_claim(scene: Scene, kind: str, answer: bool, rng: random.Random) -> s
         wanted = {"existence": 0, "count": 0, "color": 1, "position": 2}[kind]
         group = Group(present.name, present.color, 1, present.cell) if kind == "existence" else present
         return claims_of(group)[wanted]
-    if kind == "existence" or rng.random() < 0.5:
+    if kind == "existence" or rng.random() < 0.35:
         present = Group(_absent(scene, rng), rng.choice(COLOR_NAMES), rng.choices((1, 2, 3), (6, 1, 1))[0], 0)
         partner_color = dict(PARTNERS.values()).get(present.name)
         color = partner_color if partner_color and rng.random() < 0.5 else present.color
@@ -194,14 +194,34 @@ def random_claim(scene: Scene, kind: str, answer: bool, rng: random.Random) -> s
         return claims_of(Group(present.name, present.color, count, present.cell))[0]
     others = [group for group in scene.groups if group.name != present.name]
     if kind == "color":
-        colors = [group.color for group in others] if others and rng.random() < 0.4 else list(COLOR_NAMES)
+        colors = [group.color for group in others] if others and rng.random() < 0.7 else list(COLOR_NAMES)
         colors = [color for color in colors if color != present.color] or [
             color for color in COLOR_NAMES if color != present.color
         ]
         return claims_of(Group(present.name, rng.choice(colors), present.count, present.cell))[1]
-    cells = [group.cell for group in others] if others and rng.random() < 0.4 else list(range(GRID * GRID))
+    cells = [group.cell for group in others] if others and rng.random() < 0.7 else list(range(GRID * GRID))
     cells = [cell for cell in cells if cell != present.cell]
     return claims_of(Group(present.name, present.color, present.count, rng.choice(cells)))[2]
+
+
+def open_question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str]:
+    """A question with a one-word answer: "What color is the cup?" → "red", of an absent object "none".
+
+    They teach the labeler to look things up: eight colors to choose from say more about where to look than yes and
+    no do. kind is one of TYPES.
+    """
+    name = _absent(scene, rng) if rng.random() < 0.3 else rng.choice(scene.groups).name
+    group = scene.find(name)
+    noun, be = _words(name, group.count if group else rng.choices((1, 2), (4, 1))[0])
+    if kind == "count":
+        return f"How many {PLURALS[name]} are there?", ("one", "two", "three")[group.count - 1] if group else "none"
+    if kind == "color":
+        return f"What color {be} the {noun}?", group.color if group else "none"
+    if kind == "position":
+        return f"Where {be} the {noun}?", POSITIONS[group.cell] if group else "none"
+    cell = rng.randrange(GRID * GRID) if rng.random() < 0.3 else rng.choice(scene.groups).cell
+    there = next((group.name for group in scene.groups if group.cell == cell), "none")
+    return f"What is at the {POSITIONS[cell]}?", there
 
 
 def _absent(scene: Scene, rng: random.Random) -> str:

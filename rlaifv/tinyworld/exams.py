@@ -1,0 +1,126 @@
+"""Measure the embedded checkpoints on scenes that they have not seen: claims, descriptions, divided answers."""
+
+import random
+import re
+
+import torch
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.tinyworld.divider import claims_reply, questions_reply
+from rlaifv.tinyworld.language import INSTRUCTIONS, PLURALS, TYPES, YES_NO, claims, random_claim, to_question
+from rlaifv.tinyworld.packing import Packer, target_logits
+from rlaifv.tinyworld.scenes import CLASSES, Scene
+
+
+@torch.no_grad()
+def answer_accuracy(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    scenes: list[Scene],
+    features: torch.Tensor,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Share of right yes/no answers per claim type, over one true and one false claim of each type per scene."""
+    packer, rng = Packer(tokenizer), random.Random(f"exam {seed}")
+    yes, no = tokenizer.convert_tokens_to_ids([" Yes", " No"])
+    right = {kind: [] for kind in TYPES}
+    for start in range(0, len(scenes), 50):
+        rows, asked = [], []
+        for scene in scenes[start : start + 50]:
+            both = [(kind, answer, random_claim(scene, kind, answer, rng)) for kind in TYPES for answer in (1, 0)]
+            both = [(kind, answer, claim) for kind, answer, claim in both if claim]
+            rows.append([(f"{to_question(claim)} {YES_NO}", "Yes", 1.0) for _, _, claim in both])
+            asked += [(kind, answer) for kind, answer, _ in both]
+        logits = target_logits(model.model.language_model, packer.pack(rows), features[start : start + 50])[::2]
+        for (kind, answer), says_yes in zip(asked, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
+            right[kind].append(says_yes == bool(answer))
+    return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+
+@torch.no_grad()
+def describe(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pixels: torch.Tensor,
+    questions: list[str],
+    temperature: float = 0.0,
+    batch: int = 100,
+) -> list[str]:
+    """Answers of a policy to one question per image: greedy, or sampled (top-k 50) at a temperature above 0."""
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+        ).replace("<image>", "<image>" * 9)
+        for question in questions
+    ]
+    answers = []
+    for start in range(0, len(prompts), batch):
+        inputs = processor.tokenizer(
+            prompts[start : start + batch], padding=True, padding_side="left", return_tensors="pt"
+        )
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=pixels[start : start + batch],
+            max_new_tokens=128,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=50 if temperature > 0 else None,
+        )
+        new = out[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return answers
+
+
+def hallucination(answers: list[str], scenes: list[Scene]) -> dict[str, float]:
+    """Response and mention hallucination rates (CHAIRs and CHAIRi over distinct classes) and recall."""
+    nouns = {form: name for name in CLASSES for form in (name, PLURALS[name])}
+    flagged = mentioned = absent = found = present = 0
+    for answer, scene in zip(answers, scenes, strict=True):
+        said = {nouns[word] for word in re.findall(r"[a-z]+", answer) if word in nouns}
+        shown = {group.name for group in scene.groups}
+        flagged += bool(said - shown)
+        mentioned, absent = mentioned + len(said), absent + len(said - shown)
+        found, present = found + len(said & shown), present + len(shown)
+    return {
+        "response": flagged / len(answers),
+        "mention": absent / max(mentioned, 1),
+        "recall": found / present,
+    }
+
+
+@torch.no_grad()
+def reply(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], batch: int = 32
+) -> list[str]:
+    """Greedy replies of the divider to user prompts."""
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    replies = []
+    for start in range(0, len(texts), batch):
+        inputs = tokenizer(texts[start : start + batch], padding=True, padding_side="left", return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=400, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        replies += [text.removeprefix(" ") for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return replies
+
+
+def division_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, answers: list[str]
+) -> dict[str, float]:
+    """Share of answers whose claims, and whose questions, come out exactly right."""
+    first = [
+        CLAIMS_PROMPT.format(question=INSTRUCTIONS[index % len(INSTRUCTIONS)], answer=answer)
+        for index, answer in enumerate(answers)
+    ]
+    listed = [claims(answer) for answer in answers]
+    told = reply(model, tokenizer, first)
+    split = [text == claims_reply(answer) for text, answer in zip(told, answers, strict=True)]
+    second = [QUESTIONS_PROMPT.format(claims="\n".join(f"- {claim}" for claim in found)) for found in listed if found]
+    asked = reply(model, tokenizer, second)
+    turned = [text == questions_reply(found) for text, found in zip(asked, [f for f in listed if f], strict=True)]
+    return {"claims": sum(split) / len(split), "questions": sum(turned) / max(len(turned), 1)}
