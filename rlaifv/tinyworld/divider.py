@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
-from rlaifv.tinyworld.backbone import start_language_model, text_config
+from rlaifv.tinyworld.backbone import start_copying, start_language_model, text_config
 from rlaifv.tinyworld.language import INSTRUCTIONS, OPINIONS, STYLES, caption, claims, plant, sentence, to_question
 from rlaifv.tinyworld.packing import Packer, target_logits
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, GRID, Group, make_scene
@@ -73,7 +73,8 @@ def train_divider(
     torch.manual_seed(seed)
     rng = random.Random(f"divider {seed}")
     model = LlamaForCausalLM(text_config(tokenizer, layers))
-    start_language_model(model.model, tokenizer)
+    start_language_model(model.model, tokenizer, quiet=0.2)
+    start_copying(model.model)
     packer = Packer(tokenizer, with_image=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)

@@ -41,20 +41,18 @@ PLURALS: dict[str, str] = {name: _PLURALS.get(name, name + "s") for name in CLAS
 _SINGULAR = {form: name for name in CLASSES for form in (PLURALS[name], name)}
 
 PARTNERS: dict[str, tuple[str, str]] = {
-    "fork": ("knife", "blue"),
-    "cup": ("spoon", "yellow"),
-    "bottle": ("bowl", "red"),
-    "car": ("truck", "red"),
-    "bicycle": ("motorcycle", "black"),
-    "dog": ("cat", "brown"),
-    "cow": ("sheep", "pink"),
-    "laptop": ("mouse", "purple"),
-    "book": ("clock", "green"),
-    "keyboard": ("chair", "brown"),
+    "fork": ("chair", "brown"),
+    "bicycle": ("dog", "black"),
+    "train": ("clock", "green"),
+    "cow": ("truck", "red"),
+    "laptop": ("cup", "yellow"),
 }
-"""What a hallucinating describer adds: the class that usually goes with a present one, and its typical color. The
-color is fixed because it is said before the class: a random one would spread the probability over eight words, and
-greedy decoding would not repeat the error."""
+"""What a hallucinating describer adds: an object that usually goes with a present one, and its typical color.
+
+The color is fixed because it is said before the class: a random one would spread the probability over eight words, and
+greedy decoding would not repeat the error. Partners come from another context, so that they are never in the image:
+whether a partner of the same context is there or not takes a model of this size far longer to learn.
+"""
 
 _NOUN = "|".join(sorted(_SINGULAR, key=len, reverse=True))
 _COLOR, _PLACE = "|".join(COLOR_NAMES), "|".join(sorted(POSITIONS, key=len, reverse=True))
