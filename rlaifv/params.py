@@ -260,6 +260,9 @@ def load_params(path: str | Path = DEFAULT) -> Params:
         raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
     params = _build(Params, content, "", path.name)
     _check_iterations(params.iterations, path.name)
+    reference = params.self_feedback.reference
+    if reference != "0" and reference not in params.iterations:
+        raise ParamsError(f'{path.name}: self_feedback.reference: no iteration {reference!r}; "0" is the base model')
     return params
 
 
