@@ -8,10 +8,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test lint format lab bench tiny clean
+.PHONY: help env repro self-feedback test lint format lab bench tiny clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(READY) ## make or refresh the environment in .venv
 
@@ -25,6 +25,10 @@ $(READY): pyproject.toml constraints.txt
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	dvc repro
 	@echo "report: plots/report.html, numbers: metrics/summary.json"
+
+self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (about a minute)
+	dvc repro experiments/dvc.yaml:self_feedback
+	@echo "figure: plots/self_feedback.png, numbers: data/self_feedback/result.json"
 
 test: $(READY) ## run the tests
 	python -m pytest -n 2
@@ -43,7 +47,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 	jupyter lab notebooks
 
 bench: $(READY) ## measure the speed of feedback, generation and training
-	for program in bench/*.py; do python $$program; done
+	python bench/feedback.py
+	python bench/generate.py
+	python bench/train.py
 
 tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothing
 	python -m rlaifv.run 01_tiny_checkpoints

@@ -42,6 +42,9 @@ Present the result in this format:
 ### Declarative sentences:
 {claims}"""
 
+WHOLE_QUESTION = 'Is everything in this description of the image correct: "{answer}"?'
+"""What the ablation `divide.whole_answer` asks: the undivided answer in one question."""
+
 ATTEMPTS = 2
 """The first try and one retry."""
 
@@ -87,6 +90,8 @@ def parse_list(reply: str, header: str) -> list[str]:
 
 def divide_answers(vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int) -> list[Division]:
     """Divide each (question, answer); an unusable reply is asked for again with other random numbers."""
+    if params.whole_answer:
+        return [Division([answer], [WHOLE_QUESTION.format(answer=answer)]) for _, answer in asked]
     divisions: list[Division | None] = [None] * len(asked)
     for attempt in range(ATTEMPTS):
         todo = [i for i, division in enumerate(divisions) if division is None or division.problem]

@@ -4,6 +4,7 @@ Each claim's question goes to the labeler with the image. A claim is accepted if
 p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer token; a tie is a rejected claim.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,14 @@ def _judge_chunk(
     for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
         answer_of = dict(zip(questions, answers, strict=True))
         for claim in group:
-            p_yes, p_no = answer_of[claim.question]
+            p_yes, p_no = coin(claim.id, params.coin_share) or answer_of[claim.question]
             judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
     return judgements, rejects
+
+
+def coin(claim_id: str, share: float) -> tuple[float, float] | None:
+    """(p_yes, p_no) of a coin for that share of all claims, None for the others; a claim's coin never changes."""
+    drawn = hashlib.blake2b(f"{claim_id}/coin".encode(), digest_size=9).digest()
+    if int.from_bytes(drawn[:8], "big") >= share * 2**64:
+        return None
+    return (1.0, 0.0) if drawn[8] % 2 else (0.0, 1.0)

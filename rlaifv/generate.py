@@ -6,6 +6,7 @@ preference pairs made of them differ in trustworthiness and not in style. A samp
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from rlaifv.images import open_image
 from rlaifv.params import GenerateParams
 from rlaifv.records import Candidate, Instruction, Reject, Store, batched
-from rlaifv.sampling import Prompt, generate_batch
+from rlaifv.sampling import Generation, Prompt, generate_batch
 from rlaifv.vlm import VLM
 
 
@@ -44,6 +45,11 @@ def generate(
     return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
 
 
+def temperature_of(params: GenerateParams, sample: int) -> float:
+    """The same for every sample, unless the ablation `temperature_spread` confounds truth with style."""
+    return params.temperature * (1 + params.temperature_spread * (2 * sample / max(params.samples - 1, 1) - 1))
+
+
 def _sample_chunk(
     vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int
 ) -> tuple[list[Candidate], list[Reject]]:
@@ -60,15 +66,20 @@ def _sample_chunk(
     streams = [
         np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
     ]
-    generations = generate_batch(
-        vlm,
-        prompts,
-        streams,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        max_new_tokens=params.max_new_tokens,
-    )
+    generations: list[list[Generation]] = [[] for _ in readable]
+    for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s)):
+        numbers = list(samples)
+        drawn = generate_batch(
+            vlm,
+            prompts,
+            [stream[numbers] for stream in streams],
+            temperature=temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            max_new_tokens=params.max_new_tokens,
+        )
+        for kept, more in zip(generations, drawn, strict=True):
+            kept += more
     for instruction, samples in zip(readable, generations, strict=True):
         for s, generation in enumerate(samples):
             name, answer = f"{instruction.id}#{s}", generation.text.strip()

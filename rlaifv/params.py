@@ -86,6 +86,8 @@ class GenerateParams:
 
     samples: int = _at_least(2)
     temperature: float = _more_than(0)
+    # ablation: samples at temperatures of 1 ± this times `temperature`; 0 in the method
+    temperature_spread: float = _between(0, 0.95)
     top_p: float = _between(0, 1)
     top_k: int = _at_least(0)
     max_new_tokens: int = _at_least(1)
@@ -95,6 +97,8 @@ class GenerateParams:
 
 @dataclass(frozen=True)
 class DivideParams:
+    # ablation: judge the answer as a whole instead of claim by claim; false in the method
+    whole_answer: bool
     temperature: float = _at_least(0)
     top_p: float = _between(0, 1)
     max_new_tokens: int = _at_least(1)
@@ -105,6 +109,8 @@ class DivideParams:
 @dataclass(frozen=True)
 class FeedbackParams:
     suffix: str
+    # ablation: share of the claims that a coin judges instead of the labeler; 0 in the method
+    coin_share: float = _between(0, 1)
     batch_size: int = _at_least(1)
     min_answer_mass: float = _between(0, 1)
     max_reject_rate: float = _between(0, 1)
@@ -235,6 +241,22 @@ class BenchmarkParams:
 
 
 @dataclass(frozen=True)
+class SelfFeedbackParams:
+    """Best-of-N at inference time with the aligned policy's own DPO reward (section 2.4); sampling is `generate`'s."""
+
+    # the round whose policy is π_ref of the reward; "0" is the base model
+    reference: str
+    # the first so many test instructions
+    instructions: int = _at_least(1)
+    # the largest N; smaller ones are sub-sampled from its answers
+    candidates: int = _at_least(2)
+    # sub-samples that means and intervals are taken over
+    seeds: int = _at_least(20)
+    # instructions at a time
+    batch_size: int = _at_least(1)
+
+
+@dataclass(frozen=True)
 class ReportParams:
     gallery: int = _at_least(1)
 
@@ -262,6 +284,7 @@ class Params:
     evaluate: EvaluateParams
     select: SelectParams
     benchmarks: dict[str, BenchmarkParams]
+    self_feedback: SelfFeedbackParams
     report: ReportParams
     iterations: dict[str, IterationParams]
 
@@ -278,6 +301,9 @@ def load_params(path: str | Path = DEFAULT) -> Params:
     params = _build(Params, content, "", path.name)
     _check_iterations(params.iterations, path.name)
     _check_benchmarks(params.benchmarks, path.name)
+    reference = params.self_feedback.reference
+    if reference != "0" and reference not in params.iterations:
+        raise ParamsError(f'{path.name}: self_feedback.reference: no iteration {reference!r}; "0" is the base model')
     return params
 
 

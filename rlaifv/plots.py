@@ -159,3 +159,35 @@ def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping
         for axis in (picture, *columns):
             axis.axis("off")
     return figure
+
+
+def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Response hallucination and recall against N (left, middle) and against each other (right); `curves` are the rows
+    of `self_feedback.curve` per policy. The first policy is dashed."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
+    for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
+        for method, color in colors.items():
+            mine = [row for row in rows if row["method"] == method]
+            at = [row["n"] for row in mine]
+            for axis, rate in zip(axes, ("response_hallucination", "recall"), strict=False):
+                values = 100 * np.array([row[rate] for row in mine])
+                axis.plot(at, values, line, marker="o", markersize=3, color=color, label=f"{policy}, {method}")
+                low, high = 100 * np.array([row[f"{rate}_interval"] for row in mine]).T
+                if line == "-" and method in ("normalized", "summed"):
+                    axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+            hallucination, recall = (
+                100 * np.array([row[r] for row in mine]) for r in ("response_hallucination", "recall")
+            )
+            axes[2].plot(hallucination, recall, line, marker="o", markersize=3, color=color)
+    for axis, title in zip(
+        axes, ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better"), strict=True
+    ):
+        axis.set_title(title)
+    for axis in axes[:2]:
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="N, best of", xticks=at, xticklabels=at)
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=6.5, ncols=2)
+    axes[2].set(xlabel="response hallucination (%)", ylabel="recall (%)")
+    return figure

@@ -1,0 +1,270 @@
+"""Talk to a vision-language model about a picture.
+
+    python -m rlaifv.chat --image cat.jpg --question "What is in the picture?" [--model PATH_OR_HUB_ID] [--best-of 8]
+
+Without --model it is the newest aligned policy of the pipeline, or the shipped tiny one; without --question, questions
+are read line by line and every answer knows the turns before it. --best-of N samples N answers and says the one that
+the model's own DPO reward against --reference ranks first (rlaifv.rewards).
+"""
+
+import argparse
+import base64
+import binascii
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, GenerationConfig, TextIteratorStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from rlaifv import ROOT
+from rlaifv.generate import uniforms
+from rlaifv.images import decode_image, open_image
+from rlaifv.prefix import collate_inputs, continuation_logprobs, shares_prefix
+from rlaifv.rewards import AnswerLogps, best_of_n, check_same_tokens
+from rlaifv.sampling import Decoding, DrawFromStream, Generation, sample_plain, sample_shared
+from rlaifv.vlm import VLM, EncodedPrompt, load_vlm, resolve_checkpoint, special_tokens_needed
+
+BASE_MODEL = "models/tiny/policy"
+BEST_OF_TEMPERATURE = 0.7
+"""Of the N answers when no temperature is given: greedy ones would be N times the same."""
+
+
+def default_model() -> str:
+    """The policy of the newest finished round, else the shipped tiny policy; relative to the repository."""
+    rounds = [folder.parent for folder in ROOT.glob("data/iterations/*/policy") if (folder / "config.json").is_file()]
+    newest = max((folder for folder in rounds if folder.name.isdigit()), key=lambda f: int(f.name), default=None)
+    return str((newest / "policy").relative_to(ROOT)) if newest else BASE_MODEL
+
+
+def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """An RGB image from a path, base64 text (bare or a data URI), the bytes of an image file, or a PIL image.
+
+    Raises FileNotFoundError for a path without a file, ValueError for what is no image; both name it.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, bytes):
+        return decode_image(source, "given as bytes")
+    text = str(source)
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    if text.startswith("data:") or (len(text) > 100 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text)):
+        try:
+            return decode_image(base64.b64decode("".join(encoded.split()), validate=True), f"{text[:24]}...")
+        except binascii.Error as error:
+            raise ValueError(f"image {text[:24]}... is no base64 text: {error}") from None
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise ValueError(f"image {path} is a folder: give an image file")
+    return open_image(path)
+
+
+def load_chat_model(path: str, device: str = "auto", dtype: str | None = None) -> VLM:
+    """Load a vision-language model; ValueError says so when it is none, before its weights are read.
+
+    `dtype` defaults to bfloat16 on a GPU and float32 on a CPU.
+    """
+    local = Path(path).expanduser().resolve()
+    source, revision = resolve_checkpoint(str(local) if local.is_dir() else path)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"cannot load a model from {path!r}: {str(error).strip().splitlines()[0]}") from None
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{path} is a {config.model_type} model that sees no images: give a vision-language model")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return load_vlm(source, revision=revision, device=device, dtype=dtype or ("bfloat16" if on_gpu else "float32"))
+
+
+@dataclass
+class Chat:
+    """A conversation about one image.
+
+        chat = Chat(load_chat_model("models/tiny/policy"), read_image("cat.jpg"))
+        print(chat.ask("What is in the picture?"))
+        for piece in chat.stream("Is there a dog?"):
+            print(piece, end="")
+
+    `history` holds (question, answer) of the turns so far. Temperature 0 is greedy. `reference` is π_ref for best-of-N.
+    """
+
+    vlm: VLM
+    image: Image.Image | None
+    reference: VLM | None = None
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    history: list[tuple[str, str]] = field(default_factory=list)
+
+    def ask(self, question: str, best_of: int = 1) -> str:
+        """The whole answer, which joins the history."""
+        return "".join(self.stream(question)) if best_of == 1 else self.ask_best(question, best_of)[0]
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer piece by piece as it is decoded; it joins the history once it is complete."""
+        encoded = self.encode(question)
+        pieces = []
+        for piece in stream_answer(self.vlm, encoded, self.random_numbers(1), self.decoding(self.temperature)):
+            piece = piece if pieces else piece.lstrip()
+            if piece:
+                pieces.append(piece)
+                yield piece
+        self.history.append((question, "".join(pieces).strip()))
+
+    def ask_best(self, question: str, n: int) -> tuple[str, list[tuple[float, str]]]:
+        """The answer with the highest normalized reward of `n`, and all distinct (log-ratio per token, answer)."""
+        if n < 1:
+            raise ValueError(f"best of {n}: give at least 1")
+        if self.reference is None:
+            raise ValueError("best-of-N needs a reference: the model that this one was aligned from")
+        check_same_tokens(self.vlm, self.reference)
+        encoded = self.encode(question)
+        decoding = self.decoding(self.temperature or BEST_OF_TEMPERATURE)
+        if shares_prefix(self.vlm, [encoded]):
+            samples = sample_shared(self.vlm, [encoded], self.random_numbers(n)[None], decoding)[0]
+        else:
+            samples = sample_plain(self.vlm, encoded, self.random_numbers(n), decoding)
+        samples = list({s.text.strip(): s for s in samples if s.text.strip()}.values())
+        if not samples:
+            raise ValueError(f"{self.vlm.name} gave {n} empty answers")
+        scored = self.score(encoded, samples)
+        answers = [(s.reward(beta=1.0), sample.text.strip()) for s, sample in zip(scored, samples, strict=True)]
+        best = answers[best_of_n(scored, beta=1.0)][1]  # β scales all rewards alike
+        self.history.append((question, best))
+        return best, sorted(answers, reverse=True)
+
+    def score(self, encoded: EncodedPrompt, samples: list[Generation]) -> list[AnswerLogps]:
+        """Log-probs of sampled answers under the model and the reference, over the very tokens that were drawn."""
+        start, end = len(encoded.prompt_ids), self.vlm.tokenizer.eos_token_id
+        rows = [encoded.prompt_ids + s.token_ids + [end] * (s.finish_reason == "stop") for s in samples]
+        answered = EncodedPrompt(encoded.prompt_ids, rows, [start] * len(rows), encoded.inputs)
+        ours, theirs = (continuation_logprobs(vlm, [answered])[0] for vlm in (self.vlm, self.reference))
+        return [AnswerLogps(a.sum().item(), b.sum().item(), len(a)) for a, b in zip(ours, theirs, strict=True)]
+
+    def encode(self, question: str) -> EncodedPrompt:
+        """The conversation so far and the new question, by the checkpoint's own template, image expanded."""
+        if not question.strip():
+            raise ValueError("the question is empty")
+        messages = []
+        for asked, answer in [*self.history, (question, None)]:
+            picture = [{"type": "image"}] if self.image is not None and not messages else []
+            messages.append({"role": "user", "content": [*picture, {"type": "text", "text": asked}]})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        text = self.vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        special = special_tokens_needed(self.vlm, text)
+        images = {"images": [self.image]} if self.image is not None else {}
+        batch = self.vlm.processor(text=[text], add_special_tokens=special, return_tensors="pt", **images)
+        ids = batch["input_ids"][0].tolist()
+        inputs = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and torch.is_tensor(v)}
+        return EncodedPrompt(ids, [ids], [len(ids)], inputs)
+
+    def decoding(self, temperature: float) -> Decoding:
+        return Decoding(temperature, 50, 1.0, self.max_new_tokens)
+
+    def random_numbers(self, n: int) -> np.ndarray:
+        """(n, max_new_tokens) numbers that belong to this turn."""
+        turn = f"chat/{len(self.history)}"
+        return np.stack([uniforms(self.seed, turn, s, self.max_new_tokens) for s in range(n)])
+
+
+def stream_answer(vlm: VLM, encoded: EncodedPrompt, numbers: np.ndarray, decoding: Decoding) -> Iterator[str]:
+    """Decode one answer in a thread and yield its text as it grows; an error there is raised here."""
+    streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    errors: Queue[BaseException] = Queue()
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=vlm.eos_token_ids,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+    )
+    ids = torch.tensor([encoded.prompt_ids], device=vlm.device)
+
+    def decode() -> None:
+        try:
+            vlm.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                logits_processor=[DrawFromStream(numbers, decoding)],
+                streamer=streamer,
+                **(collate_inputs(vlm, [encoded.inputs], [ids.shape[1]]) if encoded.inputs else {}),
+            )
+        except BaseException as error:
+            errors.put(error)
+            streamer.end()
+
+    thread = Thread(target=decode, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if not errors.empty():
+        raise errors.get()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rlaifv.chat", description="Ask a model about a picture")
+    parser.add_argument("--image", required=True, help="an image file")
+    parser.add_argument("--question", help="default: read questions line by line")
+    parser.add_argument("--model", help="a checkpoint folder or hub id (default: the newest aligned policy)")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="sample N answers, say the best")
+    parser.add_argument("--reference", default=BASE_MODEL, help="for --best-of: what the model was aligned from")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        image = read_image(options.image)
+        model = options.model or default_model()
+        vlm = load_chat_model(model)
+        reference = load_chat_model(options.reference) if options.best_of > 1 else None
+        if reference is not None and reference.fingerprint == vlm.fingerprint:
+            raise ValueError(f"--best-of: {model} is its own --reference, so every answer is worth the same")
+        if options.model is None:
+            print(f"({model})", file=sys.stderr)
+        chat = Chat(vlm, image, reference, options.temperature, options.max_new_tokens, options.seed)
+        for question in [options.question] if options.question is not None else ask_for_questions():
+            answer_aloud(chat, question, options.best_of)
+    except (OSError, ValueError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def answer_aloud(chat: Chat, question: str, best_of: int) -> None:
+    """Print the answer, as it grows or the best of several."""
+    for piece in chat.stream(question) if best_of == 1 else [chat.ask_best(question, best_of)[0]]:
+        print(piece, end="", flush=True)
+    print()
+
+
+def ask_for_questions() -> Iterator[str]:
+    """Lines of the standard input up to its end; a prompt where a person types."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Talking to a model about a picture: what comes in, what streams out, and one clear line when it cannot work."""
+
+import base64
+import io
+import sys
+
+import pytest
+from architectures import BUILDERS, build
+from architectures import picture as noise
+from PIL import Image
+from tiny_llava import picture, save_tiny_llava
+from transformers import LlamaConfig
+
+import rlaifv.chat
+from rlaifv.chat import Chat, default_model, load_chat_model, main, read_image
+from rlaifv.rewards import Asked, answer_logps
+from rlaifv.sampling import Generation
+
+QUESTION = "what is in the image ?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    save_tiny_llava(folder / "policy", seed=1)
+    save_tiny_llava(folder / "base", seed=2)
+    LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder / "language_model")
+    (folder / "cat.png").write_bytes(picture(5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    return load_chat_model(str(folder / "policy"))
+
+
+def chat(vlm, folder, **settings) -> Chat:
+    return Chat(vlm, read_image(folder / "cat.png"), **{"max_new_tokens": 12, **settings})
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_an_image_comes_as_path_bytes_base64_data_uri_or_pil_image(folder):
+    data = picture(5)
+    text = base64.b64encode(data).decode()
+    expected = Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+    path = folder / "cat.png"
+    for source in (path, str(path), data, text, f"data:image/png;base64,{text}", Image.open(path)):
+        assert read_image(source).tobytes() == expected
+
+
+def test_streamed_pieces_are_the_answer_of_ask(policy, folder):
+    pieces = list(chat(policy, folder).stream(QUESTION))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == chat(policy, folder).ask(QUESTION).strip()
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_every_supported_architecture_streams_and_remembers(name):
+    vlm = build(name)
+    if not vlm.sees_images:
+        pytest.skip("a language model without images is refused by load_chat_model")
+    talk = Chat(vlm, noise(), max_new_tokens=4)
+    talk.ask("Is there a cat in the image?")
+    talk.ask("What color?")
+    assert [question for question, _ in talk.history] == ["Is there a cat in the image?", "What color?"]
+
+
+def test_a_later_turn_reads_the_turns_before_it_and_the_image_once(policy, folder):
+    talk = chat(policy, folder)
+    first = talk.ask(QUESTION)
+    ids = talk.encode("describe it .").prompt_ids
+    text = policy.tokenizer.decode(ids)
+    assert text.count("USER") == 2 and QUESTION.split()[0] in text and first.split()[0] in text
+    assert ids.count(policy.model.config.image_token_id) == 4
+
+
+def test_sampling_depends_on_the_seed_alone(policy, folder):
+    settings = {"temperature": 1.5, "max_new_tokens": 12}
+    first, again, other = (chat(policy, folder, seed=seed, **settings).ask(QUESTION) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_best_of_n_says_the_sampled_answer_with_the_highest_reward(policy, folder):
+    base = load_chat_model(str(folder / "base"))
+    talk = chat(policy, folder, reference=base, temperature=1.0)
+    best, answers = talk.ask_best(QUESTION, 6)
+    assert best == answers[0][1] and answers == sorted(answers, reverse=True) and len(answers) > 1
+    assert talk.history == [(QUESTION, best)]
+
+
+def test_the_reward_of_a_sampled_answer_is_that_of_its_text(policy, folder):
+    base = load_chat_model(str(folder / "base"))
+    talk, texts = chat(policy, folder, reference=base), ["a red dog", "yes there is a kite ."]
+    samples = [
+        Generation(t, policy.tokenizer(t)["input_ids"], end) for t, end in zip(texts, ("stop", "length"), strict=True)
+    ]
+    scored = talk.score(talk.encode(QUESTION), samples)
+    expected = answer_logps(policy, base, [Asked(talk.image, QUESTION, texts, [False, True])])[0]
+    assert [s.tokens for s in scored] == [s.tokens for s in expected] == [4, 6]
+    assert [s.reward(1.0) for s in scored] == pytest.approx([s.reward(1.0) for s in expected], abs=1e-4)
+
+
+def test_the_command_prints_the_answer_and_nothing_else(capsys, folder):
+    code, out, err = run(
+        capsys, "--image", folder / "cat.png", "--question", QUESTION, "--model", folder / "policy",
+        "--max-new-tokens", 8,
+    )  # fmt: skip
+    assert (code, err) == (0, "") and len(out.strip().splitlines()) == 1
+
+
+def test_without_a_question_lines_are_read_until_the_end(capsys, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\ndescribe it .\n"))
+    code, out, _ = run(capsys, "--image", folder / "cat.png", "--model", folder / "policy", "--max-new-tokens", 4)
+    assert code == 0 and len(out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "no.png"], "image no.png does not exist"),
+        (["--image", "."], "is a folder: give an image file"),
+        (["--image", __file__], "cannot be decoded"),
+        (["--image", "{}/cat.png", "--model", "{}/language_model"], "is a llama model that sees no images"),
+        (["--image", "{}/cat.png", "--model", "{}"], "it is not a checkpoint"),
+        (["--image", "{}/cat.png", "--model", "no/such/folder"], "no checkpoint at 'no/such/folder'"),
+        (["--image", "{}/cat.png", "--model", "{}/policy", "--question", " "], "the question is empty"),
+        (
+            ["--image", "{}/cat.png", "--model", "{}/policy", "--reference", "{}/policy", "--best-of", "4"],
+            "is its own --reference",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(capsys, folder, arguments, message):
+    code, out, err = run(capsys, *[a.replace("{}", str(folder)) for a in arguments])
+    assert code == 1 and out == "" and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_error_while_decoding_is_raised_and_not_swallowed_by_the_thread(policy, folder, monkeypatch):
+    monkeypatch.setattr(policy.model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        chat(policy, folder).ask(QUESTION)
+
+
+def test_the_default_model_is_the_newest_aligned_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlaifv.chat, "ROOT", tmp_path)
+    assert default_model() == "models/tiny/policy"
+    for name, file in (("0", "pointer.json"), ("2", "config.json"), ("10", "config.json"), ("11", "log.csv")):
+        folder = tmp_path / "data/iterations" / name / "policy"
+        folder.mkdir(parents=True)
+        (folder / file).write_text("{}")
+    assert default_model() == "data/iterations/10/policy"
