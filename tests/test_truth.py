@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlaifv.pairs import Pair, write_pairs
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, write_jsonl
 from rlaifv.tinyworld.coco import write_world
-from rlaifv.tinyworld.language import caption, claims, is_true, plant
+from rlaifv.tinyworld.language import claims, imagined_caption, is_true
 from rlaifv.tinyworld.scenes import make_scene
 from rlaifv.tinyworld.truth import claim_accuracy, false_claims, holds, interval, pair_agreement, score_round
 
@@ -19,7 +19,7 @@ SCENES = {i: make_scene(7, i) for i in range(1, 60)}
 
 def said(image: int, phantoms: float) -> str:
     rng = random.Random(image)
-    return caption(plant(SCENES[image], rng, phantoms), rng)
+    return imagined_caption(SCENES[image], rng, phantoms)
 
 
 def judged_by(labeler) -> list[tuple[Claim, Judgement]]:
