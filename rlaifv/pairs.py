@@ -86,6 +86,15 @@ def make_pairs(
     return pairs
 
 
+def require_pairs(pairs: Sequence[Pair], scored: int, params: PairsParams) -> None:
+    """Raise ValueError when there is nothing to train on, with the way out."""
+    if not pairs:
+        raise ValueError(
+            f"no pairs: among {scored} scored candidates no two answers to one instruction differ by pairs.min_gap = "
+            f"{params.min_gap} rejected claims; lower it, sample more (generate.samples), or look at the judgements"
+        )
+
+
 def words(text: str) -> int:
     """Length of an answer in words."""
     return len(text.split())

@@ -11,6 +11,7 @@ from rlaifv.pairs import (
     balance_length,
     make_pairs,
     relative_length_gap,
+    require_pairs,
     score_candidates,
     words,
     write_pairs,
@@ -97,6 +98,11 @@ def test_parquet_has_the_public_columns_and_the_image_inside(tmp_path):
     table = pq.read_table(tmp_path / "pairs.parquet")
     assert table.schema.equals(SCHEMA)
     assert table.to_pylist()[0]["image"] == {"bytes": b"picture", "path": "a.png"}
+
+
+def test_no_pairs_stops_the_run_with_the_way_out():
+    with pytest.raises(ValueError, match=r"no pairs: among 5 scored candidates .* pairs\.min_gap = 1"):
+        require_pairs([], 5, PARAMS)
 
 
 def test_no_pairs_is_an_empty_file_that_still_reads(tmp_path):
