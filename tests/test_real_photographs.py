@@ -22,7 +22,7 @@ from rlaifv.images import open_image
 from rlaifv.records import Instruction, read_jsonl, write_jsonl
 from rlaifv.vlm import encode, load_vlm, write_pointer
 
-INSTRUCTIONS = 3
+INSTRUCTIONS = 6
 
 
 def llava_336(source: Path, out: Path, seed: int) -> None:
@@ -78,7 +78,7 @@ def repository(shared, tmp_path_factory):
             section[split]["instructions"] = "data/real.jsonl"
         for name in ("generate", "divide", "feedback"):
             content[name]["max_reject_rate"] = 1.0
-        content["generate"].update(samples=8, max_new_tokens=64)
+        content["generate"].update(samples=10, temperature=1.3, max_new_tokens=64)
         content["pairs"].update(balance_length=False, min_gap=1)
         content["train"].update(epochs=1, checkpoints_per_epoch=1, batch_size=2, micro_batch_size=1)
 
@@ -108,15 +108,17 @@ def test_every_candidate_is_divided_or_rejected_and_every_claim_is_judged(reposi
     claims = read_jsonl(folder / "claims" / "claims.jsonl")
     rejects = read_jsonl(folder / "claims" / "rejects.jsonl")
     judgements = read_jsonl(folder / "judgements" / "judgements.jsonl")
-    assert len(candidates) == INSTRUCTIONS * 8
+    assert len(candidates) == INSTRUCTIONS * 10
     assert len({claim["candidate_id"] for claim in claims}) + len(rejects) == len(candidates)
     assert [j["claim_id"] for j in judgements] and {j["claim_id"] for j in judgements} == {c["id"] for c in claims}
 
 
-def test_pairs_hold_the_photographs_and_one_training_run_changes_the_policy(repository):
+def test_pairs_hold_the_photographs_and_one_training_run_changes_the_policy(repository, shared):
     folder = repository / "data" / "iterations" / "1"
     pairs = pq.read_table(folder / "pairs" / "pairs.parquet").to_pylist()
-    assert pairs and all(row["image"]["bytes"][:2] == b"\xff\xd8" for row in pairs), "JPEG bytes as they were"
+    assert pairs
+    for row in pairs:
+        assert row["image"]["bytes"] == (shared / "real" / row["image_path"]).read_bytes(), "the bytes as they were"
     before = load_vlm(str(repository / "models" / "policy-336")).model.state_dict()
     after = load_vlm(str(folder / "checkpoints" / "checkpoint-1")).model.state_dict()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
