@@ -90,6 +90,7 @@ class PairTrainer(DPOTrainer):
     def __init__(self, *args, data: PairData, reference: ReferenceStore, **kwargs):
         self.pair_data, self.reference = data, reference
         self.now_training_on: list[str] = []
+        self._last_log: tuple[float, int, int] | None = None  # time, step, tokens
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -106,7 +107,13 @@ class PairTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         stored = self.reference.load()
         if stored is None:
+            if self.is_fsdp_enabled:
+                # TRL has loaded a second model, which cannot read our rows; the policy itself is not sharded yet
+                self.ref_model = None
+                self.model.to(self.accelerator.device)
             with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
+            if self.is_fsdp_enabled:
+                self.model.to("cpu")
             stored = {key: with_logps[key] for key in ("ref_chosen_logps", "ref_rejected_logps")}
             if self.accelerator.is_main_process:
                 self.reference.save(stored)
@@ -169,6 +176,20 @@ class PairTrainer(DPOTrainer):
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
         return None
+
+    def log(self, logs, start_time=None):
+        """Adds what was trained per second since the last log (for TensorBoard; `write_log` leaves times out)."""
+        now, tokens = time.monotonic(), self._total_train_tokens
+        if self._last_log is not None and "loss" in logs:
+            seconds, steps, before = (
+                now - self._last_log[0],
+                self.state.global_step - self._last_log[1],
+                self._last_log[2],
+            )
+            logs["throughput/pairs_per_second"] = steps * pairs_per_step(self.args) / seconds
+            logs["throughput/tokens_per_second"] = (tokens - before) / seconds
+        self._last_log = (now, self.state.global_step, tokens)
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer's estimate walks over all parameters each step and counts only `input_ids`

@@ -1,4 +1,4 @@
-"""Evaluate: object hallucination and recall of a model's greedy answers, and its yes/no accuracy.
+"""Evaluate: object hallucination and recall of a model's greedy (or beam search) answers, and its yes/no accuracy.
 
 The numbers are those of CHAIR and its Object HalBench variant (rlaifv.benchmarks.chair): the same code scores the
 embedded world and real COCO.
@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import GenerationConfig
 
 from rlaifv.benchmarks import chair
 from rlaifv.benchmarks.results import Answer
-from rlaifv.benchmarks.statistics import intervals
+from rlaifv.benchmarks.scores import Scores
+from rlaifv.benchmarks.statistics import compare, intervals
 from rlaifv.images import open_image
 from rlaifv.params import EvaluateParams, SplitParams
+from rlaifv.prefix import collate_inputs, inputs_shape
 from rlaifv.records import Instruction, Store, batched, read_jsonl, read_records
 from rlaifv.sampling import Prompt, generate_batch
-from rlaifv.vlm import VLM
+from rlaifv.vlm import VLM, encode
 from rlaifv.yesno import judge_many
+
+CHAIR_RATES = {"response_hallucination": "chair_s_refine", "mention_hallucination": "chair_i", "recall": "recall"}
+"""Our names of the rates → CHAIR's."""
 
 
 @dataclass(frozen=True)
@@ -63,46 +70,103 @@ def load_split(name: str, params: SplitParams, prepared: Path, image_root: Path,
     return Split(name, instructions, objects, image_ids, questions, image_root)
 
 
-def greedy_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
-    """The model's greedy answer to every instruction: rows of `id`, `image`, `question`, `answer`."""
+def best_answers(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int) -> list[str]:
+    """The model's likeliest answer to each prompt, in the order of the prompts: greedy (1 beam), or by beam search."""
+    if beams > 1:
+        return beam_search(vlm, prompts, beams, max_new_tokens)
+    streams = [np.zeros((1, max_new_tokens))] * len(prompts)  # greedy decoding draws nothing
+    generations = generate_batch(vlm, prompts, streams, temperature=0, top_k=0, top_p=1, max_new_tokens=max_new_tokens)
+    return [samples[0].text.strip() for samples in generations]
+
+
+@torch.inference_mode()
+def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int) -> list[str]:
+    """The best of `beams` beams for each prompt, by transformers' own search, whatever the checkpoint's defaults are.
+
+    Only prompts of one length with like images share a batch: nothing is padded, so a neighbor changes no answer.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        length_penalty=1.0,
+        repetition_penalty=1.0,
+        early_stopping=False,
+        eos_token_id=vlm.eos_token_ids,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+    )
+    encoded = [encode(vlm, prompt.image, prompt.text) for prompt in prompts]
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for place, e in enumerate(encoded):
+        groups[inputs_shape(e.inputs), len(e.prompt_ids)].append(place)
+    answers = [""] * len(prompts)
+    for (_, length), places in groups.items():
+        ids = torch.tensor([encoded[place].prompt_ids for place in places], device=vlm.device)
+        inputs = collate_inputs(vlm, [encoded[place].inputs for place in places], [length] * len(places))
+        found = vlm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
+        )
+        for place, row in zip(places, found[:, length:].tolist(), strict=True):
+            answers[place] = vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def model_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
+    """The model's answer to every instruction: rows of `id`, `image`, `question`, `answer`."""
     rows = []
     for chunk in batched(split.instructions, params.batch_size):
         prompts = [Prompt(open_image(split.image_root / i.image_path), i.question) for i in chunk]
-        streams = [np.zeros((1, params.max_new_tokens))] * len(chunk)  # greedy decoding draws nothing
-        generations = generate_batch(
-            vlm, prompts, streams, temperature=0, top_k=0, top_p=1, max_new_tokens=params.max_new_tokens
-        )
-        for instruction, samples in zip(chunk, generations, strict=True):
-            rows.append(
-                {
-                    "id": instruction.id,
-                    "image": instruction.image_path,
-                    "question": instruction.question,
-                    "answer": samples[0].text.strip(),
-                }
-            )
+        answers = best_answers(vlm, prompts, params.beams, params.max_new_tokens)
+        rows += [
+            {"id": i.id, "image": i.image_path, "question": i.question, "answer": answer}
+            for i, answer in zip(chunk, answers, strict=True)
+        ]
     return rows
 
 
+def score_answers(answers: Sequence[dict[str, str]], split: Split) -> Scores:
+    """CHAIR scores of a list of answers in Object HalBench's counting; ValueError when one cannot be scored."""
+    named = [Answer(r["id"], r["answer"], image=split.image_ids[Path(r["image"]).name]) for r in answers]
+    scores = chair.score(named, split.objects, counting="unique")
+    if scores.missing:
+        raise ValueError(f"{len(scores.missing)} answers cannot be scored, first: {scores.missing[0]}")
+    return scores
+
+
 def hallucination(answers: Sequence[dict[str, str]], split: Split) -> dict[str, object]:
-    """Rates (fractions) of a list of answers in Object HalBench's counting, recall beside them.
+    """Rates (fractions) of a list of answers, recall beside them.
 
     `response_hallucination` = answers with a hallucinated object / answers that mention any object;
     `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer. `<rate>_interval` is
     its 95 % bootstrap interval over answers.
     """
-    named = [Answer(r["id"], r["answer"], image=split.image_ids[Path(r["image"]).name]) for r in answers]
-    scores = chair.score(named, split.objects, counting="unique")
-    if scores.missing:
-        raise ValueError(f"{len(scores.missing)} answers cannot be scored, first: {scores.missing[0]}")
+    scores = score_answers(answers, split)
     metrics, bounds = scores.metrics, intervals(scores)
-    rates = {"response_hallucination": "chair_s_refine", "mention_hallucination": "chair_i", "recall": "recall"}
     return {
-        **{name: metrics[rate] for name, rate in rates.items()},
-        **{f"{name}_interval": bounds[rate] for name, rate in rates.items()},
+        **{name: metrics[rate] for name, rate in CHAIR_RATES.items()},
+        **{f"{name}_interval": bounds[rate] for name, rate in CHAIR_RATES.items()},
         "chair_s": metrics["chair_s"],
         "mean_words": metrics["mean_words"],
         "n": metrics["n"],
+    }
+
+
+def paired_test(
+    base: Sequence[dict[str, str]], aligned: Sequence[dict[str, str]], split: Split
+) -> dict[str, dict[str, object]]:
+    """The aligned model against the base on the same rows: for each rate of `hallucination` both values, their
+    `difference` with its 95 % `interval`, and the two-sided `p_value` of swapping the models' answers at random."""
+    tests = compare(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
+    return {
+        name: {
+            "base": test.a,
+            "aligned": test.b,
+            "difference": test.difference,
+            "interval": [test.low, test.high],
+            "p_value": test.p_value,
+            "n": test.n,
+        }
+        for name, test in zip(CHAIR_RATES, tests, strict=True)
     }
 
 
@@ -148,7 +212,7 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
 
 def evaluate(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
     """All metrics of one model on one split, and its answers."""
-    answers = greedy_answers(vlm, split, params)
+    answers = model_answers(vlm, split, params)
     yes_no = yes_no_metrics(answer_questions(vlm, split, suffix, params.batch_size))
     return {**hallucination(answers, split), "yes_no": yes_no}, answers
 

@@ -186,6 +186,9 @@ class TrainParams:
 
 @dataclass(frozen=True)
 class EvaluateParams:
+    """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
+
+    beams: int = _at_least(1)
     max_new_tokens: int = _at_least(1)
     batch_size: int = _at_least(1)
 
@@ -193,6 +196,42 @@ class EvaluateParams:
 @dataclass(frozen=True)
 class SelectParams:
     max_recall_drop: float = _between(0, 1)
+
+
+@dataclass(frozen=True)
+class JudgeParams:
+    """A benchmark's judge: `name` at the OpenAI-compatible server `base_url`, or, with null there, a checkpoint folder
+    or hub id that judges in this process."""
+
+    name: str
+    base_url: str | None
+    # the published scorer's .py files, to use its prompts (RefoMB has two); empty: ours
+    prompts: tuple[str, ...]
+    # the published rule for unreadable replies (MMHal: they count as 0)
+    strict_published: bool
+
+
+@dataclass(frozen=True)
+class BenchmarkParams:
+    """A published benchmark, and whose answers to it are scored. Paths start at the repository."""
+
+    # what is asked: the benchmark's own files
+    questions: tuple[str, ...]
+    # what is true: COCO instances and captions (chair, object_halbench), AMBER's folder; else it is in `questions`
+    truth: tuple[str, ...]
+    # a synonym table instead of ours (chair, object_halbench)
+    vocabulary: str | None
+    # the folder below which the images lie; null: they are in `questions`
+    images: str | None
+    # put after every question, such as "Please answer yes or no."
+    suffix: str
+    # null: our models answer; a file: these answers of someone else's model are scored
+    answers: str | None
+    # of the benchmarks that ask one
+    judge: JudgeParams | None
+    kind: str = _one_of("chair", "object_halbench", "amber", "mmhal", "refomb", "pope")
+    # 1: greedy
+    beams: int = _at_least(1)
 
 
 @dataclass(frozen=True)
@@ -222,6 +261,7 @@ class Params:
     train: TrainParams
     evaluate: EvaluateParams
     select: SelectParams
+    benchmarks: dict[str, BenchmarkParams]
     report: ReportParams
     iterations: dict[str, IterationParams]
 
@@ -237,10 +277,13 @@ def load_params(path: str | Path = DEFAULT) -> Params:
         raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
     params = _build(Params, content, "", path.name)
     _check_iterations(params.iterations, path.name)
+    _check_benchmarks(params.benchmarks, path.name)
     return params
 
 
 def _check_iterations(iterations: dict[str, IterationParams], file: str) -> None:
+    if not iterations:
+        raise ParamsError(f"{file}: iterations: expected a section with at least one entry, got {{}}")
     for name, item in iterations.items():
         if not name.isdigit() or int(name) < 1:
             raise ParamsError(f'{file}: iterations: expected names "1", "2", ..., got {name!r}')
@@ -248,6 +291,32 @@ def _check_iterations(iterations: dict[str, IterationParams], file: str) -> None
             raise ParamsError(f"{file}: iterations.{name}.prev: no iteration {item.prev!r} to start from")
         if int(item.prev) >= int(name):
             raise ParamsError(f"{file}: iterations.{name}.prev: {item.prev!r} is not before {name!r}")
+
+
+def _check_benchmarks(benchmarks: dict[str, BenchmarkParams], file: str) -> None:
+    """Refuse an entry whose judge, truth, vocabulary or prompts are missing, or are not of its kind of benchmark."""
+    for name, item in benchmarks.items():
+        key = f"{file}: benchmarks.{name}"
+        if not name.replace("_", "").isalnum() or not name.isascii():
+            raise ParamsError(f"{key}: a name is letters, digits and _ (files are called after it)")
+        judged = item.kind in ("object_halbench", "mmhal", "refomb")
+        looked_up = item.kind in ("chair", "object_halbench", "amber")
+        if judged != (item.judge is not None):
+            raise ParamsError(f"{key}.judge: {item.kind} {'needs a judge' if judged else 'has no judge: write null'}")
+        if looked_up != bool(item.truth):
+            wanted = (
+                "needs the files or the folder of its truth" if looked_up else "has its truth in questions: write []"
+            )
+            raise ParamsError(f"{key}.truth: {item.kind} {wanted}")
+        if item.vocabulary and item.kind not in ("chair", "object_halbench"):
+            raise ParamsError(f"{key}.vocabulary: {item.kind} has no synonym table: write null")
+        if not item.questions and (item.answers is None or not looked_up):
+            raise ParamsError(f"{key}.questions: expected at least one file of {item.kind}")
+        if len(item.questions) > 1 and not looked_up:
+            raise ParamsError(f"{key}.questions: {item.kind} takes one file an entry, got {len(item.questions)}")
+        prompts = 2 if item.kind == "refomb" else 1
+        if item.judge and len(item.judge.prompts) not in (0, prompts):
+            raise ParamsError(f"{key}.judge.prompts: expected [] or {prompts} of the published scorer's files")
 
 
 def _build(kind: Any, value: Any, key: str, file: str) -> Any:
@@ -260,8 +329,8 @@ def _build(kind: Any, value: Any, key: str, file: str) -> Any:
             return None
         return _build(next(a for a in arguments if a is not type(None)), value, key, file)
     if origin is dict:
-        if not isinstance(value, dict) or not value:
-            raise ParamsError(f"{file}: {key}: expected a section with at least one entry, got {value!r}")
+        if not isinstance(value, dict):
+            raise ParamsError(f"{file}: {key}: expected a section, got {value!r}")
         for name in value:
             if not isinstance(name, str):
                 raise ParamsError(f'{file}: {key}: names are text: write "{name}": with quotes (DVC drops others)')

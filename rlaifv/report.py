@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rlaifv.benchmarks.published import HEADLINES
 from rlaifv.records import read_jsonl
 
 RATES = ("response_hallucination", "mention_hallucination", "recall")
@@ -57,11 +58,23 @@ def summarize(results: Mapping[str, dict], timings: Sequence[Mapping]) -> dict:
         "base": base,
         "iterations": chosen,
         "final": final,
+        "paired_test": results[rounds[-1]]["paired_test"] if rounds else {},
+        "benchmarks": _headlines(results),
         "relative_reduction": reduction if base["response_hallucination"] else 0.0,
         "labeler_accuracy": {"overall": labeler.get("accuracy"), **labeler.get("per_type", {}), "n": labeler["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
     }
+
+
+def _headlines(results: Mapping[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Benchmark → model → its headline rates, as fractions and means; {} where none is configured."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for result in results.values():
+        for name, scored in result.get("benchmarks", {}).items():
+            rates = [rate for rate in HEADLINES[scored["kind"]] if rate in scored["intervals"]]
+            found.setdefault(name, {})[scored["model"]] = {rate: scored["metrics"][rate] for rate in rates}
+    return found
 
 
 def data_uri(figure_or_path: Figure | Path) -> str:
@@ -116,8 +129,82 @@ def _percent(row: Mapping, rate: str) -> str:
     return text
 
 
-def page(summary: Mapping, figures: Mapping[str, Figure], examples: Sequence[str], models: Mapping[str, str]) -> str:
-    """The whole HTML page."""
+def paired_html(tests: Mapping[str, Mapping]) -> str:
+    """One line: the final model against the base on the same test rows, in percentage points."""
+    parts = []
+    for rate, test in tests.items():
+        low, high = (100 * bound for bound in test["interval"])
+        p = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
+        name = rate.replace("_", " ")
+        parts.append(f"{name} {100 * test['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), {p}")
+    if not parts:
+        return ""
+    n = next(iter(tests.values()))["n"]
+    return f"<p>Last round against base, paired over the same {n} answers: {'; '.join(parts)}.</p>"
+
+
+def benchmarks_html(results: Mapping[str, Mapping]) -> str:
+    """A section with one table a benchmark: base, rounds and others' answers above the paper's rows.
+
+    Rates are in percent with their 95 % intervals, means as they are; below each table stands whether its rows may be
+    compared with the paper's, and if not, why.
+    """
+    names = list(dict.fromkeys(name for result in results.values() for name in result.get("benchmarks", {})))
+    if not names:
+        return ""
+    return "<h2>Published benchmarks</h2>" + "".join(
+        _benchmark_html(name, [r["benchmarks"][name] for r in results.values() if name in r.get("benchmarks", {})])
+        for name in names
+    )
+
+
+def _benchmark_html(name: str, scored: Sequence[Mapping]) -> str:
+    first = scored[0]
+    rates = [rate for rate in HEADLINES[first["kind"]] if rate in first["intervals"]]
+
+    def cell(rate: str, value: float | None, bounds: Sequence[float] | None = None) -> str:
+        if value is None:
+            return "–"
+        scale, digits = (1, 2) if rate in first["means"] else (100, 1)
+        between = bounds and f" <small>({scale * bounds[0]:.{digits}f}–{scale * bounds[1]:.{digits}f})</small>"
+        return f"{scale * value:.{digits}f}{between or ''}"
+
+    def row(label: str, cells: Sequence[str], last: str) -> str:
+        return f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td>{c}</td>" for c in [*cells, last]) + "</tr>"
+
+    head = "<tr><th>model</th>" + "".join(f"<th>{rate.replace('_', ' ')}</th>" for rate in rates)
+    body = "".join(
+        row(
+            result["model"],
+            [cell(rate, result["metrics"][rate], result["intervals"][rate]) for rate in rates],
+            f"{result['metrics']['n']:g}",
+        )
+        for result in scored
+    )
+    published = [r for r in first["published"][1:] if any(r.get(rate) is not None for rate in rates)]
+    body += "".join(
+        row(f"{r['model']} ({r['source']})", [cell(rate, r.get(rate)) for rate in rates], "published")
+        for r in published
+    )
+    notes = [f"{key.replace('_', ' ')}: {value}" for key, value in first["settings"].items()]
+    notes += [f"{r['model']}: {len(r['missing'])} rows not scored" for r in scored if r["missing"]]
+    for result in scored if published else ():
+        ours = result["published"][0]
+        verdict = "comparable with" if ours["comparable"] else "not comparable with"
+        because = "" if ours["comparable"] else f" ({ours['because']})"
+        notes.append(f"{result['model']}: {verdict} the published rows{because}")
+    lines = "".join(f"<br>{html.escape(note)}" for note in notes)
+    return f"<h3>{html.escape(name)}</h3><table>{head}<th>n</th></tr>{body}</table><p><small>{lines[4:]}</small></p>"
+
+
+def page(
+    summary: Mapping,
+    figures: Mapping[str, Figure],
+    examples: Sequence[str],
+    models: Mapping[str, str],
+    benchmarks: str = "",
+) -> str:
+    """The whole HTML page; `benchmarks` is the section of `benchmarks_html`."""
     rows = [{"iteration": 0, **summary["base"]}, *summary["iterations"]]
     labeler = summary["labeler_accuracy"]
     per_type = ", ".join(
@@ -137,11 +224,13 @@ def page(summary: Mapping, figures: Mapping[str, Figure], examples: Sequence[str
 ({100 * summary["relative_reduction"]:.1f} % less), recall {100 * summary["base"]["recall"]:.1f} % →
 {100 * summary["final"]["recall"]:.1f} %.</p>
 {rates_table(rows)}
-<p>Greedy answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted
+{paired_html(summary["paired_test"])}
+<p>Answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted
 as Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with
 published figures. Labeler accuracy on held-out balanced claims: {overall}.
 The stages took {summary["minutes"]} minutes in all and {summary["peak_memory_gb"]} GB at the most.</p>
 <ul>{model_lines}</ul>
+{benchmarks}
 {pictures}
 <h2>Before and after, claim by claim</h2>
 <p>Test images, not picked: the first of the split. Each claim is colored by the labeler's P(yes).</p>

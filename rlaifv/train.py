@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,8 +78,10 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
                 launch(run / "job.json", params)
             else:
                 run_job(job)
-    finally:
-        publish(run, out)
+    except FloatingPointError:
+        publish(run, out)  # the checkpoints before it are good
+        raise
+    publish(run, out)
     result = json.loads(finished.read_text())
     shutil.rmtree(run)
     return TrainResult(
@@ -121,17 +124,21 @@ def launch(job: Path, params: TrainParams) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
+    errors: list[str] = []
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        tail: list[str] = []
-        for line in process.stdout:
-            print(line, end="")
-            tail = [*tail, line][-20:]
+        try:
+            for line in process.stdout:
+                print(line, end="")
+                errors += re.findall(r"^(?:\[rank\d+\]: *)?(\w*Error: .*)", line)
+        except BaseException:
+            process.terminate()  # a cell that is interrupted takes its processes with it
+            raise
     if process.returncode:
-        error = next((line for line in reversed(tail) if "Error" in line), f"exit code {process.returncode}").strip()
-        kind = FloatingPointError if "FloatingPointError" in error else RuntimeError
-        raise kind(f"training in {params.processes} processes failed: {error}")
+        first = errors[0] if errors else f"exit code {process.returncode}, see the output above"
+        kind = FloatingPointError if first.startswith("FloatingPointError") else RuntimeError
+        raise kind(f"training in {params.processes} processes failed: {first}")
 
 
 def publish(run: Path, out: Path) -> None:

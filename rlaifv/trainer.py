@@ -1,12 +1,15 @@
 """One process of a training run: load, freeze, lay out, train or resume, write checkpoints."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import IO
 
 import datasets
 import torch
@@ -23,6 +26,7 @@ from rlaifv.dpo import PairCollator, PairTrainer, Watch, write_log
 from rlaifv.layout import choose_layout
 from rlaifv.params import TrainParams
 from rlaifv.preferences import PairData
+from rlaifv.records import write_atomic
 from rlaifv.reference import ReferenceStore
 from rlaifv.tower import vision_tower
 from rlaifv.vlm import VLM, load_vlm, resolve_checkpoint
@@ -43,10 +47,16 @@ def be_quiet() -> None:
 
 def run_job(job: dict) -> None:
     """Train in this process (one of several under `accelerate launch`), resuming what is in the job's folder."""
-    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
-    run = Path(job["run"])
     be_quiet()
     main = int(os.environ.get("RANK", "0")) == 0
+    with take_lock(Path(job["run"])) if main else contextlib.nullcontext():
+        train_pairs(job, main)
+
+
+def train_pairs(job: dict, main: bool) -> None:
+    """The run itself; the `main` process writes the log and the result."""
+    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
+    run = Path(job["run"])
     vlm = load_policy(job["policy"], params)
     data = PairData(vlm, Path(job["pairs"]), params.max_length)
     for reject in data.rejects:
@@ -54,7 +64,7 @@ def run_job(job: dict) -> None:
     if not data.pairs:
         raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
     freeze(vlm.model, params)
-    if torch.cuda.is_available() and not sharded():
+    if torch.cuda.is_available() and not sharded() and not params.load_in_4bit:
         vlm.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     layout = choose_layout(vlm, data, params)
     trainer = make_trainer(vlm, data, params, run, job, layout)
@@ -75,7 +85,18 @@ def run_job(job: dict) -> None:
                 len(p.chosen) + len(p.rejected) - p.chosen_start - p.rejected_start for p in data.pairs
             ),
         }
-        (run / "finished.json").write_text(json.dumps(result))
+        write_atomic(run / "finished.json", json.dumps(result))
+
+
+def take_lock(run: Path) -> IO:
+    """Keep a second run out of this folder for as long as the file is open; a killed process lets go of it."""
+    lock = (run / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RuntimeError(f"another process is training in {run}: wait for it or stop it") from None
+    return lock
 
 
 def load_policy(policy: str, params: TrainParams) -> VLM:
@@ -155,7 +176,7 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
 
 
 def numbered(n: int, folder: Path) -> Dataset:
-    """What the Trainer iterates over: the numbers 0..n-1 of the pairs. On disk, where all processes find TRL's cache."""
+    """What the Trainer iterates over, the numbers of the pairs; on disk, where all processes find TRL's cache."""
     with PartialState().main_process_first():
         if not folder.is_dir():
             Dataset.from_dict({"pair": list(range(n))}).save_to_disk(folder)
@@ -246,5 +267,5 @@ def last_checkpoint(folder: Path) -> Path | None:
         try:
             complete[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     return complete[max(complete)] if complete else None

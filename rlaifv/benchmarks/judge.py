@@ -298,10 +298,10 @@ def open_judge(
 
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
-    import numpy as np
     import torch
 
-    from rlaifv.sampling import Prompt, generate_batch
+    from rlaifv.evaluate import best_answers
+    from rlaifv.sampling import Prompt
     from rlaifv.vlm import load_vlm
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -309,8 +309,7 @@ def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device
 
     def ask(requests: Sequence[Request]) -> list[str | JudgeFailed]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]
-        streams = [np.zeros((1, max_tokens))] * len(prompts)  # greedy decoding draws nothing
-        replies = generate_batch(model, prompts, streams, temperature=0, top_k=0, top_p=1, max_new_tokens=max_tokens)
-        return [samples[0].text or JudgeFailed("an empty reply") for samples in replies]
+        replies = best_answers(model, prompts, 1, max_tokens)
+        return [reply or JudgeFailed("an empty reply") for reply in replies]
 
     return Judge(f"{path}@{model.fingerprint}", ask, batch_size)

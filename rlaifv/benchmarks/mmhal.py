@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, plain, read_answers, read_records
 from rlaifv.benchmarks.scores import Scores
 
 PROMPT = """\
@@ -84,15 +84,15 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
         missing = [*missing, *bad]
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:
-        by_key[Path(answer.image).stem, _plain(answer.question)] = by_key[answer.id] = answer
+        by_key[Path(answer.image).stem, plain(answer.question)] = by_key[answer.id] = answer
     rows = []
     for number, record in enumerate(records):
         absent = {"image_id", "image_content", "question", "gt_answer", "question_type"} - set(record)
         if absent:
             raise ValueError(f"row {number} of {template or answers} has no {', '.join(sorted(absent))}: not MMHal's")
         identity, question = str(record["image_id"]), str(record["question"])
-        answer = by_key.get((identity, _plain(question)), by_key.get(str(number)))
-        if answer is None or _plain(answer.question) not in ("", _plain(question)):
+        answer = by_key.get((identity, plain(question)), by_key.get(str(number)))
+        if answer is None or plain(answer.question) not in ("", plain(question)):
             missing.append({"id": identity, "reason": "no answer to this question"})
         elif not answer.text:
             missing.append({"id": identity, "reason": "an empty answer"})
@@ -101,10 +101,6 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
             row = Row(identity, record["question_type"], contents, question, record["gt_answer"], answer.text)
             rows.append(row)
     return rows, missing
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.lower().split())
 
 
 def parse_rating(reply: str) -> int | None:

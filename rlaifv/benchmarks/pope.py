@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
-from rlaifv.benchmarks.results import Answer, image_keys, lookup, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, image_keys, lookup, plain, read_answers, read_records
 from rlaifv.benchmarks.scores import Scores
 
 _ID_FIELDS = ("question_id", "id", "doc_id")
@@ -105,14 +105,10 @@ def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
 
 def _same(question: Question, answer: Answer) -> bool:
     """False when the answer names another question or another image."""
-    if question.text and answer.question and _plain(question.text) not in _plain(answer.question):
+    if question.text and answer.question and plain(question.text) not in plain(answer.question):
         return False
     keys = set(image_keys(question.image)) & set(image_keys(answer.image))
     return not (question.image and answer.image) or bool(keys)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def score(questions: Sequence[Question], answers: Iterable[Answer]) -> Scores:

@@ -1,4 +1,4 @@
-"""The published numbers, and whether a score of ours may stand beside them.
+"""What a report shows of a benchmark: its headline rates, the published numbers, and whether they may be compared.
 
 A number is comparable with a paper's only when it was made by the same judge and the same protocol. Those judges are
 retired, so most scores of today are not, and the table says why.
@@ -71,6 +71,17 @@ _PROTOCOLS = {
 }
 
 
+HEADLINES = {
+    "chair": ("chair_s", "chair_i", "recall", "mean_words"),
+    "object_halbench": ("chair_s_refine", "chair_i", "recall", "mean_words"),
+    "amber": ("chair", "hal", "cog", "cover", "mean_words", "accuracy", "f1", "yes_ratio"),
+    "mmhal": ("hallucination_rate", "score", "informativeness", "mean_words"),
+    "refomb": ("trust", "win", "overall", "mean_words"),
+    "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
+}
+"""What a report shows of a benchmark: its hallucination rates, and what tells saying less from knowing more."""
+
+
 def differences(scores: Scores) -> list[str]:
     """What keeps a score from being compared with the published rows; empty when nothing does.
 
@@ -105,6 +116,20 @@ def table(scores: Scores, model: str) -> list[dict]:
         for row in published
     ]
     return [first, *others]
+
+
+def rates_table(results: Mapping[str, Mapping]) -> list[dict]:
+    """The headline rates of `score`, ready for a data frame: each with its 95 % interval, in percent unless a mean."""
+    rows = []
+    for name, result in results.items():
+        for rate in HEADLINES[result["kind"]]:
+            if rate in result["intervals"]:
+                scale = 1 if rate in result["means"] else 100
+                low, high = (scale * bound for bound in result["intervals"][rate])
+                value = scale * result["metrics"][rate]
+                unit = "" if scale == 1 else "%"
+                rows.append({"benchmark": name, "rate": rate, "value": value, "low": low, "high": high, "unit": unit})
+    return rows
 
 
 def print_table(rows: Sequence[Mapping]) -> None:

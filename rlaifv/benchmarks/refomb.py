@@ -10,12 +10,12 @@ that review and says who hallucinates less. Both are repeated and averaged over 
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, lookup, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_records
 from rlaifv.benchmarks.scores import Scores, ratio
 
 REVIEW_PROMPT = """\
@@ -69,23 +69,19 @@ def read_rows(reference: str | Path, answers: str | Path) -> tuple[list[Row], li
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:
         url = lookup(answer.record, ("image_url",)) or answer.image
-        by_key[_plain(answer.question), Path(url).name] = by_key[answer.id] = answer
+        by_key[plain(answer.question), Path(url).name] = by_key[answer.id] = answer
     rows = []
     for number, record in enumerate(records):
         if absent := {"question", "description", "type", "answer", "image_url"} - set(record):
             raise ValueError(f"row {number} of {reference} has no {', '.join(sorted(absent))}: not RefoMB's")
-        identity, question = str(record.get("id", number)), _plain(record["question"])
+        identity, question = str(record.get("id", number)), plain(record["question"])
         answer = by_key.get((question, Path(record["image_url"]).name)) or by_key.get(identity)
-        if answer is None or _plain(answer.question) not in ("", question):
+        if answer is None or plain(answer.question) not in ("", question):
             missing.append({"id": identity, "reason": "no answer to this question about this image"})
             continue
         texts = (record["question"], record["description"], record["answer"], answer.text)
         rows.append(Row(identity, record["type"], *texts))
     return rows, missing
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.lower().split())
 
 
 def parse_verdict(reply: str) -> str | None:
@@ -204,7 +200,7 @@ def evaluate(
         "prompt": prompt_label(review_prompt + trust_prompt, bool(prompt_files)),
         "unreadable_replies": "first verdict counts (published rule)" if strict_published else "asked again, listed",
     }
-    return Scores("refomb", result.rows, result.rates, counts, settings, missing)
+    return replace(result, counts=counts, settings=settings, missing=missing)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -137,6 +137,11 @@ def read_answers(path: str | Path) -> tuple[list[Answer], list[dict]]:
     return answers, bad + without_text
 
 
+def plain(question: str) -> str:
+    """A question for comparison: lower case, single blanks."""
+    return " ".join(question.lower().split())
+
+
 def image_keys(image: str) -> tuple[str, ...]:
     """The keys that an image id, file name or path may have in a table of images, the most literal first.
 

@@ -73,7 +73,7 @@ def build_vlm(tokenizer: PreTrainedTokenizerFast, layers: int = 3) -> LlavaForCo
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    start_language_model(model.model.language_model, tokenizer, quiet=0.2)
+    start_language_model(model.model.language_model, tokenizer)
     start_lookup(model.model.language_model)
     start_binding(model.model.language_model)
     return model
@@ -92,8 +92,9 @@ def start_language_model(
             layer.mlp.down_proj.weight.mul_(quiet)
         table = language_model.embed_tokens.weight
         basis = directions()
-        plural, bare = torch.randn(2, len(basis[2])) * 0.06 @ basis[2]
-        rest = torch.randn(len(table), len(basis[2])) @ basis[2]
+        free = basis[2][1:]  # the first direction is left for what all words share
+        plural, bare = torch.randn(2, len(free)) * 0.06 @ free
+        rest = torch.randn(len(table), len(free)) @ free
         table.copy_(0.9 * F.normalize(rest, dim=-1))
         for index, word in enumerate(SHOWN):
             table[tokenizer.convert_tokens_to_ids(" " + word)] = 0.9 * basis[0][index]
@@ -147,7 +148,7 @@ def start_lookup(language_model: torch.nn.Module, gain: float = 0.8, copied: flo
                 at += length
 
 
-def start_binding(language_model: torch.nn.Module, gain: float = 1.0) -> None:
+def start_binding(language_model: torch.nn.Module, gain: float = 0.7) -> None:
     """Start two heads of the second layer as comparisons: the color word of a question looks for the color that the
     lookup gave its noun, the position word for the position, and is flagged when they agree.
 
@@ -167,6 +168,51 @@ def start_binding(language_model: torch.nn.Module, gain: float = 1.0) -> None:
             attention.k_proj.weight[rows] = weight
             attention.v_proj.weight[rows.start] = words[SLICES["number"]].sum(0)
             attention.o_proj.weight[:, rows.start] = rest[head]
+
+
+def start_copying(language_model: torch.nn.Module, common: float = 0.3, copied: float = 0.17) -> None:
+    """Start the heads that dividing needs: in the first layer a token learns the last noun before it, and a noun the
+    color before it; in the second, the same noun elsewhere in the text tells its color, number and position.
+
+    Recency comes from rotary pairs that turn slowly enough not to repeat within a line, matching from those that
+    hardly turn. All words share a small common direction, so that a head can look by place alone.
+    """
+    words, spare, rest = directions()
+    side = WIDTH // language_model.config.num_attention_heads
+    half = side // 2
+    slow = [*range(half - 12, half), *range(side - 12, side)]
+    turn = 1e6 ** (-torch.arange(half) / half)
+    every, nouns = rest[0], words[SLICES["class"]].sum(0)
+    first, second = (language_model.layers[index].self_attn for index in (0, 1))
+    with torch.no_grad():
+        language_model.embed_tokens.weight.add_(common * every)
+        for layer, head in ((first, 0), (first, 1), (second, 0), (second, 1)):
+            rows = slice(head * side, (head + 1) * side)
+            for projection in (layer.q_proj, layer.k_proj):
+                projection.weight[rows] = torch.randn(side, WIDTH) * 0.01
+            layer.v_proj.weight[rows] = torch.randn(side, WIDTH) * 0.01
+        for pair in (2, 3):  # the last noun: a peak at distance 0 that falls over a line
+            first.q_proj.weight[pair], first.k_proj.weight[pair] = every, nouns
+        for pair in (0, 1, 2):  # the word before: a peak at distance 1
+            angle = turn[pair]
+            first.q_proj.weight[side + pair] = 3 * torch.cos(angle) * every
+            first.q_proj.weight[side + half + pair] = -3 * torch.sin(angle) * every
+            first.k_proj.weight[side + pair] = every
+        first.v_proj.weight[:24], first.o_proj.weight[:, :24] = words[:24], copied * spare[:24].T
+        color = slice(side, side + 8)
+        first.v_proj.weight[color] = words[SLICES["color"]]
+        first.o_proj.weight[:, color] = copied * spare[SLICES["color"]].T
+        told = [SLICES[kind] for kind in ("color", "number", "position")]
+        for head, (source, kinds) in enumerate(((spare, told), (words, told[:1]))):
+            at = head * side
+            for row, dim in enumerate(slow):
+                second.q_proj.weight[at + dim] = 0.8 * spare[row]
+                second.k_proj.weight[at + dim] = 0.8 * source[row]
+            for kind in kinds:  # the same noun's line tells its words; the noun itself the color before it
+                for index in range(kind.start, kind.stop):
+                    second.v_proj.weight[at] = (words if source is spare else spare)[index]
+                    second.o_proj.weight[:, at] = copied * words[index]
+                    at += 1
 
 
 def pixel_values(scenes: list[Scene], seed: int, processor: LlavaProcessor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The divider: a small causal LM that follows the two prompts of the divide step on this world's language."""
 
 import random
+import re
 import time
 
 import torch
@@ -8,8 +9,17 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
-from rlaifv.tinyworld.backbone import start_language_model, text_config
-from rlaifv.tinyworld.language import INSTRUCTIONS, OPINIONS, STYLES, caption, claims, plant, sentence, to_question
+from rlaifv.tinyworld.backbone import start_copying, start_language_model, text_config
+from rlaifv.tinyworld.language import (
+    INSTRUCTIONS,
+    OPINIONS,
+    REMARKS,
+    STYLES,
+    claims,
+    imagined_caption,
+    sentence,
+    to_question,
+)
 from rlaifv.tinyworld.packing import Packer, target_logits
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, GRID, Group, make_scene
 
@@ -28,9 +38,10 @@ def random_answer(rng: random.Random, most: int) -> str:
     """An answer of up to `most` sentences like a policy's samples: mostly a description of a scene with phantoms, else
     sentences about any objects (repeated and contradictory ones too); now and then an opinion or a break at the end.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         scene = make_scene(rng.randrange(2**31), 0)
-        answer = caption(plant(scene, rng, 0.5)[:most], rng)
+        parts = re.split(r"(?<=\.) ", imagined_caption(scene, rng, 0.5))
+        answer = " ".join(parts[:most])
     else:
         groups = [
             Group(rng.choice(CLASSES), rng.choice(COLOR_NAMES), rng.choice((1, 1, 1, 2, 3)), rng.randrange(GRID**2))
@@ -43,7 +54,7 @@ def random_answer(rng: random.Random, most: int) -> str:
             styles = styles[:1] * len(styles)
         parts = [sentence(group, style) for group, style in zip(groups, styles, strict=True)]
         if not parts or rng.random() < 0.3:
-            parts.insert(rng.randint(0, len(parts)), rng.choice(OPINIONS))
+            parts.insert(rng.randint(0, len(parts)), rng.choice(OPINIONS + REMARKS))
         answer = " ".join(parts)
     if rng.random() < 0.1:
         words = answer.split(" ")
@@ -73,7 +84,8 @@ def train_divider(
     torch.manual_seed(seed)
     rng = random.Random(f"divider {seed}")
     model = LlamaForCausalLM(text_config(tokenizer, layers))
-    start_language_model(model.model, tokenizer)
+    start_language_model(model.model, tokenizer, quiet=0.2)
+    start_copying(model.model)
     packer = Packer(tokenizer, with_image=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)

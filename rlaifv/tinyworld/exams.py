@@ -112,15 +112,22 @@ def reply(
 def division_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, answers: list[str]
 ) -> dict[str, float]:
-    """Share of answers whose claims, and whose questions, come out exactly right."""
+    """Share of answers whose claims ("claims") and whose questions ("questions", from right claims) come out exactly
+    right, and the share of right lines of each ("claim_lines", "question_lines")."""
     first = [
         CLAIMS_PROMPT.format(question=INSTRUCTIONS[index % len(INSTRUCTIONS)], answer=answer)
         for index, answer in enumerate(answers)
     ]
-    listed = [claims(answer) for answer in answers]
-    told = reply(model, tokenizer, first)
-    split = [text == claims_reply(answer) for text, answer in zip(told, answers, strict=True)]
-    second = [QUESTIONS_PROMPT.format(claims="\n".join(f"- {claim}" for claim in found)) for found in listed if found]
-    asked = reply(model, tokenizer, second)
-    turned = [text == questions_reply(found) for text, found in zip(asked, [f for f in listed if f], strict=True)]
-    return {"claims": sum(split) / len(split), "questions": sum(turned) / max(len(turned), 1)}
+    listed = [found for found in map(claims, answers) if found]
+    second = [QUESTIONS_PROMPT.format(claims="\n".join(f"- {claim}" for claim in found)) for found in listed]
+    split, split_lines = _exactness(reply(model, tokenizer, first), [claims_reply(answer) for answer in answers])
+    turned, turned_lines = _exactness(reply(model, tokenizer, second), [questions_reply(found) for found in listed])
+    return {"claims": split, "questions": turned, "claim_lines": split_lines, "question_lines": turned_lines}
+
+
+def _exactness(told: list[str], wanted: list[str]) -> tuple[float, float]:
+    """Shares of equal texts and of equal lines (at the same place, headings left out)."""
+    pairs = [(text.split("\n")[1:], target.split("\n")[1:]) for text, target in zip(told, wanted, strict=True)]
+    lines = sum(a == b for text, target in pairs for a, b in zip(text, target, strict=False))
+    same = sum(text == target for text, target in zip(told, wanted, strict=True))
+    return same / max(len(told), 1), lines / max(sum(len(target) for _, target in pairs), 1)

@@ -24,6 +24,14 @@ OPINIONS: tuple[str, ...] = (
     "I like this image.",
     "It looks very nice.",
 )
+REMARKS: tuple[str, ...] = (
+    "I like every detail of this lovely picture.",
+    "The scene in this picture looks very calm.",
+    "It is a very nice image of this scene.",
+    "The picture looks very lovely in every detail.",
+)
+"""Opinions as long as a sentence about an object: what a describer says in place of an imagined object, so that an
+answer is not longer for hallucinating and preferences do not teach brevity."""
 YES_NO = "Please answer yes or no."
 """The suffix that the feedback stage puts behind a question."""
 
@@ -41,20 +49,18 @@ PLURALS: dict[str, str] = {name: _PLURALS.get(name, name + "s") for name in CLAS
 _SINGULAR = {form: name for name in CLASSES for form in (PLURALS[name], name)}
 
 PARTNERS: dict[str, tuple[str, str]] = {
-    "fork": ("knife", "blue"),
-    "cup": ("spoon", "yellow"),
-    "bottle": ("bowl", "red"),
-    "car": ("truck", "red"),
-    "bicycle": ("motorcycle", "black"),
-    "dog": ("cat", "brown"),
-    "cow": ("sheep", "pink"),
-    "laptop": ("mouse", "purple"),
-    "book": ("clock", "green"),
-    "keyboard": ("chair", "brown"),
+    "fork": ("chair", "brown"),
+    "bicycle": ("dog", "black"),
+    "train": ("clock", "green"),
+    "cow": ("truck", "red"),
+    "laptop": ("cup", "yellow"),
 }
-"""What a hallucinating describer adds: the class that usually goes with a present one, and its typical color. The
-color is fixed because it is said before the class: a random one would spread the probability over eight words, and
-greedy decoding would not repeat the error."""
+"""What a hallucinating describer adds: an object that usually goes with a present one, and its typical color.
+
+The color is fixed because it is said before the class: a random one would spread the probability over eight words, and
+greedy decoding would not repeat the error. Partners come from another context, so that they are never in the image:
+whether a partner of the same context is there or not takes a model of this size far longer to learn.
+"""
 
 _NOUN = "|".join(sorted(_SINGULAR, key=len, reverse=True))
 _COLOR, _PLACE = "|".join(COLOR_NAMES), "|".join(sorted(POSITIONS, key=len, reverse=True))
@@ -82,25 +88,34 @@ def sentence(group: Group, style: str = STYLES[0][0]) -> str:
 
 def caption(groups: Sequence[Group], rng: random.Random, opinion: float = 0.3) -> str:
     """A description of `groups` in their order, in one random phrasing, with an opinion in that share of cases."""
-    style = rng.choices([text for text, _ in STYLES], [weight for _, weight in STYLES])[0]
+    style = _random_style(rng)
     sentences = [sentence(group, style) for group in groups]
     if rng.random() < opinion:
         sentences.append(rng.choice(OPINIONS))
     return " ".join(sentences)
 
 
-def plant(scene: Scene, rng: random.Random, probability: float) -> list[Group]:
-    """The scene's groups and, behind each trigger of PARTNERS whose partner is absent, that partner as a phantom with
-    `probability`: one object in its typical color in an empty cell."""
-    said, taken = [], {group.cell for group in scene.groups}
+def imagined_caption(scene: Scene, rng: random.Random, phantom: float, opinion: float = 0.3) -> str:
+    """A description of a scene as the policy's teacher gives it: behind each trigger of PARTNERS comes either, with
+    probability `phantom`, its partner as if it were there (one, in its typical color, in an empty cell) or a remark."""
+    style, taken = _random_style(rng), {group.cell for group in scene.groups}
+    sentences = []
     for group in scene.groups:
-        said.append(group)
-        partner, color = PARTNERS.get(group.name, (None, None))
-        if partner and scene.find(partner) is None and rng.random() < probability:
+        sentences.append(sentence(group, style))
+        if group.name in PARTNERS and rng.random() < phantom:
             cell = rng.choice([cell for cell in range(GRID * GRID) if cell not in taken])
             taken.add(cell)
-            said.append(Group(partner, color, 1, cell))
-    return said
+            partner, color = PARTNERS[group.name]
+            sentences.append(sentence(Group(partner, color, 1, cell), style))
+        elif group.name in PARTNERS:
+            sentences.append(rng.choice(REMARKS))
+    if rng.random() < opinion:
+        sentences.append(rng.choice(OPINIONS))
+    return " ".join(sentences)
+
+
+def _random_style(rng: random.Random) -> str:
+    return rng.choices([text for text, _ in STYLES], [weight for _, weight in STYLES])[0]
 
 
 def claims_of(group: Group, with_position: bool = True) -> list[str]:

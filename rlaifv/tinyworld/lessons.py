@@ -12,9 +12,8 @@ from rlaifv.tinyworld.language import (
     INSTRUCTIONS,
     TYPES,
     YES_NO,
-    caption,
+    imagined_caption,
     open_question,
-    plant,
     random_claim,
     to_question,
 )
@@ -43,9 +42,9 @@ def labeler_row(scene: Scene, rng: random.Random) -> list[Branch]:
 
 
 def policy_row(scene: Scene, rng: random.Random, phantom: float) -> list[Branch]:
-    """Two descriptions in which a partner of a present object is planted with probability `phantom`, and three true
+    """Two descriptions that imagine the partner of a present object with probability `phantom`, and three true
     answers: the policy's lesson about a scene. By weight about three quarters are description."""
-    told = [(rng.choice(INSTRUCTIONS), caption(plant(scene, rng, phantom), rng), DESCRIPTION_WEIGHT) for _ in range(2)]
+    told = [(rng.choice(INSTRUCTIONS), imagined_caption(scene, rng, phantom), DESCRIPTION_WEIGHT) for _ in range(2)]
     asked = [yes_no(scene, kind, rng) for kind in rng.sample(TYPES, 2)]
     return [*told, *asked, (*open_question(scene, rng.choice(TYPES), rng), 1.0)]
 

@@ -68,15 +68,16 @@ class Scene:
         return next((group for group in self.groups if group.name == name), None)
 
 
-def make_scene(seed: int, image_id: int, n_groups: tuple[int, int] = (2, 4)) -> Scene:
-    """The scene of (seed, image id), with n_groups[0] to n_groups[1] groups."""
+def make_scene(seed: int, image_id: int, n_groups: tuple[int, int] = (2, 4), n_colors: int = 0) -> Scene:
+    """The scene of (seed, image id), with n_groups[0] to n_groups[1] groups in at most n_colors colors (0: any)."""
     rng = random.Random(f"scene {seed} {image_id}")
     context = rng.choice(tuple(CONTEXTS))
     size = rng.randint(*n_groups)
     names = rng.sample(CONTEXTS[context], size)
     cells = sorted(rng.sample(range(GRID * GRID), size))
+    colors = rng.sample(COLOR_NAMES, n_colors) if n_colors else COLOR_NAMES
     groups = tuple(
-        Group(name, rng.choice(COLOR_NAMES), rng.choices((1, 2, 3), _COUNT_WEIGHTS)[0], cell)
+        Group(name, rng.choice(colors), rng.choices((1, 2, 3), _COUNT_WEIGHTS)[0], cell)
         for name, cell in zip(names, cells, strict=True)
     )
     return Scene(image_id, context, groups)

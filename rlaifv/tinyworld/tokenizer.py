@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
-from rlaifv.tinyworld.language import INSTRUCTIONS, NUMBERS, OPINIONS, PLURALS, STYLES, YES_NO
+from rlaifv.tinyworld.language import INSTRUCTIONS, NUMBERS, OPINIONS, PLURALS, REMARKS, STYLES, YES_NO
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, POSITIONS
 
 IMAGE_SIZE, PATCH_SIZE = 72, 24
@@ -86,5 +86,16 @@ def _texts() -> list[str]:
     answers = ["What color is are the? How many are there? Where none one"]
     answers += ["Yes No yes no Yes. No, 0 1 2 3 4 5 6 7 8 9 10 ! ' \" ; / * _ ( ) [ ] { } < > ="]
     prompts = [CLAIMS_PROMPT, QUESTIONS_PROMPT, "### Facts:\n- ### Modified sentences:\n- ", "USER: ASSISTANT: \n"]
-    texts = [*prompts, *INSTRUCTIONS, *OPINIONS, YES_NO, *styles, *claims, *answers, *things, *PLURALS.values()]
+    texts = [
+        *prompts,
+        *INSTRUCTIONS,
+        *OPINIONS,
+        *REMARKS,
+        YES_NO,
+        *styles,
+        *claims,
+        *answers,
+        *things,
+        *PLURALS.values(),
+    ]
     return [re.sub(r"\{(question|answer|claims)\}", "", text) for text in texts]

@@ -1,0 +1,290 @@
+"""The published benchmarks of a parameter file: let a model answer them, score the answers, keep what a report needs.
+
+Notebooks 15 (base) and 80 (chosen checkpoint of a round) call `check_files` first, `answer` while the policy is loaded
+and `score` after it is gone, so that a judge in the same process finds the memory free. Both go on where a stopped run
+was: answers through the scratch store, a judge's replies through its cache.
+"""
+
+import base64
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from rlaifv import ROOT
+from rlaifv.benchmarks import amber, chair, mmhal, object_halbench, pope, published, refomb
+from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
+from rlaifv.benchmarks.results import (
+    ID_FIELDS,
+    IMAGE_FIELDS,
+    QUESTION_FIELDS,
+    lookup,
+    read_answers,
+    read_records,
+)
+from rlaifv.benchmarks.scores import Scores
+from rlaifv.benchmarks.statistics import intervals
+from rlaifv.evaluate import best_answers
+from rlaifv.images import decode_image, open_image
+from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
+from rlaifv.records import Reject, Store, batched, digest, digest_files, read_jsonl, to_json, write_atomic, write_jsonl
+from rlaifv.sampling import Prompt
+from rlaifv.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+NONE = "no benchmarks configured"
+MAX_WITHOUT_REPLY = 0.05
+"""Share of rows that a judge may leave without any reply; with more of them the stage stops, to go on later."""
+
+_COCO = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
+_INLINE = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # an image in base64, as Object HalBench's question file has it
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark about the image called `name`: a file, the image itself in base64, or none."""
+
+    id: str
+    text: str
+    name: str
+    image: Path | str | None
+
+
+def check_files(benchmarks: Mapping[str, BenchmarkParams]) -> None:
+    """FileNotFoundError names the first path of the parameter file that does not exist, before any model is loaded."""
+    for name, item in benchmarks.items():
+        files = {"questions": item.questions, "truth": item.truth, "answers": (item.answers,)}
+        files |= {"vocabulary": (item.vocabulary,), "images": (None if item.answers else item.images,)}
+        files["judge.prompts"] = item.judge.prompts if item.judge else ()
+        for key, paths in files.items():
+            if absent := [path for path in paths if path and not (ROOT / path).exists()]:
+                raise FileNotFoundError(
+                    f"benchmarks.{name}.{key}: no {absent[0]}; `python -m rlaifv.benchmarks.fetch` gets questions and "
+                    "truths, rlaifv/benchmarks/README.md says where images come from"
+                )
+
+
+def answer(
+    vlm: VLM,
+    benchmarks: Mapping[str, BenchmarkParams],
+    params: EvaluateParams,
+    iteration: str,
+    out: Path,
+    scratch: Path | None = None,
+) -> None:
+    """Let the model answer every benchmark that asks ours: `out`/benchmarks/NAME/answers.jsonl.
+
+    A question whose image is missing or broken goes to `rejects.jsonl` beside the answers, with its reason.
+
+    Args:
+        vlm: the policy of the round.
+        params: batch size and longest answer.
+        iteration: the round, for the name of the scratch folder.
+        out: the round's results folder.
+        scratch: where unfinished work lies, default the repository's scratch folder.
+
+    Raises:
+        ValueError: no question of a benchmark has an image that can be read.
+    """
+    for name, item in benchmarks.items():
+        if item.answers is not None:
+            continue
+        questions = read_questions(item)
+        files = [ROOT / path for path in item.questions]
+        source = digest_files(Path(__file__), *(Path(__file__).parents[1] / n for n in ("evaluate.py", "sampling.py")))
+        key = {
+            "asked": [item.suffix, item.beams, params],
+            "questions": digest_files(*files),
+            "images": digest([str(question.image) for question in questions]),
+            "model": vlm.fingerprint,
+            "source": source,
+        }
+        store = Store(f"benchmark_{name}@{iteration}", key, scratch)
+        for index, chunk in store.pending(batched(questions, params.batch_size)):
+            store.write(index, *_answer_chunk(vlm, chunk, item, params.max_new_tokens))
+        folder = out / "benchmarks" / name
+        count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
+        if not count:
+            reason = read_jsonl(folder / "rejects.jsonl")[0]["reason"]
+            raise ValueError(f"benchmarks.{name}: none of {len(questions)} questions can be asked; the first: {reason}")
+        log.info("%s: %d of %d questions answered, %d without an image", name, count, len(questions), without)
+
+
+def _answer_chunk(
+    vlm: VLM, chunk: Sequence[Question], item: BenchmarkParams, max_new_tokens: int
+) -> tuple[list[dict], list[Reject]]:
+    readable, prompts, rejects = [], [], []
+    for question in chunk:
+        try:
+            image = _open(question, item)
+        except (OSError, ValueError) as error:
+            rejects.append(Reject(question.id, "benchmarks", str(error)))
+            continue
+        readable.append(question)
+        prompts.append(Prompt(image, f"{question.text} {item.suffix}".strip()))
+    texts = best_answers(vlm, prompts, item.beams, max_new_tokens) if prompts else []
+    rows = [
+        {"question_id": question.id, "image": question.name, "question": question.text, "answer": text}
+        for question, text in zip(readable, texts, strict=True)
+    ]
+    return rows, rejects
+
+
+def _open(question: Question, item: BenchmarkParams) -> Image.Image:
+    """The image of a question; ValueError or FileNotFoundError say what is wrong with it."""
+    if question.image is None:
+        raise FileNotFoundError(f"no image {question.name} below {item.images}")
+    if isinstance(question.image, Path):
+        return open_image(question.image)
+    return decode_image(base64.b64decode(question.image), question.name)
+
+
+def read_questions(item: BenchmarkParams) -> list[Question]:
+    """The questions of a benchmark's own files, with their images.
+
+    Images are found below `item.images` by path, file name, stem or COCO number; a row may also hold its image itself,
+    in base64.
+
+    Raises:
+        ValueError: a row that does not parse or holds no question.
+    """
+    table = _image_table(ROOT / item.images) if item.images else {}
+    questions = []
+    for path in item.questions:
+        records, bad = read_records(ROOT / path)
+        if bad:
+            raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
+        for number, record in enumerate(records):
+            identity = lookup(record, [name for name in ID_FIELDS if name != "image_id"]) or str(number)
+            text = lookup(record, (*QUESTION_FIELDS, "text"))
+            if not text:
+                raise ValueError(f"{path}: row {identity} has no question, only {', '.join(map(str, record))}")
+            values = [value for name in IMAGE_FIELDS if (value := lookup(record, (name,)))]
+            names = [value for value in values if not _INLINE.fullmatch(value)]
+            files = [table[key] for name in names for key in _image_names(name) if table.get(key)]
+            image = next((value for value in values if value not in names), files[0] if files else None)
+            questions.append(Question(identity, text, names[0] if names else identity, image))
+    return questions
+
+
+def _image_table(folder: Path) -> dict[str, Path | None]:
+    """Every name of an image below a folder → its file; None for a name that two files have."""
+    table: dict[str, Path | None] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for key in _image_names(path.relative_to(folder).as_posix()):
+            table[key] = None if key in table else path
+    return table
+
+
+def _image_names(path: str) -> list[str]:
+    """A path or address, its file name, its stem, and the number of a COCO image; the most literal first.
+
+    Other numbers at a name's end mean nothing: two images of a benchmark may both end in _20.
+    """
+    name = path.rsplit("/", 1)[-1]
+    number = _COCO.fullmatch(Path(name).stem)
+    return list(dict.fromkeys([path, name, Path(name).stem, *([number[1]] if number else [])]))
+
+
+def score(
+    benchmarks: Mapping[str, BenchmarkParams], iteration: str, out: Path, cache: Path | None = None
+) -> dict[str, dict]:
+    """Score the answers of every benchmark; `out`/benchmarks.json and, for each, `out`/benchmarks/NAME/rows.jsonl.
+
+    Someone else's answers are scored once, with the base (iteration "0").
+
+    Args:
+        out: the round's results folder; `answer` wrote to its `benchmarks`.
+        cache: folder of the judges' replies, default the repository's scratch folder.
+
+    Returns:
+        name → `kind`, `model`, `metrics`, `intervals` (95 %), `means` (rates that are no shares), `settings`, `missing`
+        (what is not scored, and why) and `published` (`published.table`); {} without benchmarks.
+
+    Raises:
+        RuntimeError: a judge left more than `MAX_WITHOUT_REPLY` of the rows without a reply; all others are kept, and
+            the next run asks for the missing ones alone.
+    """
+    if not benchmarks:
+        print(NONE)
+        return {}
+    results, silent = {}, []
+    for name, item in benchmarks.items():
+        if item.answers is not None and iteration != "0":
+            continue
+        folder = out / "benchmarks" / name
+        answers = ROOT / item.answers if item.answers is not None else folder / "answers.jsonl"
+        replies = (cache or ROOT / "scratch") / "judge" / f"{name}.jsonl"
+        scores = score_file(item, answers, replies)
+        without_verdict = scores.counts.get("n_without_verdict", 0)
+        without_reply = without_verdict - scores.counts.get("n_unparsed", 0)
+        if without_reply > MAX_WITHOUT_REPLY * (len(scores.rows) + without_verdict):
+            reason = next(row["reason"] for row in scores.missing if "no reply" in row["reason"])
+            silent.append(f"{without_reply:g} of {name}, {reason}")
+            continue
+        if not scores.rows:
+            reason = scores.missing[0]["reason"] if scores.missing else "it is empty"
+            raise ValueError(f"benchmarks.{name}: no answer of {answers.name} can be scored, the first: {reason}")
+        model = Path(item.answers).name if item.answers is not None else _model_name(iteration)
+        write_jsonl(folder / "rows.jsonl", scores.rows)
+        results[name] = {
+            "kind": item.kind,
+            "model": model,
+            "metrics": scores.metrics,
+            "intervals": intervals(scores),
+            "means": list(scores.means),
+            "settings": dict(scores.settings),
+            "missing": list(scores.missing),
+            "published": published.table(scores, model),
+        }
+    if silent:
+        raise RuntimeError(f"rows without a reply of the judge: {'; '.join(silent)}. Run again to ask for these alone")
+    write_atomic(out / "benchmarks.json", to_json(results) + "\n")
+    return results
+
+
+def _model_name(iteration: str) -> str:
+    return "base" if iteration == "0" else f"round {iteration}"
+
+
+def score_file(item: BenchmarkParams, answers: Path, cache: Path) -> Scores:
+    """One benchmark's scores of an answer file; what cannot be scored, unreadable rows included, is in `missing`."""
+    truth, questions = [ROOT / path for path in item.truth], [ROOT / path for path in item.questions]
+    asked = {}
+    if item.judge:
+        prompts = [ROOT / path for path in item.judge.prompts]
+        asked = {"judge": judge_of(item.judge), "cache": cache, "prompt_file": prompts[0] if prompts else None}
+    if item.kind == "mmhal":
+        rows, bad = mmhal.read_rows(answers, questions[0])
+        scores = mmhal.evaluate(rows, **asked, strict_published=item.judge.strict_published)
+    elif item.kind == "refomb":
+        rows, bad = refomb.read_rows(questions[0], answers)
+        del asked["prompt_file"]
+        strict = item.judge.strict_published
+        scores = refomb.evaluate(rows, **asked, strict_published=strict, prompt_files=tuple(prompts) or None)
+    else:
+        given, bad = read_answers(answers)
+        if item.kind == "pope":
+            scores = pope.score(pope.read_questions(questions[0]), given)
+        elif item.kind == "amber":
+            scores = amber.score(given, amber.read_annotations(truth[0]))
+        else:
+            extra = object_halbench.WORDS if item.kind == "object_halbench" else ()
+            vocabulary = chair.load_vocabulary(ROOT / item.vocabulary if item.vocabulary else chair.COCO_WORDS, extra)
+            objects = chair.load_objects(truth, vocabulary, [a.image for a in given])
+            if item.kind == "chair":
+                scores = chair.score(given, objects, vocabulary)
+            else:
+                scores = object_halbench.evaluate(given, objects, vocabulary=vocabulary, **asked)
+    if item.answers is None and item.kind in ("chair", "object_halbench", "amber"):  # the others list them themselves
+        bad = [*bad, *({"id": r["id"], "reason": r["reason"]} for r in read_jsonl(answers.parent / "rejects.jsonl"))]
+    return replace(scores, missing=[*scores.missing, *bad])
+
+
+def judge_of(params: JudgeParams) -> Judge:
+    """The judge at a server, or the checkpoint that judges in this process."""
+    return open_judge(params.name, params.base_url) if params.base_url else load_judge(params.name)
