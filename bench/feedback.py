@@ -25,7 +25,7 @@ from bench.model import (
     reset_peak,
     timed,
 )
-from rlaifv import prefix
+from rlaifv import rows
 from rlaifv.prefix import next_token_logprobs
 from rlaifv.vlm import VLM, EncodedPrompt
 
@@ -45,7 +45,7 @@ def make_questions(count: int, seed: int, shortest: int = 15, longest: int = 31)
 def ask(vlm: VLM, encoded: list[EncodedPrompt], batch: int | None) -> torch.Tensor:
     """Log-probs of four ids after every question; `batch` is None (shared prefix) or the rows of a plain forward."""
     if batch is not None:
-        prefix.PLAIN_BATCH = batch
+        rows.ROWS = batch
     return torch.cat(next_token_logprobs(vlm, encoded, [3, 4, 5, 6], shared=batch is None))
 
 

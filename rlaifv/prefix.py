@@ -12,254 +12,29 @@ lie in one buffer that every pack of branches reads and none copies, so memory g
 nor the number of packs. Everything that an architecture does with an image (vision encoder, 3-D positions,
 bidirectional image attention, deep-stack features) happens in its own forward, on the prefix.
 
-What cannot be shared (linear attention keeps one running state, not keys that a mask could hide) or does not agree
-with the plain path on a real row (`shares_prefix`) goes the plain path, and the log says so.
+Which way a model goes is tried once on a real row (`prefix_path`), and the log says so when it is not this one: linear
+attention keeps one running state, not keys that a mask could hide, so its branches get copies of the prefix's cache
+(`rows.run_copied`); a model that agrees with its plain rows in neither way is asked row by row (`rows.run_plain`).
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from rlaifv.vlm import VLM, EncodedPrompt, common_length
+from rlaifv.prefill import branch_masks, inputs_shape, pad_rows, prefill, rewind
+from rlaifv.rows import Reduce, Results, Tree, out_of_memory, plant, project, run_copied, run_plain
+from rlaifv.vlm import VLM, EncodedPrompt
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Largest accepted difference between shared and plain log-probs, in nats, weighted by the plain probabilities."""
 
-PLAIN_BATCH = 8
-"""Rows a forward on the plain path."""
-
-HEAD_ELEMENTS = 1 << 26
-"""Logits computed at once: a quarter of a GB in fp32."""
-
 _budgets: WeakKeyDictionary = WeakKeyDictionary()
 _verdicts: WeakKeyDictionary = WeakKeyDictionary()
-
-
-# --- the cache: one buffer a layer, rewound instead of copied
-
-
-class BufferLayer(CacheLayerMixin):
-    """Keys and values of one layer in one buffer with room behind them; `length` can be set back at no cost."""
-
-    is_sliding = False
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            new.new_empty(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write (batch, heads, new, dim) behind what is there; return views of everything up to here."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.length, self.length + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            more = max(end, self.keys.shape[2] * 3 // 2) - self.keys.shape[2]
-            self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        self.length = end
-        if start == 0:
-            return key_states, value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def buffer_cache(vlm: VLM, room: int) -> Cache:
-    """A cache whose layers all keep every token (a sliding window is the mask's business) and have room for more."""
-    return Cache(layers=[BufferLayer(room) for _ in range(vlm.model.get_decoder().config.num_hidden_layers)])
-
-
-def rewind(cache: Cache, length: int) -> None:
-    """Forget everything behind the first `length` tokens."""
-    for layer in cache.layers:
-        layer.length = length
-
-
-# --- the prefix
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """Prefixes of several prompts after their one forward.
-
-    `lengths` (B,) counts each prefix's tokens in the width P of the padded batch, `positions` (B,) is the position id
-    that the next token takes (not the length where an image's tokens share positions), `hidden` is (B, P, D).
-    """
-
-    cache: Cache
-    lengths: torch.Tensor
-    positions: torch.Tensor
-    hidden: torch.Tensor
-
-    @property
-    def width(self) -> int:
-        return self.hidden.shape[1]
-
-
-def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
-    """(rows, longest) int64."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
-
-
-def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: list[int], side: str = "right") -> dict:
-    """What the processor made of several images, as one batch on the model's device.
-
-    Per-token inputs (`token_type_ids`, `mm_token_type_ids`) are cut or zero-padded to each row's length: what follows
-    an image is text. Everything else must agree in shape behind the first dimension (see `inputs_shape`).
-    """
-    batch = {}
-    for key in inputs[0]:
-        values = [item[key] for item in inputs]
-        if "token_type_ids" in key:
-            rows = [(value[0].tolist() + [0] * length)[:length] for value, length in zip(values, lengths, strict=True)]
-            batch[key] = pad_rows(rows, 0, side)
-        elif key == "pixel_values" and "target_sizes" in inputs[0]:
-            batch[key] = torch.cat(values, dim=-1)  # MiniCPM-V packs the patches of all images along the last one
-        else:
-            batch[key] = torch.cat(values)
-        batch[key] = batch[key].to(vlm.device)
-        if batch[key].is_floating_point():
-            batch[key] = batch[key].to(vlm.model.dtype)
-    return batch
-
-
-def inputs_shape(inputs: dict[str, torch.Tensor]) -> tuple:
-    """Images with equal values can go in one batch."""
-    return tuple((k, tuple(v.shape[1:])) for k, v in sorted(inputs.items()) if "token_type_ids" not in k)
-
-
-def forget_positions(vlm: VLM) -> None:
-    """Qwen-VL keeps the last image's position offset on the module and would apply it to the next text."""
-    if hasattr(vlm.model.base_model, "rope_deltas"):
-        vlm.model.base_model.rope_deltas = None
-
-
-@torch.inference_mode()
-def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], room: int) -> Prefilled:
-    """Run the model's own forward over B prefixes with their images, keeping keys and values.
-
-    Args:
-        prefixes: token ids of each, image placeholders expanded.
-        inputs: what the processor made of each image; alike in `inputs_shape`.
-        room: tokens a row that will follow.
-    """
-    lengths = [len(prefix) for prefix in prefixes]
-    ids = pad_rows(prefixes, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
-    counts = torch.tensor(lengths, device=vlm.device)
-    mask = (torch.arange(ids.shape[1], device=vlm.device) < counts[:, None]).long()
-    cache = buffer_cache(vlm, room)
-    forget_positions(vlm)
-    output = vlm.model.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        **collate_inputs(vlm, inputs, lengths),
-    )
-    positions = counts
-    deltas = getattr(vlm.model.base_model, "rope_deltas", None)
-    if deltas is not None:
-        positions = counts + deltas.reshape(-1).to(counts)
-    return Prefilled(cache, counts, positions, output.last_hidden_state)
-
-
-def logits_of(vlm: VLM, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 logits (..., V) of last hidden states (..., D)."""
-    logits = vlm.model.get_output_embeddings()(hidden).float()
-    cap = getattr(vlm.model.config.get_text_config(), "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
-def windowed(vlm: VLM) -> bool:
-    """Whether some layers see no further than a sliding window."""
-    config = vlm.model.get_decoder().config
-    layer_types = getattr(config, "layer_types", None)
-    return bool(getattr(config, "sliding_window", None)) and (not layer_types or "sliding_attention" in layer_types)
-
-
-def branch_masks(
-    vlm: VLM, lengths: torch.Tensor, width: int, owner: torch.Tensor, offset: torch.Tensor, queries: slice
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive attention masks (B, 1, Q, width + K) for branches behind padded prefixes.
-
-    Args:
-        lengths: (B,) tokens of each prefix, of which `width` are stored.
-        owner: (B, K) branch that a token behind the prefix belongs to; -1 for padding.
-        offset: (B, K) place of the token in its branch.
-        queries: the tokens among the K that are asked now.
-
-    Returns:
-        One mask, or one for each type of layer where the model mixes full attention and a sliding window.
-    """
-    device, config = owner.device, vlm.model.get_decoder().config
-    column = torch.arange(width, device=device)
-    place = lengths[:, None] + offset
-    seen_prefix = (column < lengths[:, None])[:, None].expand(-1, place[:, queries].shape[1], -1)
-    seen_branch = (owner[:, queries, None] == owner[:, None]) & (offset[:, queries, None] >= offset[:, None])
-    seen = torch.cat([seen_prefix, seen_branch], -1)[:, None]
-
-    def additive(allowed: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros((), dtype=vlm.model.dtype, device=device)
-        return torch.where(allowed, zero, torch.finfo(vlm.model.dtype).min)
-
-    if not windowed(vlm):
-        return additive(seen)
-    key_place = torch.cat([column.expand(len(lengths), -1), place], -1)
-    near = seen & (place[:, None, queries, None] - key_place[:, None, None] < config.sliding_window)
-    if not getattr(config, "layer_types", None):
-        return additive(near)
-    return {"full_attention": additive(seen), "sliding_attention": additive(near)}
-
-
-# --- trees: one prefix and its branches
-
-
-@dataclass(frozen=True)
-class Tree:
-    """One prompt's rows, split into what they share and what they do not.
-
-    `wanted[i]` are the places in branch i whose next-token distribution is asked for.
-    """
-
-    index: int
-    prefix: list[int]
-    branches: list[list[int]]
-    wanted: list[range]
-    inputs: dict[str, torch.Tensor]
-
-
-def plant(index: int, encoded: EncodedPrompt, first: list[int], last: list[int]) -> Tree:
-    """Split rows at their longest common prefix; places first[i]..last[i] of row i are wanted."""
-    shared = min(first)
-    for row in encoded.rows[1:]:
-        shared = min(shared, common_length(encoded.rows[0], row))
-    branches = [row[shared : end + 1] for row, end in zip(encoded.rows, last, strict=True)]
-    wanted = [range(a - shared, b - shared + 1) for a, b in zip(first, last, strict=True)]
-    return Tree(index, encoded.rows[0][:shared], branches, wanted, encoded.inputs)
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -282,7 +57,7 @@ def row_capacity(vlm: VLM) -> int:
     In a row of q branch tokens, a token and layer spend about 2·q·D FLOPs on keys of other branches that the mask
     hides, against 24·D² in the linear layers: q = D wastes under a tenth, and the matrices are large enough.
     """
-    return min(2048, max(64, vlm.model.get_decoder().config.hidden_size))
+    return min(2048, max(64, vlm.network.get_decoder().config.hidden_size))
 
 
 def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
@@ -290,7 +65,7 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
     packs = [pack([len(branch) for branch in tree.branches], capacity) for tree in trees]
     widths = [sum(len(tree.branches[i]) for i in row) for tree, rows in zip(trees, packs, strict=True) for row in rows]
     state = prefill(vlm, [tree.prefix for tree in trees], [tree.inputs for tree in trees], max(widths))
-    decoder = vlm.model.get_decoder()
+    decoder = vlm.network.get_decoder()
     for turn in range(max(len(rows) for rows in packs)):
         ids, owner, offset, place, asked = [], [], [], [], []
         for b, (tree, rows) in enumerate(zip(trees, packs, strict=True)):
@@ -301,24 +76,21 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
                 ids[b] += tree.branches[i]
                 owner[b] += [i] * len(tree.branches[i])
                 offset[b] += range(len(tree.branches[i]))
-        owners, offsets = pad_rows(owner, -1).long().to(vlm.device), pad_rows(offset, 0).long().to(vlm.device)
+        owners, offsets = pad_rows(owner, -1).to(vlm.device), pad_rows(offset, 0).to(vlm.device)
         rewind(state.cache, state.width)
         output = decoder(
-            input_ids=pad_rows(ids, 0).long().to(vlm.device),
+            input_ids=pad_rows(ids, 0).to(vlm.device),
             attention_mask=branch_masks(vlm, state.lengths, state.width, owners, offsets, slice(None)),
             position_ids=state.positions[:, None] + offsets,
             past_key_values=state.cache,
             use_cache=True,
         )
-        b, column = torch.tensor(place, device=vlm.device).T
+        b, column = torch.tensor(place, device=output.last_hidden_state.device).T
         yield asked, output.last_hidden_state[b, column]
 
 
-Reduce = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
 @torch.inference_mode()
-def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> dict[tuple[int, int], torch.Tensor]:
+def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> Results:
     """Log-probs of all wanted places by (tree index, branch), trees of like images several to a forward.
 
     The tokens a forward start at a guess; on running out of memory they are halved, said, and kept.
@@ -347,17 +119,6 @@ def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> di
     return {key: torch.stack(values) for key, values in results.items()}
 
 
-def project(vlm: VLM, hidden: torch.Tensor, target: torch.Tensor | None, reduce: Reduce) -> torch.Tensor:
-    """Vocabulary projection in slices, so that long answers do not need all their logits at once."""
-    size = max(1, HEAD_ELEMENTS // vlm.model.get_output_embeddings().weight.shape[0])
-    return torch.cat(
-        [
-            reduce(logits_of(vlm, hidden[k : k + size]), None if target is None else target[k : k + size]).cpu()
-            for k in range(0, len(hidden), size)
-        ]
-    )
-
-
 def row_tokens(tree: Tree, capacity: int) -> int:
     return max(len(tree.prefix), min(capacity, sum(map(len, tree.branches))))
 
@@ -379,10 +140,6 @@ def default_budget(vlm: VLM) -> int:
     return 16384 if vlm.device.type == "cuda" else 1024
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
 def halve_budget(vlm: VLM, used: int) -> None:
     """Fewer tokens a forward from now on; raises RuntimeError when one row alone does not fit."""
     budget = min(used, _budgets.get(vlm.model, default_budget(vlm))) // 2
@@ -394,89 +151,51 @@ def halve_budget(vlm: VLM, used: int) -> None:
         torch.cuda.empty_cache()
 
 
-# --- the plain path: each row on its own through the ordinary forward
+PATHS: dict[str, Callable[..., Results]] = {"packed": run_shared, "copied": run_copied, "plain": run_plain}
 
 
-@torch.inference_mode()
-def run_plain(
-    vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict, batch: int | None = None, side: str = "right"
-) -> dict[tuple[int, int], torch.Tensor]:
-    """The same log-probs with every row whole through the model's forward, `batch` rows at a time."""
-    batch = batch or PLAIN_BATCH
-    jobs = [(tree, i) for tree in trees for i in range(len(tree.branches))]
-    jobs.sort(key=lambda job: (repr(inputs_shape(job[0].inputs)), job[0].index))
-    results, start = {}, 0
-    while start < len(jobs):
-        shape = inputs_shape(jobs[start][0].inputs)
-        part = [job for job in jobs[start : start + batch] if inputs_shape(job[0].inputs) == shape]
-        try:
-            results |= plain_batch(vlm, part, reduce, targets, side)
-        except RuntimeError as error:
-            if not out_of_memory(error) or batch == 1:
-                raise
-            batch = max(1, batch // 2)
-            log.warning("%s: out of memory, going on with %d rows a forward", vlm.name, batch)
-            continue
-        start += len(part)
-    return results
+def prefix_path(vlm: VLM, encoded: list[EncodedPrompt]) -> str:
+    """How this model's rows share their prefix: "packed", "copied" or "plain"; tried once a model on a real row.
 
-
-def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce, targets: dict, side: str) -> dict:
-    """One padded and masked forward."""
-    rows = [tree.prefix + tree.branches[i] for tree, i in jobs]
-    lengths = [len(row) for row in rows]
-    ids = pad_rows(rows, vlm.tokenizer.pad_token_id or 0, side).to(vlm.device)
-    mask = pad_rows([[1] * length for length in lengths], 0, side).to(vlm.device)
-    inputs = collate_inputs(vlm, [tree.inputs for tree, _ in jobs], lengths, side)
-    if side == "left" and not hasattr(vlm.model.base_model, "rope_deltas"):
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    shift = [ids.shape[1] - length if side == "left" else 0 for length in lengths]
-    wanted = [[shift[k] + len(t.prefix) + w for w in t.wanted[i]] for k, (t, i) in enumerate(jobs)]
-    keep = ids.shape[1] - min(place for places in wanted for place in places)
-    forget_positions(vlm)
-    output = vlm.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep, **inputs)
-    results = {}
-    for k, (tree, i) in enumerate(jobs):
-        # counted from the end, for some models (MiniCPM-V 4.6) ignore `logits_to_keep` and return them all
-        logits = output.logits[k, [place - ids.shape[1] for place in wanted[k]]].float()
-        target = targets[tree.index, i].to(logits.device) if targets else None
-        results[tree.index, i] = reduce(logits, target).cpu()
-    return results
-
-
-# --- which path, and the public functions
-
-
-def shares_prefix(vlm: VLM, encoded: list[EncodedPrompt]) -> bool:
-    """Whether this model gives the same log-probs on the shared path; tried once a model on a real row.
-
-    The prompt with the most rows is asked both ways, together with a shortened row, so that branches of different
-    lengths are packed. A model that fails is named in a warning and takes the plain path from then on.
+    The prompt with the most rows is asked the plain and the shared way, together with a shortened row, so that
+    branches of different lengths are packed. A model that does not agree is named in a warning.
     """
     if vlm.model not in _verdicts:
-        reason = why_not_shared(vlm, max(encoded, key=lambda e: len(e.rows)))
+        real = max(encoded, key=lambda e: len(e.rows))
+        path, reason = "packed", why_not_packed(vlm) or disagreement(vlm, real, run_shared)
         if reason:
-            log.warning("%s (%s): every row alone, %s", vlm.name, type(vlm.model).__name__, reason)
-        _verdicts[vlm.model] = reason is None
+            other = disagreement(vlm, real, run_copied)
+            path = "plain" if other else "copied"
+            way = f"every row alone ({other})" if other else "every row gets a copy of the prefix's state"
+            log.warning("%s (%s): no packed branches, %s; %s", vlm.name, type(vlm.network).__name__, reason, way)
+        _verdicts[vlm.model] = path
     return _verdicts[vlm.model]
 
 
-def why_not_shared(vlm: VLM, encoded: EncodedPrompt) -> str | None:
-    """None when shared and plain log-probs agree, else why they cannot or do not."""
-    layer_types = getattr(vlm.model.get_decoder().config, "layer_types", None) or []
+def shares_prefix(vlm: VLM, encoded: list[EncodedPrompt]) -> bool:
+    """Whether this model's branches can be packed behind one prefix."""
+    return prefix_path(vlm, encoded) == "packed"
+
+
+def why_not_packed(vlm: VLM) -> str | None:
+    layer_types = getattr(vlm.network.get_decoder().config, "layer_types", None) or []
     foreign = set(layer_types) - {"full_attention", "sliding_attention"}
-    if foreign:
-        return f"its {', '.join(sorted(foreign))} layers carry a running state that branches cannot share"
-    rows = [*encoded.rows[:3], encoded.rows[0][:-1]]
+    return f"its {', '.join(sorted(foreign))} layers keep no keys that a mask could hide" if foreign else None
+
+
+def disagreement(vlm: VLM, encoded: EncodedPrompt, run: Callable[..., Results]) -> str | None:
+    """None when `run` gives the log-probs of plain rows, else why it cannot or does not."""
+    shortened = [encoded.rows[0][:-1]] if len(encoded.rows[0]) > 2 else []
+    rows = [*encoded.rows[:3], *shortened]
     ends = [len(row) - 1 for row in rows]
     tree = plant(0, EncodedPrompt(encoded.prompt_ids, rows, ends, encoded.inputs), ends, ends)
     try:
-        shared = run_shared(vlm, [tree], full_distribution, {})
+        shared = run(vlm, [tree], full_distribution, {})
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        return f"the shared prefix raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"the shared prefix raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     plain = run_plain(vlm, [tree], full_distribution, {})
     difference = max(float((plain[key].exp() * (plain[key] - shared[key]).abs()).sum(-1).max()) for key in plain)
-    limit = TOLERANCE.get(vlm.model.dtype, 0.05)
+    limit = TOLERANCE.get(vlm.network.dtype, 0.05)
     if not difference <= limit:
         return f"the shared prefix changes log-probs by {difference:.2g} nats (more than {limit:g})"
     log.info("%s: shared prefix agrees with plain rows within %.1e nats", vlm.name, difference)
@@ -491,13 +210,19 @@ def target_logprobs(logits: torch.Tensor, target: torch.Tensor | None) -> torch.
     return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _run(vlm: VLM, trees: list[Tree], encoded: list[EncodedPrompt], reduce: Reduce, targets: dict, shared: bool | None):
+def run_rows(
+    vlm: VLM, trees: list[Tree], encoded: list[EncodedPrompt], reduce: Reduce, targets: dict, shared: bool | None
+) -> Results:
     # rows with nothing in common (text-only prompts that differ from the first token on) have no prefix to share
     rooted = [tree for tree in trees if tree.prefix]
-    if not (shared if shared is not None else (rooted and shares_prefix(vlm, [encoded[t.index] for t in rooted]))):
-        return run_plain(vlm, trees, reduce, targets)
+    if shared is None:
+        path = prefix_path(vlm, [encoded[tree.index] for tree in rooted]) if rooted else "plain"
+    else:
+        path = "packed" if shared else "plain"
     rest = [tree for tree in trees if not tree.prefix]
-    return run_shared(vlm, rooted, reduce, targets) | run_plain(vlm, rest, reduce, targets)
+    values = PATHS[path](vlm, rooted, reduce, targets) | run_plain(vlm, rest, reduce, targets)
+    # made under inference_mode: only a copy may take part in a loss
+    return {key: value.clone() for key, value in values.items()}
 
 
 def next_token_logprobs(
@@ -508,7 +233,7 @@ def next_token_logprobs(
     Args:
         encoded: one per image, its `rows` complete prompts (`vlm.encode_questions`).
         token_ids: ids to return, normalized over the whole vocabulary; None for all of it.
-        shared: force the shared (True) or plain (False) path; None decides by `shares_prefix`.
+        shared: force the shared (True) or plain (False) path; None decides by `prefix_path`.
 
     Returns:
         One fp32 CPU tensor (rows, ids) for each element of `encoded`, in order; (0, ids) where there are no rows.
@@ -522,8 +247,8 @@ def next_token_logprobs(
 
     ends = [[len(row) - 1 for row in e.rows] for e in encoded]
     trees = [plant(k, e, ends[k], ends[k]) for k, e in enumerate(encoded) if e.rows]
-    values = _run(vlm, trees, encoded, reduce, {}, shared)
-    width = len(token_ids) if token_ids is not None else vlm.model.get_output_embeddings().weight.shape[0]
+    values = run_rows(vlm, trees, encoded, reduce, {}, shared)
+    width = len(token_ids) if token_ids is not None else vlm.network.get_output_embeddings().weight.shape[0]
     return [
         torch.cat([values[k, i] for i in range(len(e.rows))]) if e.rows else torch.zeros(0, width)
         for k, e in enumerate(encoded)
@@ -550,5 +275,5 @@ def continuation_logprobs(
         for k, e in enumerate(encoded)
         for i, (row, start) in enumerate(zip(e.rows, e.answer_starts, strict=True))
     }
-    values = _run(vlm, trees, encoded, target_logprobs, targets, shared)
+    values = run_rows(vlm, trees, encoded, target_logprobs, targets, shared)
     return [[values[k, i] for i in range(len(e.rows))] for k, e in enumerate(encoded)]

@@ -17,17 +17,9 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
 
-from rlaifv.prefix import (
-    Prefilled,
-    branch_masks,
-    collate_inputs,
-    inputs_shape,
-    logits_of,
-    out_of_memory,
-    prefill,
-    shares_prefix,
-    windowed,
-)
+from rlaifv.prefill import Prefilled, branch_masks, collate_inputs, inputs_shape, logits_of, prefill, windowed
+from rlaifv.prefix import shares_prefix
+from rlaifv.rows import out_of_memory
 from rlaifv.vlm import VLM, EncodedPrompt, encode
 
 log = logging.getLogger(__name__)
@@ -206,14 +198,15 @@ def sample_shared(
     count, samples, steps = len(encoded), uniforms.shape[1], decoding.max_new_tokens
     if samples == 0:
         return [[] for _ in encoded]
-    device, decoder = vlm.device, vlm.model.get_decoder()
+    device, decoder = vlm.device, vlm.network.get_decoder()
     u = torch.from_numpy(np.ascontiguousarray(uniforms)).to(device)
     ends = torch.tensor(vlm.eos_token_ids, device=device)
     # room for some steps; a buffer that is full grows by half
     room = samples * min(steps, 64)
     state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
     cache, position = state.cache, state.positions
-    last = logits_of(vlm, state.hidden[torch.arange(count, device=device), state.lengths - 1])
+    ends_at = (state.lengths - 1).to(state.hidden.device)
+    last = logits_of(vlm, state.hidden[torch.arange(count, device=ends_at.device), ends_at]).to(device)
     columns = Columns(vlm, state, samples, steps - 1)
     del state
     tokens = torch.zeros(count, samples, steps, dtype=torch.long, device=device)
@@ -253,7 +246,7 @@ def sample_shared(
             past_key_values=cache,
             use_cache=True,
         )
-        logits = logits_of(vlm, output.last_hidden_state)
+        logits = logits_of(vlm, output.last_hidden_state).to(device)
     return [
         [finished(vlm, ids[:end], end < steps) for ids, end in zip(per_prompt, per_length, strict=True)]
         for per_prompt, per_length in zip(tokens.tolist(), length.tolist(), strict=True)
@@ -294,7 +287,7 @@ def sample_plain(vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decodin
         pad_token_id=vlm.tokenizer.pad_token_id,
     )
     ids = torch.tensor([encoded.prompt_ids], device=vlm.device)
-    output = vlm.model.generate(
+    output = vlm.network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,

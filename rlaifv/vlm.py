@@ -45,6 +45,11 @@ class VLM:
     eos_token_ids: list[int] = field(default_factory=list)
 
     @property
+    def network(self) -> PreTrainedModel:
+        """The transformers model itself, also where PEFT has wrapped it (adapters stay in effect)."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

@@ -9,7 +9,7 @@ from architectures import ANSWERS, BUILDERS, QUESTIONS, build, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaifv import prefix
+from rlaifv import prefill, prefix, rows
 from rlaifv.prefix import continuation_logprobs, next_token_logprobs, pack, shares_prefix
 from rlaifv.vlm import VLM, EncodedPrompt, encode, encode_questions
 
@@ -71,10 +71,10 @@ def test_plain_rows_do_not_depend_on_their_padding(models, name):
     vlm = model(models, name)
     encoded = asked(vlm)
     ends = [[len(row) - 1 for row in e.rows] for e in encoded]
-    trees = [prefix.plant(k, e, ends[k], ends[k]) for k, e in enumerate(encoded) if e.rows]
-    alone = prefix.run_plain(vlm, trees, prefix.full_distribution, {}, batch=1)
+    trees = [rows.plant(k, e, ends[k], ends[k]) for k, e in enumerate(encoded) if e.rows]
+    alone = rows.run_plain(vlm, trees, prefix.full_distribution, {}, batch=1)
     for side in ("right", "left"):
-        padded = prefix.run_plain(vlm, trees, prefix.full_distribution, {}, batch=8, side=side)
+        padded = rows.run_plain(vlm, trees, prefix.full_distribution, {}, batch=8, side=side)
         assert max(float((alone[key] - padded[key]).abs().max()) for key in alone) < 1e-4, side
 
 
@@ -94,17 +94,45 @@ def test_the_self_check_accepts_a_model_that_shares(models, name):
     assert shares_prefix(vlm, asked(vlm)[:1])
 
 
-def test_a_hybrid_model_takes_the_plain_path_and_the_log_says_so(models, caplog):
+def test_a_hybrid_model_copies_its_prefix_and_the_log_says_so(models, caplog):
     vlm = model(models, "minicpm-v-4.6")
     prefix._verdicts.pop(vlm.model, None)
     encoded = asked(vlm)
     with caplog.at_level(logging.WARNING):
         values = next_token_logprobs(vlm, encoded)
-    assert "minicpm-v-4.6" in caplog.text and "linear_attention" in caplog.text
-    assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) == 0
+    assert "minicpm-v-4.6" in caplog.text and "linear_attention" in caplog.text and "copy" in caplog.text
+    assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) < 1e-4
     caplog.clear()
     next_token_logprobs(vlm, encoded)
     assert not caplog.text, "said once a model"
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_copied_prefixes_give_the_log_probs_of_plain_rows(models, name):
+    vlm = model(models, name)
+    encoded = encode(vlm, picture(64, 40, 2), QUESTIONS[3], ANSWERS * 3)  # more rows than one forward takes
+    first, last = [start - 1 for start in encoded.answer_starts], [len(row) - 2 for row in encoded.rows]
+    trees = [rows.plant(0, encoded, first, last)]
+    copied, plain = (run(vlm, trees, prefix.full_distribution, {}) for run in (rows.run_copied, rows.run_plain))
+    assert max(float((copied[key] - plain[key]).abs().max()) for key in plain) < 1e-4
+
+
+def test_a_model_that_agrees_in_no_shared_way_is_asked_row_by_row(monkeypatch, caplog):
+    vlm = build("minicpm-v-4.6")
+    real = rows.prefix_cache
+    monkeypatch.setattr(rows, "prefix_cache", lambda *a: (real(*a)[0], 0))  # positions start again
+    encoded = asked(vlm)
+    values = next_token_logprobs(vlm, encoded)
+    assert prefix.prefix_path(vlm, encoded) == "plain" and "every row alone" in caplog.text
+    assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) == 0
+
+
+def test_log_probs_may_take_part_in_a_loss(models):
+    vlm = model(models, "llava")
+    ((logprobs,),) = continuation_logprobs(vlm, [encode(vlm, picture(), QUESTIONS[3], ANSWERS[:1])])
+    weight = torch.ones((), requires_grad=True)
+    (weight * logprobs).sum().backward()
+    assert float(weight.grad) == pytest.approx(float(logprobs.sum()))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "gemma3"])
@@ -112,7 +140,7 @@ def test_the_self_check_catches_wrong_positions_and_masks(name, monkeypatch, cap
     vlm = build(name)
     encoded = asked(vlm)[:1]
     if name == "gemma3":
-        monkeypatch.setattr(prefix, "windowed", lambda vlm: False)  # the sliding window forgotten
+        monkeypatch.setattr(prefill, "windowed", lambda vlm: False)  # the sliding window forgotten
     else:
         real = prefix.prefill  # the image's 3-D positions forgotten
         monkeypatch.setattr(prefix, "prefill", lambda *a: replace(state := real(*a), positions=state.lengths))
@@ -140,6 +168,7 @@ def test_an_error_on_the_shared_path_is_a_fallback_too(monkeypatch, caplog):
         raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
 
     monkeypatch.setattr(prefix, "run_branches", broken)
+    monkeypatch.setattr(rows, "prefix_cache", broken)
     encoded = asked(vlm)
     values = next_token_logprobs(vlm, encoded)
     assert "position_ids" in caplog.text
