@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -132,13 +133,15 @@ def result(rows: Sequence[Mapping]) -> Figure:
             low, high = np.array([row[f"{column}_interval"] for row in rows]).T * 100
             axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         for x, value in zip(at, values, strict=True):
-            axis.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=(0, 6), ha="center")
+            # the two curves of the left panel nearly meet: the lower one is labeled below its points
+            shift = (0, -13) if column == "mention_hallucination" else (0, 7)
+            axis.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=shift, ha="center")
     for axis, title in ((left, "Hallucination ↓ (%)"), (right, "Recall ↑ (%)")):
         axis.set_xticks(at, ["base", *(f"round {x}" for x in at[1:])])
         axis.set_title(title)
-        axis.legend(loc="best" if axis is left else "lower right")
+        axis.legend(loc="upper right" if axis is left else "lower right")
         axis.margins(x=0.12, y=0.2)
-    left.set_ylim(bottom=0)
+    left.set_ylim(-6, 1.45 * max(100 * row["response_hallucination"] for row in rows) + 6)
     right.set_ylim(0, 109)
     return figure
 
@@ -152,6 +155,9 @@ def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping
         for axis, row, title in zip(columns, (before, after), ("base", "aligned"), strict=True):
             axis.set_title(title, loc="left")
             spacing = 1 / max(len(row["claims"]), 13)
+            if not row["claims"]:  # an answer that the divider could not split is shown as it is
+                axis.text(0, 0.98, fill(row["answer"], 48), fontsize=7.5, va="top")
+                axis.text(0, 0.5, fill(f"not divided: {row['problem']}", 48), fontsize=7, va="top", color=GRAY)
             for i, claim in enumerate(row["claims"]):
                 color = plt.cm.RdYlGn(claim["p_yes"] / max(claim["p_yes"] + claim["p_no"], 1e-12))
                 style = {"facecolor": color, "alpha": 0.45, "edgecolor": "none", "pad": 1.2}

@@ -97,7 +97,9 @@ def claim_html(claim: Mapping) -> str:
 
 
 def answer_html(row: Mapping) -> str:
-    return f"<p>{html.escape(row['answer'])}</p>" + "".join(claim_html(claim) for claim in row["claims"])
+    claims = "".join(claim_html(claim) for claim in row["claims"])
+    problem = "" if row["claims"] else f"<small>not divided: {html.escape(row.get('problem', ''))}</small>"
+    return f"<p>{html.escape(row['answer'])}</p>{claims}{problem}"
 
 
 def example_html(image: Path, base: Mapping, aligned: Mapping) -> str:
