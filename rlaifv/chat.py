@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from rlaifv import ROOT
 from rlaifv.generate import uniforms
 from rlaifv.images import decode_image, open_image
-from rlaifv.prefix import collate_inputs, continuation_logprobs, shares_prefix
+from rlaifv.prefill import collate_inputs
+from rlaifv.prefix import continuation_logprobs, shares_prefix
 from rlaifv.rewards import AnswerLogps, best_of_n, check_same_tokens
 from rlaifv.sampling import Decoding, DrawFromStream, Generation, sample_plain, sample_shared
 from rlaifv.vlm import VLM, EncodedPrompt, load_vlm, resolve_checkpoint, special_tokens_needed

@@ -20,7 +20,7 @@ from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import compare, intervals
 from rlaifv.images import open_image
 from rlaifv.params import EvaluateParams, SplitParams
-from rlaifv.prefix import collate_inputs, inputs_shape
+from rlaifv.prefill import collate_inputs, inputs_shape
 from rlaifv.records import Instruction, Store, batched, read_jsonl, read_records
 from rlaifv.sampling import Prompt, generate_batch
 from rlaifv.vlm import VLM, encode

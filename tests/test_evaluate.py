@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_llava import WORDS, picture, save_tiny_llava
 
 from rlaifv.evaluate import Split, beam_search, best_answers, hallucination, paired_test
-from rlaifv.prefix import collate_inputs
+from rlaifv.prefill import collate_inputs
 from rlaifv.sampling import Prompt
 from rlaifv.vlm import encode, load_vlm
 
