@@ -46,8 +46,7 @@ class SideBySide:
         """HTML of both answers; where an answer could not be split into claims, it says why."""
         cards = ""
         for name, row in self.rows(image, question).items():
-            problem = f"<p><small>{html.escape(row['problem'])}</small></p>" if row["problem"] else ""
-            cards += f'<div style="{CARD}"><b>{html.escape(name)}</b>{answer_html(row)}{problem}</div>'
+            cards += f'<div style="{CARD}"><b>{html.escape(name)}</b>{answer_html(row)}</div>'
         cards = f'<div style="display:flex; gap:1rem">{cards}</div>'
         return f"<style>{STYLE}</style><p><b>{html.escape(question)}</b></p>{cards}"
 
