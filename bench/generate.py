@@ -73,7 +73,7 @@ def compare(vlm: VLM, device: str, samples: int, tokens: int, prompts: int, repe
         "tokens_per_second": drawn / seconds[0],
         "speedup_vs_num_return_sequences": seconds[1] / seconds[0],
         "share_of_equal_samples": float(same),
-        "peak_memory_ratio": peaks[0] / max(1, peaks[1]),
+        "peak_memory_ratio": max(0, peaks[0]) / max(1, peaks[1]),
     }
 
 

@@ -172,7 +172,8 @@ def start_binding(language_model: torch.nn.Module, gain: float = 0.7) -> None:
 
 def start_copying(language_model: torch.nn.Module, common: float = 0.3, copied: float = 0.17) -> None:
     """Start the heads that dividing needs: in the first layer a token learns the last noun before it, and a noun the
-    color before it; in the second, the same noun elsewhere in the text tells its color, number and position.
+    color or number before it and the number before that ("three pink trains"); in the second, the same noun elsewhere
+    in the text tells its color, number and position.
 
     Recency comes from rotary pairs that turn slowly enough not to repeat within a line, matching from those that
     hardly turn. All words share a small common direction, so that a head can look by place alone.
@@ -184,35 +185,35 @@ def start_copying(language_model: torch.nn.Module, common: float = 0.3, copied: 
     turn = 1e6 ** (-torch.arange(half) / half)
     every, nouns = rest[0], words[SLICES["class"]].sum(0)
     first, second = (language_model.layers[index].self_attn for index in (0, 1))
+    color, number, position = (range(SLICES[kind].start, SLICES[kind].stop) for kind in ("color", "number", "position"))
     with torch.no_grad():
         language_model.embed_tokens.weight.add_(common * every)
-        for layer, head in ((first, 0), (first, 1), (second, 0), (second, 1)):
-            rows = slice(head * side, (head + 1) * side)
-            for projection in (layer.q_proj, layer.k_proj):
-                projection.weight[rows] = torch.randn(side, WIDTH) * 0.01
-            layer.v_proj.weight[rows] = torch.randn(side, WIDTH) * 0.01
+        for layer, heads in ((first, 3), (second, 2)):
+            for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+                projection.weight[: heads * side] = torch.randn(heads * side, WIDTH) * 0.01
         for pair in (2, 3):  # the last noun: a peak at distance 0 that falls over a line
             first.q_proj.weight[pair], first.k_proj.weight[pair] = every, nouns
-        for pair in (0, 1, 2):  # the word before: a peak at distance 1
-            angle = turn[pair]
-            first.q_proj.weight[side + pair] = 3 * torch.cos(angle) * every
-            first.q_proj.weight[side + half + pair] = -3 * torch.sin(angle) * every
-            first.k_proj.weight[side + pair] = every
         first.v_proj.weight[:24], first.o_proj.weight[:, :24] = words[:24], copied * spare[:24].T
-        color = slice(side, side + 8)
-        first.v_proj.weight[color] = words[SLICES["color"]]
-        first.o_proj.weight[:, color] = copied * spare[SLICES["color"]].T
-        told = [SLICES[kind] for kind in ("color", "number", "position")]
-        for head, (source, kinds) in enumerate(((spare, told), (words, told[:1]))):
+        for head, told in ((1, [*color, *number]), (2, [*number])):  # a peak at distance 1 and one at distance 2
+            at = head * side
+            for pair in (0, 1, 2):
+                angle = head * turn[pair]
+                first.q_proj.weight[at + pair] = 3 * torch.cos(angle) * every
+                first.q_proj.weight[at + half + pair] = -3 * torch.sin(angle) * every
+                first.k_proj.weight[at + pair] = every
+            for row, index in enumerate(told, start=at):
+                first.v_proj.weight[row], first.o_proj.weight[:, row] = words[index], copied * spare[index]
+        # the same noun's line tells its words; the noun itself what the first layer told it
+        for head, keys, values, told in (
+            (0, spare, words, [*color, *number, *position]),
+            (1, words, spare, [*color, *number]),
+        ):
             at = head * side
             for row, dim in enumerate(slow):
                 second.q_proj.weight[at + dim] = 0.8 * spare[row]
-                second.k_proj.weight[at + dim] = 0.8 * source[row]
-            for kind in kinds:  # the same noun's line tells its words; the noun itself the color before it
-                for index in range(kind.start, kind.stop):
-                    second.v_proj.weight[at] = (words if source is spare else spare)[index]
-                    second.o_proj.weight[:, at] = copied * words[index]
-                    at += 1
+                second.k_proj.weight[at + dim] = 0.8 * keys[row]
+            for row, index in enumerate(told, start=at):
+                second.v_proj.weight[row], second.o_proj.weight[:, row] = values[index], copied * words[index]
 
 
 def pixel_values(scenes: list[Scene], seed: int, processor: LlavaProcessor) -> torch.Tensor:

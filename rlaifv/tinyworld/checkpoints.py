@@ -4,13 +4,9 @@ The vision tower is aligned with the words; the labeler is taught to answer abou
 the labeler with descriptions in which co-occurring objects are imagined; the divider learns its two prompts. All three
 are saved as ordinary Hugging Face checkpoints (float16) and measured as saved, on scenes that they have not seen.
 
-How the shipped files were made: with these parts, but in several sittings, each continuing the weights of the one
-before with a fresh learning-rate cycle, while the lessons were still being improved. Alignment: 900 steps. Labeler:
-6,400 steps in five sittings, the last with scenes of two colors. Policy: 6,200 steps in four sittings, from an earlier
-labeler (1,100 steps, without `start_binding`); two with partners of the same context, one with today's partners, one
-with today's remarks. Divider: 4,500 steps in two sittings, without `start_copying` (a run with it was ahead at equal
-steps when it was stopped after 1,150). This command has not been run from start to end with the defaults below: it
-gives other bytes, and the scores that it prints are to be compared with those of the shipped files (`examine`).
+The shipped files are what this command gives with the defaults below on one core of an x86 machine (OMP_NUM_THREADS=1;
+about 45 minutes): labeler and policy from one run of it, the divider from a run of its part alone. More threads, or
+another processor, sum in another order and give other bytes of the same quality.
 """
 
 import argparse
@@ -25,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 
 from rlaifv import ROOT
 from rlaifv.tinyworld.backbone import align, build_vlm, cached_features, patch_labels, patch_scores, pixel_values
-from rlaifv.tinyworld.divider import train_divider
+from rlaifv.tinyworld.divider import build_divider, train_divider
 from rlaifv.tinyworld.exams import answer_accuracy, describe, division_accuracy, hallucination
 from rlaifv.tinyworld.language import INSTRUCTIONS
 from rlaifv.tinyworld.lessons import labeler_row, policy_row, teach
@@ -56,6 +52,8 @@ class CheckpointParams:
     decoding repeats it, and not always, so that sampling sometimes leaves it out."""
     divider_steps: int = 4500
     divider_lr: float = 1.5e-3
+    divider_again_steps: int = 1200
+    divider_again_lr: float = 1e-3
     divider_layers: int = 4
     exam_scenes: int = 300
     """Unseen scenes on which the saved checkpoints are measured."""
@@ -67,7 +65,7 @@ def make_checkpoints(folder: Path, params: CheckpointParams = CheckpointParams()
     Returns {"curves": learning curves as rows, "scores": what the saved checkpoints reach, "minutes", "megabytes"}.
     """
     folder, started = Path(folder), time.time()
-    curves = make_labeler_and_policy(folder, params) + make_divider(folder, params)
+    curves = make_divider(folder, params) + make_labeler_and_policy(folder, params)
     return {
         "curves": curves,
         "scores": examine(folder, exam_scenes(params)),
@@ -109,8 +107,13 @@ def make_labeler_and_policy(folder: Path, params: CheckpointParams) -> list[dict
 def make_divider(folder: Path, params: CheckpointParams) -> list[dict]:
     """Train and save the divider. Returns its learning curve."""
     tokenizer = build_tokenizer()
-    divider, curve = train_divider(
-        tokenizer, params.divider_steps, params.divider_lr, params.divider_layers, params.seed
+    divider = build_divider(tokenizer, params.divider_layers, params.seed)
+    curve = train_divider(
+        divider, tokenizer, "divider", params.divider_steps, params.divider_lr, params.seed, growing=0.4
+    )
+    save(divider, tokenizer, folder / "divider")
+    curve += train_divider(
+        divider, tokenizer, "divider again", params.divider_again_steps, params.divider_again_lr, params.seed, growing=0
     )
     save(divider, tokenizer, folder / "divider")
     return curve

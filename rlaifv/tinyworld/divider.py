@@ -74,24 +74,37 @@ def divide_rows(rng: random.Random, most: int) -> list[tuple[str, str, float]]:
     return turns
 
 
-def train_divider(
-    tokenizer: PreTrainedTokenizerFast, steps: int, lr: float, layers: int, seed: int, batch: int = 4
-) -> tuple[LlamaForCausalLM, list[dict]]:
-    """Train the divider from nothing; answers grow from one sentence to eight over the first 40 % of the steps.
-
-    Returns the model and its learning curve (step, loss, share of right reply tokens).
-    """
+def build_divider(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int) -> LlamaForCausalLM:
+    """The divider before training: random weights and the heads that copying starts from."""
     torch.manual_seed(seed)
-    rng = random.Random(f"divider {seed}")
     model = LlamaForCausalLM(text_config(tokenizer, layers))
     start_language_model(model.model, tokenizer, quiet=0.2)
     start_copying(model.model)
+    return model
+
+
+def train_divider(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    growing: float,
+    batch: int = 4,
+) -> list[dict]:
+    """Train the divider through one learning-rate cycle; answers grow from one sentence to eight over the first share
+    `growing` of the steps.
+
+    Returns the learning curve (phase `name`, step, loss, share of right reply tokens).
+    """
+    rng = random.Random(f"{name} {seed}")
     packer = Packer(tokenizer, with_image=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     curve, started, average = [], time.time(), None
     for step in range(1, steps + 1):
-        most = min(8, 1 + int(8 * step / (0.4 * steps)))
+        most = min(8, 1 + int(8 * step / (growing * steps))) if growing else 8
         rows = [[turn] for _ in range(batch) for turn in divide_rows(rng, most)]
         packed = packer.pack(rows)
         logits = target_logits(model.model, packed, None)
@@ -104,6 +117,6 @@ def train_divider(
         right = (logits.argmax(-1) == packed.targets).float().mean().item()
         average = right if average is None else 0.98 * average + 0.02 * right
         if step % 50 == 0 or step == steps:
-            curve.append({"phase": "divider", "step": step, "loss": loss.item(), "right": average})
-            print(f"divider {step}/{steps} {time.time() - started:.0f} s {curve[-1]}", flush=True)
-    return model, curve
+            curve.append({"phase": name, "step": step, "loss": loss.item(), "right": average})
+            print(f"{name} {step}/{steps} {time.time() - started:.0f} s {curve[-1]}", flush=True)
+    return curve
