@@ -169,6 +169,8 @@ class Chat:
         return EncodedPrompt(ids, [ids], [len(ids)], inputs)
 
     def decoding(self, temperature: float) -> Decoding:
+        if not temperature >= 0:
+            raise ValueError(f"temperature {temperature:g}: give 0 (greedy) or more")
         return Decoding(temperature, 50, 1.0, self.max_new_tokens)
 
     def random_numbers(self, n: int) -> np.ndarray:
@@ -234,7 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
         vlm = load_chat_model(model)
         reference = load_chat_model(options.reference) if options.best_of > 1 else None
         if reference is not None and reference.fingerprint == vlm.fingerprint:
-            raise ValueError(f"--best-of: {model} is its own --reference, so every answer is worth the same")
+            raise ValueError(
+                f"--best-of: {model} is its own --reference, so every answer is worth the same: give an aligned "
+                "--model (`make repro` makes one)"
+            )
         if options.model is None:
             print(f"({model})", file=sys.stderr)
         chat = Chat(vlm, image, reference, options.temperature, options.max_new_tokens, options.seed)

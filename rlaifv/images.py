@@ -4,7 +4,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 64_000_000
 """An image with more pixels is refused before it is decoded (a small file can hide a huge picture)."""
@@ -27,5 +27,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                 if width * height > MAX_IMAGE_PIXELS:
                     raise ValueError(f"image {name} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
                 return image.convert("RGB")
+    except UnidentifiedImageError:  # its own text holds a memory address, another one in every run
+        raise ValueError(f"image {name} cannot be decoded: it is in no known image format") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {name} cannot be decoded: {error}") from None

@@ -147,6 +147,7 @@ def model_card(params: Params, chain: list[str], results: Mapping[str, Mapping],
             for rate in RATES
         ],
     )
+    epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs} epochs"
     method = "LoRA, merged" if train.lora_r else "full fine-tuning"
     limit_lines = "\n".join(f"- {text}" for text in limits(params, results))
     return f"""---
@@ -163,6 +164,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID")
 processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID")
+content = [{{"type": "image", "path": "cat.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=256, do_sample=False)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
 ## Results
@@ -179,7 +187,7 @@ Test split, percent, 95 % bootstrap intervals.
 | labeler | `{model_name(params.labeler)}` |
 | divider | `{model_name(params.divider)}` |
 
-DPO with β {train.beta:g}, {method}, learning rate {train.learning_rate:g}, {train.epochs} epochs of batches of
+DPO with β {train.beta:g}, {method}, learning rate {train.learning_rate:g}, {epochs} of batches of
 {train.batch_size}, {train.dtype}; the checkpoint of each round selected on a dev split. Every parameter is in
 `training_params.yaml`, every number of the test split in `metrics.json`.
 

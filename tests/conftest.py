@@ -1,6 +1,7 @@
 """Fixtures that several test files share. Nothing here or in any test needs a network."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,6 +9,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from openai_server import running
 
 from rlaifv import ROOT
 
@@ -20,3 +22,10 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: real photographs and published answers are not part of the repository")
     return SHARED
+
+
+@pytest.fixture
+def start_server():
+    """Start a server of the tests, `start_server("judge_server.py", HABIT, …)`; returns its address."""
+    with ExitStack() as stack:
+        yield lambda script, *habit: stack.enter_context(running(script, *habit))

@@ -14,7 +14,8 @@ import re
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from openai_server import Handler, serve
 
 HABIT = sys.argv[1]
 NUMBER = int(sys.argv[2]) if len(sys.argv) > 2 else 0
@@ -37,14 +38,14 @@ def judge(prompt: str) -> str:
     return f"It is fine.\nRating: {len(answer.split()) % 7}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Judge(Handler):
     """POST /v1/chat/completions; GET /seen tells how many requests came."""
 
     def do_GET(self):
         self.reply(200, {"seen": len(SEEN)})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         prompt = "\n".join(message["content"] for message in body["messages"])
         with LOCK:
             first = prompt not in SEEN
@@ -67,26 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             text = "Lovely weather today."
         if HABIT == "empty":
             text = ""
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "rules", "choices": [choice]})
-
-    def reply(self, status, content, headers=()):
-        self.send(json.dumps(content), "application/json", status, headers)
-
-    def send(self, text, kind, status, headers=()):
-        data = text.encode()
-        self.send_response(status)
-        for name, value in dict(headers, **{"Content-Type": kind, "Content-Length": str(len(data))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.say(text, "rules")
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(server.server_port, flush=True)
-    server.serve_forever()
+    serve(Judge)

@@ -9,14 +9,13 @@ answers; "busy" answers 429 and 500 to the first NUMBER requests; "dying" leaves
 
 import base64
 import io
-import json
 import math
 import os
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from openai_server import Handler, serve
 from PIL import Image
 
 HABIT = sys.argv[1]
@@ -34,14 +33,14 @@ def probabilities(body: dict) -> dict[str, float]:
     return {"Yes": 0.6 * yes, " yes": 0.2 * yes, "No": 0.8 * (1 - yes), "Maybe": 0.15, "Yesterday": 0.05}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Labeler(Handler):
     """POST /v1/chat/completions; GET /seen tells what was asked and how many requests came at once."""
 
     def do_GET(self):
         self.reply(200, {"seen": SEEN, **BUSY})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with LOCK:
             BUSY["now"] += 1
             BUSY["most"] = max(BUSY["most"], BUSY["now"])
@@ -59,30 +58,16 @@ class Handler(BaseHTTPRequestHandler):
         elif fails:
             self.reply(429 if number % 2 else 500, {"error": {"message": "later"}}, {"retry-after-ms": "5"})
         else:
-            self.reply(200, self.completion(body))
+            self.complete(body)
         with LOCK:
             BUSY["now"] -= 1
 
-    def completion(self, body: dict) -> dict:
+    def complete(self, body: dict):
         assert body["max_tokens"] == 1 and body["logprobs"] and body["top_logprobs"] == 20
         top = [{"token": t, "logprob": math.log(max(p, 1e-9)), "bytes": None} for t, p in probabilities(body).items()]
         logprobs = None if HABIT == "silent" else {"content": [{**top[0], "top_logprobs": top}]}
-        message = {"role": "assistant", "content": "Yes"}
-        choice = {"index": 0, "message": message, "finish_reason": "length", "logprobs": logprobs}
-        return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-
-    def reply(self, status: int, body: dict, headers: dict | None = None):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **(headers or {})}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.say("Yes", body["model"], finish_reason="length", logprobs=logprobs)
 
 
-server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
-server.serve_forever()
+if __name__ == "__main__":
+    serve(Labeler)

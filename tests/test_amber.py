@@ -6,7 +6,7 @@ import pytest
 
 from rlaifv.benchmarks import amber
 from rlaifv.benchmarks.nouns import text_nouns
-from rlaifv.benchmarks.results import Answer, read_answers
+from rlaifv.benchmarks.results import Answer, read_answers, to_answers
 
 ANNOTATIONS = amber.Annotations(
     images={
@@ -52,6 +52,29 @@ def test_the_positive_class_is_no_and_only_exact_answers_count():
     assert (metrics["existence_f1"], metrics["relation_f1"]) == (1, 0)
     assert metrics["n_neither_yes_nor_no"] == 1
     assert "chair" not in metrics
+
+
+def test_the_number_of_a_row_without_an_id_is_not_taken_for_ambers_id():
+    given, _ = to_answers([{"response": "A tree."}, {"response": "A cat."}, {"id": 2, "response": "A desk."}])
+    result = amber.score(given, ANNOTATIONS)
+    assert (result.metrics["n"], result.metrics["hal"], len(result.missing)) == (1, 0, 2)
+
+
+def test_a_row_that_only_names_its_image_is_its_description_unless_several_do():
+    described, _ = to_answers([{"image": "image/AMBER_2.jpg", "caption": "A desk."}])
+    assert amber.score(described, ANNOTATIONS).metrics["cover"] == 1
+    asked, _ = to_answers([{"image": "AMBER_2.jpg", "answer": "Yes"}, {"image": "AMBER_2.jpg", "answer": "No"}])
+    result = amber.score(asked, ANNOTATIONS)
+    assert (result.metrics["n"], len(result.missing)) == (0, 2)
+
+
+def test_files_that_are_not_ambers_are_refused_by_folder(tmp_path):
+    for name in ("relation.json", "safe_words.txt"):
+        (tmp_path / name).write_text("{}")
+    for text in ('[{"id": 1, "type"', '{"1": {}}', '[{"id": 1}]'):
+        (tmp_path / "annotations.json").write_text(text)
+        with pytest.raises(ValueError, match=tmp_path.name):
+            amber.read_annotations(tmp_path)
 
 
 def test_ids_that_amber_does_not_have_and_second_answers_are_listed():

@@ -1,5 +1,6 @@
 """CHAIR counts what the published scorer counts, loses no row, and never divides by zero."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -79,7 +80,13 @@ def test_an_image_is_found_by_id_number_file_name_and_path():
     for name in ("123456", "COCO_val2014_000000123456.jpg", "val2014/000000123456.jpg", "000000123456"):
         assert image_key(name, known) == "123456"
     assert image_key("images/scene-07.png", known) == "scene-07"
+    assert image_key("C:\\coco\\COCO_val2014_000000123456.jpg", known) == "123456"
     assert image_key("000000000007.jpg", known) is None
+
+
+def test_a_number_at_the_end_of_any_other_name_is_no_coco_image():
+    assert image_key("kitchen_20.jpg", {"20": []}) is None
+    assert image_key("coco_20.jpg", {"20": []}) == "20"
 
 
 def test_truth_is_instances_and_caption_words_and_images_without_annotation_have_none(tmp_path):
@@ -94,6 +101,27 @@ def test_truth_is_instances_and_caption_words_and_images_without_annotation_have
         path.write_text(json.dumps(content))
     assert chair.load_objects(paths) == {"1": {"dog", "person"}, "276731": set()}
     assert chair.load_objects(paths, images=["COCO_val2014_000000000001.jpg"]) == {"1": {"dog", "person"}}
+
+
+def test_truth_may_name_its_images_by_their_files(tmp_path):
+    path = tmp_path / "objects.json"
+    path.write_text('{"COCO_val2014_000000000001.jpg": ["dog"], "scene-07": []}')
+    assert chair.load_objects([path]) == {"1": {"dog"}, "scene-07": set()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"id": 1}], "categories": [], "annotations": [{"image_id": 1, "category_id": 5}]},
+        {"annotations": [{"caption": "A dog."}]},
+        {"images": [{"file_name": "1.jpg"}], "annotations": []},
+    ],
+)
+def test_a_truth_that_is_not_in_cocos_form_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json"):
+        chair.load_objects([path])
 
 
 def test_a_category_that_the_vocabulary_does_not_know_is_named(tmp_path):
@@ -124,6 +152,9 @@ def test_a_published_table_is_read_as_its_scorer_reads_it(tmp_path):
             "target": "gold",
         },
         {"doc_id": 3, "doc": {"image": "COCO_val2014_000000000009.jpg"}, "resps": [["A dog."]]},
+        {"image_id": 9.0, "prediction": "A dog."},
+        {"image": ["000000000009.jpg"], "response": "A dog."},
+        {"image_id": " 9 ", "caption": "A dog."},
     ],
 )
 def test_result_files_of_other_tools_are_read(record):
@@ -131,6 +162,63 @@ def test_result_files_of_other_tools_are_read(record):
     assert not bad
     assert answers[0].text == "A dog."
     assert image_key(answers[0].image, {"9": []}) == "9"
+
+
+ROWS = '{"image_id": 9, "caption": "A dog."}\n{"image_id": 9, "caption": ""}\n'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ROWS.replace("\n", "\r\n").encode("utf-8-sig"),
+        ROWS.encode("utf-16"),
+        gzip.compress(ROWS.encode()),
+        ("[" + ROWS.strip().replace("\n", ",") + "]").encode(),
+    ],
+)
+def test_a_file_is_read_whatever_its_line_ends_its_encoding_and_its_compression(tmp_path, data):
+    path = tmp_path / "answers.gz"
+    path.write_bytes(data)
+    answers, bad = chair.read_answers(path)
+    assert ([answer.text for answer in answers], bad) == (["A dog.", ""], [])
+
+
+@pytest.mark.parametrize("data", [ROWS.encode() + b"\xe9\n", gzip.compress(ROWS.encode())[:-9], b"\x1f\x8b junk"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, data):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"answers\.jsonl"):
+        chair.read_answers(path)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["1", "2", "3"]),
+            st.lists(st.sampled_from(["dogs", "puppy", "cat", "kite", "tree", "man", "hot dog"]), max_size=5),
+        ),
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_the_rates_are_those_of_a_plain_count_over_answers(rows, unique):
+    classes = {"dogs": "dog", "puppy": "dog", "cat": "cat", "kite": "kite", "man": "person", "hot dog": "hot dog"}
+    truth = {"1": {"dog", "person"}, "2": set()}  # nothing is known of image 3
+    answers = [Answer(str(i), ", ".join(said), image=image) for i, (image, said) in enumerate(rows)]
+    bad_answers = answers_with_mentions = bad_mentions = all_mentions = covered = present = n = 0
+    for image, said in rows:
+        if image in truth:
+            found = [classes[word] for word in (dict.fromkeys(said) if unique else said) if word in classes]
+            bad = [name for name in found if name not in truth[image]]
+            n, bad_answers, answers_with_mentions = n + 1, bad_answers + bool(bad), answers_with_mentions + bool(found)
+            bad_mentions, all_mentions = bad_mentions + len(bad), all_mentions + len(found)
+            covered, present = covered + len(set(found) & truth[image]), present + len(truth[image])
+    metrics = chair.score(answers, truth, counting="unique" if unique else "original").metrics
+    assert metrics["n"] == n
+    assert metrics["chair_s"] == pytest.approx(bad_answers / max(n, 1))
+    assert metrics["chair_s_refine"] == pytest.approx(bad_answers / max(answers_with_mentions, 1))
+    assert metrics["chair_i"] == pytest.approx(bad_mentions / max(all_mentions, 1))
+    assert metrics["recall"] == pytest.approx(covered / max(present, 1))
 
 
 def test_the_command_prints_json_and_loses_no_row(tmp_path):

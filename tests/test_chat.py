@@ -129,6 +129,7 @@ def test_without_a_question_lines_are_read_until_the_end(capsys, folder, monkeyp
         (["--image", "{}/cat.png", "--model", "{}"], "it is not a checkpoint"),
         (["--image", "{}/cat.png", "--model", "no/such/folder"], "no checkpoint at 'no/such/folder'"),
         (["--image", "{}/cat.png", "--model", "{}/policy", "--question", " "], "the question is empty"),
+        (["--image", "{}/cat.png", "--model", "{}/policy", "--question", "Hi", "--temperature=-1"], "give 0 (greedy)"),
         (
             ["--image", "{}/cat.png", "--model", "{}/policy", "--reference", "{}/policy", "--best-of", "4"],
             "is its own --reference",

@@ -1,14 +1,11 @@
 """A judge that misbehaves costs no row: what is missing is listed, and the next run asks for that alone."""
 
 import json
-import subprocess
-import sys
-import urllib.request
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai_server import seen
 
 from rlaifv.benchmarks.judge import (
     Judge,
@@ -26,26 +23,9 @@ REQUESTS = [Request(f"row {i}", f"Rate this.\n### Answer of the assistant\n{'wor
 
 
 @pytest.fixture
-def serve():
+def serve(start_server):
     """Start a judge with a habit; returns its address."""
-    running = []
-
-    def start(*habit):
-        command = [sys.executable, str(Path(__file__).with_name("judge_server.py")), *map(str, habit)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        running.append(process)
-        return f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def seen(address):
-    with urllib.request.urlopen(address.replace("/v1", "/seen")) as answer:
-        return json.load(answer)["seen"]
+    return lambda *habit: start_server("judge_server.py", *habit)
 
 
 def ask(address, cache, **options):
@@ -57,10 +37,10 @@ def test_every_row_gets_its_own_verdict_and_a_repeated_run_asks_nothing(serve, t
     address, cache = serve("well"), tmp_path / "cache.jsonl"
     first = ask(address, cache)
     assert first.verdicts == {f"row {i}": i % 7 for i in range(12)}
-    assert (first.missing, first.replied, first.cached, seen(address)) == ([], 12, 0, 12)
+    assert (first.missing, first.replied, first.cached, seen(address)["seen"]) == ([], 12, 0, 12)
     second = ask(address, cache)
     assert second.verdicts == first.verdicts
-    assert (second.replied, second.cached, seen(address)) == (0, 12, 12)
+    assert (second.replied, second.cached, seen(address)["seen"]) == (0, 12, 12)
 
 
 def test_the_cache_names_judge_prompt_hash_and_raw_reply_and_holds_no_key(serve, tmp_path, monkeypatch):
@@ -83,14 +63,14 @@ def test_a_judge_that_dies_half_way_leaves_the_list_and_the_next_run_asks_for_it
     address = serve("well")
     second = ask(address, cache)
     assert second.verdicts == {f"row {i}": i % 7 for i in range(12)}
-    assert seen(address) == second.replied == 7
+    assert seen(address)["seen"] == second.replied == 7
 
 
 def test_nonsense_is_asked_for_again_a_bounded_number_of_times_and_then_listed_never_scored(serve, tmp_path):
     address = serve("nonsense")
     result = ask(address, tmp_path / "cache.jsonl")
     assert result.verdicts == {}
-    assert seen(address) == 3 * len(REQUESTS)
+    assert seen(address)["seen"] == 3 * len(REQUESTS)
     assert result.unparsed == [request.id for request in REQUESTS]
     assert "Lovely weather" in result.missing[0]["reason"]
 
@@ -104,7 +84,7 @@ def test_a_second_attempt_can_bring_a_readable_reply(serve, tmp_path):
 def test_a_busy_server_is_waited_for(serve, tmp_path):
     address = serve("busy", 4)
     assert len(ask(address, None, tries=4, concurrency=2).verdicts) == 12
-    assert seen(address) == 16
+    assert seen(address)["seen"] == 16
 
 
 @pytest.mark.parametrize(
@@ -206,3 +186,14 @@ def test_a_model_of_this_machine_can_judge(tmp_path):
     replies = ask_all(requests, judge, lambda reply: reply, tmp_path / "cache.jsonl")
     assert set(replies.verdicts) | {row["id"] for row in replies.missing} == {"a", "b"}
     assert judge.name.startswith(str(tmp_path / "model") + "@")
+
+
+def test_damaged_lines_of_the_cache_cost_only_their_own_replies(serve, tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    ask(serve("well"), cache)
+    lines = cache.read_bytes().splitlines(keepends=True)
+    silent = json.dumps({**json.loads(lines[3]), "reply": None}).encode() + b"\n"
+    cache.write_bytes(b"\xef\xbb\xbf" + b"".join(lines[:3]) + silent + b"\xff\xfe\n[1]\n" + lines[4][:40])
+    address = serve("well")
+    assert ask(address, cache).verdicts == {f"row {i}": i % 7 for i in range(12)}
+    assert seen(address)["seen"] == 9

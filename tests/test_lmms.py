@@ -67,3 +67,11 @@ def test_exported_answers_come_back_unchanged(texts):
     assert not bad
     keep = [(a.id, a.text.removeprefix("Assistant:").strip(), a.question, a.image) for a in answers]
     assert [(b.id, b.text, b.question, b.image) for b in back] == keep
+
+
+@pytest.mark.parametrize("text", ['{"results": [1]}', '{"results": 3}', "[]", "junk"])
+def test_a_file_that_is_no_result_file_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is no result file"):
+        lmms.read_results(path)

@@ -106,3 +106,26 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path.write_text('[{"question": "Who?", "answer": "A dog."}]')
     with pytest.raises(ValueError, match="not MMHal's"):
         mmhal.read_rows(path)
+
+
+def test_answers_are_joined_by_image_and_second_ones_are_listed(tmp_path):
+    template, answers = tmp_path / "template.json", tmp_path / "answers.jsonl"
+    row = {"image_id": "a1b2", "image_content": ["Dog"], "question": "Who?", "gt_answer": "A dog."}
+    template.write_text(json.dumps([{**row, "question_type": "other", "model_answer": ""}]))
+    for named in ({"image_id": "a1b2"}, {"image": "images/a1b2.jpg", "question": "who?"}):
+        lines = [{**named, "answer": text} for text in ("first", "second")]
+        answers.write_text("\n".join(map(json.dumps, lines)))
+        rows, missing = mmhal.read_rows(answers, template)
+        assert [row.answer for row in rows] == ["first"]
+        assert [row["reason"] for row in missing] == ["a second answer to this question"]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=20))
+def test_the_rates_are_those_of_a_plain_count(ratings):
+    rows = [mmhal.Row(str(i), "other", "", "?", "", "A dog.") for i in range(len(ratings))]
+    metrics = mmhal.score(rows, {str(i): rating for i, rating in enumerate(ratings)}).metrics
+    n = len(ratings)
+    assert metrics["score"] == metrics["score_other"] == pytest.approx(sum(ratings) / n)
+    assert metrics["hallucination_rate"] == pytest.approx(len([r for r in ratings if r in (0, 1, 2)]) / n)
+    informative = [{0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 3}[rating] for rating in ratings]
+    assert metrics["informativeness"] == pytest.approx(sum(informative) / n / 3)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -89,26 +88,22 @@ def test_short_answers_are_not_shown_to_the_judge_and_lost_ones_are_listed():
     assert result.settings["judge"] == "j"
 
 
-def test_the_command_goes_on_where_a_dead_judge_left_it(tmp_path):
+def test_the_command_goes_on_where_a_dead_judge_left_it(tmp_path, start_server):
     answers, objects = tmp_path / "answers.jsonl", tmp_path / "objects.json"
     lines = [{"image_id": i, "question": "What?", "answer": f"There is a dog in picture {i}."} for i in range(6)]
     answers.write_text("\n".join(map(json.dumps, lines)))
     objects.write_text(json.dumps({str(i): ["dog"] if i % 2 else [] for i in range(6)}))
 
     def evaluate(*habit):
-        server = [sys.executable, str(Path(__file__).with_name("judge_server.py")), *habit]
-        with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
-            address = f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-            command = [sys.executable, "-m", "rlaifv.benchmarks.object_halbench", "--json", "--judge", "rules"]
-            command += ["--answers", answers, "--objects", objects, "--base-url", address]
-            command += ["--tries", "1", "--concurrency", "1"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            process.kill()
+        command = [sys.executable, "-m", "rlaifv.benchmarks.object_halbench", "--json", "--judge", "rules"]
+        command += ["--answers", answers, "--objects", objects, "--tries", "1", "--concurrency", "1"]
+        command += ["--base-url", start_server("judge_server.py", *habit)]
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
     code, report, errors = evaluate("dying", "2")
     assert (code, report["n"], report["n_without_verdict"], len(report["missing"])) == (3, 2, 4, 4)
-    assert "4 rows have no verdict" in errors
+    assert "4 verdicts are missing" in errors
     code, report, _ = evaluate("well")
     assert (code, report["n"], report["missing"]) == (0, 6, [])
     assert (report["chair_s_refine"], report["chair_i"], report["recall"]) == (0.5, 0.5, 1)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 
 from rlaifv.benchmarks import pope
 from rlaifv.benchmarks.results import Answer, read_answers, to_answers
@@ -97,6 +99,47 @@ def test_an_lmms_eval_file_brings_its_own_questions_labels_and_categories(tmp_pa
     metrics = pope.score(pope.read_questions(path), given).metrics
     assert not bad
     assert metrics["accuracy"] == metrics["popular_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_three_splits_of_one_lmms_eval_file_are_told_apart(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [
+        {
+            "doc_id": number,
+            "doc": {"question_id": "1", "question": "Is there a dog?", "answer": label, "category": category},
+            "filtered_resps": ["Yes"],
+        }
+        for number, (category, label) in enumerate([("random", "yes"), ("popular", "yes"), ("adversarial", "no")])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    metrics = pope.score(pope.read_questions(path), read_answers(path)[0]).metrics
+    assert metrics["n"] == 3
+    assert [metrics[f"{name}_accuracy"] for name in ("random", "popular", "adversarial")] == [1, 1, 0]
+
+
+def test_the_row_number_of_an_lmms_eval_file_alone_is_no_question_id():
+    given, _ = to_answers([{"doc_id": 1, "resps": ["Yes"]}])
+    with pytest.raises(ValueError, match="no question_id"):
+        pope.score(QUESTIONS, given)
+
+
+@pytest.mark.parametrize("text", ["", "NO", "no!", "There isn't a dog", "Yes, no doubt", "Perhaps"])
+def test_an_answer_that_the_published_rule_may_misread_is_counted_as_unclear(text):
+    assert not pope.is_clear(text)
+
+
+@given_any(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
+def test_the_rates_are_those_of_a_plain_count(rows):
+    questions = [pope.Question(str(i), "Is it?", "yes" if truth else "no") for i, (truth, _) in enumerate(rows)]
+    given = [Answer(str(i), "Yes" if said else "No") for i, (_, said) in enumerate(rows)]
+    tp, fp = (sum(said and truth == kind for truth, said in rows) for kind in (True, False))
+    fn = sum(truth and not said for truth, said in rows)
+    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    metrics = pope.score(questions, given).metrics
+    assert metrics["accuracy"] == pytest.approx(sum(truth == said for truth, said in rows) / len(rows))
+    assert (metrics["precision"], metrics["recall"]) == pytest.approx((precision, recall))
+    assert metrics["f1"] == pytest.approx(2 * precision * recall / (precision + recall) if tp else 0)
+    assert metrics["yes_ratio"] == pytest.approx((tp + fp) / len(rows))
 
 
 def test_the_published_adversarial_split_is_met_exactly(shared):

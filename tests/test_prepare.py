@@ -30,7 +30,10 @@ def instructions(folder, *rows):
     [
         ({"id": "a", "image_path": "gone.jpg", "question": "What?"}, "gone.jpg does not exist"),
         ({"id": "a", "image_path": "cut.jpg", "question": "What?"}, "cut.jpg cannot be decoded"),
-        ({"id": "a", "image_path": "text.png", "question": "What?"}, "text.png cannot be decoded"),
+        (
+            {"id": "a", "image_path": "text.png", "question": "What?"},
+            "text.png cannot be decoded: it is in no known",
+        ),
         ({"id": "a", "image_path": "good.jpg", "question": "  "}, "the question is empty"),
         ({"id": "ok", "image_path": "good.jpg", "question": "What?"}, "the id 'ok' was used before"),
         ({"id": "a", "question": "What?"}, "has no field 'image_path'"),

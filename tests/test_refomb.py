@@ -74,3 +74,17 @@ def test_the_real_rows_are_joined_by_question_and_image(shared, tmp_path):
     assert len(rows) == 98
     assert all(row.answer == f"No {row.id}" for row in rows)
     assert [row["id"] for row in missing] == [str(records[0]["id"])]
+
+
+def test_a_second_answer_is_listed_and_a_file_without_reference_answers_is_refused(tmp_path):
+    reference, answers = tmp_path / "reference.jsonl", tmp_path / "answers.jsonl"
+    row = {"id": 5, "image_url": "https://images.example.org/a.jpg", "question": "What?", "description": "A dog."}
+    reference.write_text(json.dumps({**row, "type": "fine", "answer": "A dog."}))
+    lines = [{"image_url": "a.jpg", "question": "what?", "answer": text} for text in ("first", "second")]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    rows, missing = refomb.read_rows(reference, answers)
+    assert [row.answer for row in rows] == ["first"]
+    assert [row["reason"] for row in missing] == ["a second answer to this question"]
+    reference.write_text(json.dumps({**row, "type": "fine", "answer": ""}))
+    with pytest.raises(ValueError, match=r"row 0 of .*reference\.jsonl has no reference answer"):
+        refomb.read_rows(reference, answers)

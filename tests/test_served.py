@@ -1,12 +1,7 @@
 """A labeler behind a real server process: right answers, and no answer lost or asked for twice when it misbehaves."""
 
-import json
-import subprocess
-import sys
-import urllib.request
-from pathlib import Path
-
 import pytest
+from openai_server import seen
 from PIL import Image
 
 from rlaifv.served import ServerGone, ServerRefused, is_served, judge_served, open_served
@@ -17,26 +12,9 @@ QUESTIONS = [f"Is it red, {i}? Please answer yes or no." for i in range(10)]
 
 
 @pytest.fixture
-def serve():
+def serve(start_server):
     """Start a labeler with a habit; returns its address with the model's name."""
-    running = []
-
-    def start(*habit):
-        command = [sys.executable, str(Path(__file__).with_name("labeler_server.py")), *map(str, habit)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        running.append(process)
-        return f"http://127.0.0.1:{int(process.stdout.readline())}/v1#some/model"
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def seen(path):
-    with urllib.request.urlopen(path.split("/v1")[0] + "/seen") as answer:
-        return json.load(answer)
+    return lambda *habit: start_server("labeler_server.py", *habit) + "#some/model"
 
 
 def test_p_yes_and_p_no_are_read_off_the_first_tokens_log_probs(serve):

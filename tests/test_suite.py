@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -165,20 +164,9 @@ def test_someone_elses_answers_are_scored_once_with_the_base_and_no_model_is_ask
 
 
 @pytest.fixture
-def serve():
+def serve(start_server):
     """Start a judge with a habit; returns its address."""
-    running = []
-
-    def start(*habit) -> str:
-        command = [sys.executable, str(Path(__file__).with_name("judge_server.py")), *map(str, habit)]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return f"http://127.0.0.1:{int(running[-1].stdout.readline())}/v1"
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    return lambda *habit: start_server("judge_server.py", *habit)
 
 
 def judge(address: str) -> JudgeParams:

@@ -7,17 +7,19 @@ Descriptions (ids 1-1004) and yes/no answers may lie in one file; each is scored
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
 from rlaifv.benchmarks.nouns import SOURCE, text_nouns
 from rlaifv.benchmarks.pope import yes_no_rates
-from rlaifv.benchmarks.results import Answer, read_answers
+from rlaifv.benchmarks.results import Answer, lookup, read_answers
 from rlaifv.benchmarks.scores import Scores
 
 _GENERATIVE = "generative"
+_ID_FIELDS = ("question_id", "id", "qid")
 _KINDS = {
     "discriminative-hallucination": "existence",
     "discriminative-attribute-state": "state",
@@ -61,10 +63,16 @@ def read_annotations(folder: str | Path) -> Annotations:
     for name in ("annotations.json", "relation.json", "safe_words.txt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {folder / name}: run `python -m rlaifv.benchmarks.fetch amber`")
-    rows = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
-    associations = json.loads((folder / "relation.json").read_text(encoding="utf-8"))
-    safe = (folder / "safe_words.txt").read_text(encoding="utf-8").splitlines()
-    return Annotations({str(row["id"]): row for row in rows}, associations, frozenset(filter(None, safe)))
+    try:
+        rows = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+        associations = json.loads((folder / "relation.json").read_text(encoding="utf-8"))
+        safe = (folder / "safe_words.txt").read_text(encoding="utf-8").splitlines()
+        images = {str(row["id"]): row for row in rows}
+        if any(not {"type", "truth"} <= set(row) for row in rows):
+            raise KeyError("a row without type or truth")
+        return Annotations(images, dict(associations), frozenset(filter(None, safe)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the files in {folder} are not AMBER's ({error}): remove them and fetch them again") from None
 
 
 def spacy_similar(model: str = "en_core_web_lg", threshold: float = 0.8) -> Similar:
@@ -99,10 +107,11 @@ def score(answers: Iterable[Answer], annotations: Annotations, similar: Similar 
         similar: whether two words mean the same, by word vectors as published (default: only equal words do).
 
     Returns:
-        Scores; answers with ids that AMBER does not have, and second answers, are listed as missing.
+        Scores; answers without an id or with one that AMBER does not have, and second answers, are listed as missing.
     """
     known = frozenset(annotations.associations).union(*annotations.associations.values())
-    rows, missing, seen = [], [], set()
+    rows, seen = [], set()
+    answers, missing = _with_ids(list(answers))
     for answer in answers:
         image = annotations.images.get(answer.id)
         if image is None or answer.id in seen:
@@ -151,6 +160,27 @@ def score(answers: Iterable[Answer], annotations: Annotations, similar: Similar 
         "similarity": "word vectors" if similar else "equal words only",
     }
     return Scores("amber", rows, rates, counts, settings, missing)
+
+
+def _with_ids(answers: Sequence[Answer]) -> tuple[list[Answer], list[dict]]:
+    """Answers under AMBER's ids, and those that have none, with reasons.
+
+    A row's number is no id. Description n is about image n, so a row that only names its image is a description,
+    unless several such rows name one image: these answer the yes/no questions, and nothing says which.
+    """
+    identified = [not answer.record or bool(lookup(answer.record, _ID_FIELDS)) for answer in answers]
+    numbers = [Path(answer.image).stem.removeprefix("AMBER_") for answer in answers]
+    unnamed = Counter(number for number, known in zip(numbers, identified, strict=True) if not known)
+    found, missing = [], []
+    for place, (answer, known, number) in enumerate(zip(answers, identified, numbers, strict=True)):
+        if known:
+            found.append(answer)
+        elif number and unnamed[number] == 1:
+            found.append(replace(answer, id=number))
+        else:
+            reason = f"answer {place + 1} of the file has no id; give AMBER's as id or question_id"
+            missing.append({"id": answer.id, "reason": reason})
+    return found, missing
 
 
 def _by_type(rows: Sequence[Mapping]) -> dict[str, tuple[list[int], list[int]]]:

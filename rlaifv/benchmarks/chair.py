@@ -17,7 +17,15 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
 from rlaifv.benchmarks.nouns import SOURCE, noun_lemma, tokenize
-from rlaifv.benchmarks.results import Answer, image_key, image_keys, read_answers, read_records
+from rlaifv.benchmarks.results import (
+    IMAGE_FIELDS,
+    Answer,
+    coco_number,
+    image_key,
+    image_keys,
+    read_answers,
+    read_records,
+)
 from rlaifv.benchmarks.scores import Scores
 
 COCO_WORDS = Path(__file__).with_name("coco_vocabulary.txt")
@@ -79,8 +87,12 @@ def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str],
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no vocabulary at {path}: expected a text file, one class and its synonyms a line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text: expected one class and its synonyms a line") from None
     classes: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         words = line.strip().split(", ")
         if words[0] and not line.startswith("#"):
             classes |= dict.fromkeys(words, words[0])
@@ -155,7 +167,7 @@ def score(
     for answer, found in zip(answers, mentions, strict=True):
         key = image_key(answer.image, objects)
         if key is None:
-            missing.append({"id": answer.id, "image": answer.image, "reason": f"unknown image {answer.image!r}"})
+            missing.append({"id": answer.id, "image": answer.image, "reason": unknown_image(answer)})
             continue
         truth = {vocabulary.classes.get(name, name) for name in objects[key]}
         found = list(dict.fromkeys(found)) if counting == "unique" else list(found)
@@ -187,11 +199,19 @@ def score(
     }
     counts = {
         "n": len(rows),
+        "n_images": len({row["image_id"] for row in rows}),
         "n_with_mentions": sum(rates["chair_s_refine"][1]),
         "mentions": sum(all_mentions),
     }
     settings = {"counting": counting, "vocabulary": vocabulary.name, "nouns": SOURCE}
     return Scores("chair", rows, rates, counts, settings, missing)
+
+
+def unknown_image(answer: Answer) -> str:
+    """Why an answer's image has no known objects."""
+    if answer.image:
+        return f"unknown image {answer.image!r}"
+    return f"the row names no image (expected one of {', '.join(IMAGE_FIELDS)})"
 
 
 def load_objects(
@@ -207,8 +227,8 @@ def load_objects(
             minute.
 
     Returns:
-        image id as a string → classes. An image that is only listed ("images"), without an annotation, has
-        none.
+        image id as a string (of a COCO file name its number) → classes. An image that is only listed
+        ("images"), without an annotation, has none.
 
     Raises:
         ValueError: a file of another form, or a category that the vocabulary does not know.
@@ -220,8 +240,15 @@ def load_objects(
         records, bad = read_records(path)
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
-        for image, names in _named_objects(records, vocabulary, wanted, path):
-            here = objects.setdefault(image, set())
+        try:
+            named = list(_named_objects(records, vocabulary, wanted, path))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not in COCO's form ({type(error).__name__}: {error}): expected instances, captions or "
+                "{image: [class names]}"
+            ) from None
+        for image, names in named:
+            here = objects.setdefault(coco_number(image) or image, set())
             for name in names:
                 if name not in vocabulary.classes:
                     raise ValueError(
@@ -249,7 +276,10 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
             if isinstance(names, dict) and "caption" in names:
                 names = [mention.word for mention in find_mentions(names["caption"], vocabulary)]
             elif isinstance(names, dict) and "category_id" in names:
-                names = [categories[names["category_id"]]]
+                number = names["category_id"]
+                if number not in categories:
+                    raise ValueError(f"{path}: image {image} has category {number!r}, which its categories do not list")
+                names = [categories[number]]
             if not isinstance(names, list):
                 raise ValueError(f"{path}: image {image!r} has {names!r}, expected a list of class names")
             yield str(image), names

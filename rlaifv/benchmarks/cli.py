@@ -26,6 +26,13 @@ def command(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def add_judge_options(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmarks that ask a judge."""
     judge = parser.add_mutually_exclusive_group(required=True)
@@ -33,10 +40,10 @@ def add_judge_options(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--judge-model", help="a language model to judge in this process: folder or hub id")
     parser.add_argument("--base-url", help="the server, such as http://localhost:8000/v1 (key: $OPENAI_API_KEY)")
     parser.add_argument("--cache", help="file of raw replies (default: beside the answers, .judge.jsonl)")
-    parser.add_argument("--attempts", type=int, default=3, help="times a row with unreadable replies is asked")
-    parser.add_argument("--tries", type=int, default=4, help="times a request that failed is sent")
+    parser.add_argument("--attempts", type=positive, default=3, help="times a row with unreadable replies is asked")
+    parser.add_argument("--tries", type=positive, default=4, help="times a request that failed is sent")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one try")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests in flight")
     parser.add_argument("--published-prompt", help="the published scorer's .py file, to use its prompt (see fetch)")
 
 
@@ -79,14 +86,15 @@ def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Itera
     print_scores(scores, bounds, tests)
     if options.published:
         print_table(table(scores, Path(options.answers).name))
+    nothing = {} if scores.rows else {"error": "no answer could be scored; the reasons are listed"}
     if options.json:
         compared = {"against": options.against, "tests": [asdict(test) for test in tests]} if tests else {}
-        print(json.dumps({**scores.report(), "intervals": bounds, **compared}))
-    if not scores.rows:
-        sys.exit("error: no answer could be scored; the reasons are listed above")
+        print(json.dumps({**scores.report(), "intervals": bounds, **compared, **nothing}))
     if without_verdict := scores.counts.get("n_without_verdict", 0):
-        print(f"{without_verdict} rows have no verdict; run again to ask the judge for these alone", file=sys.stderr)
+        print(f"{without_verdict} verdicts are missing; run again to ask the judge for these alone", file=sys.stderr)
         sys.exit(3)
+    if nothing:
+        sys.exit(f"error: {nothing['error']}")
 
 
 def print_scores(

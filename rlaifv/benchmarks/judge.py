@@ -180,22 +180,25 @@ class ReplyCache:
         self.path = Path(path) if path else None
         self._replies: dict[tuple[str, str, int], list[str]] = {}
         if self.path and self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            for line in text.split("\n"):
+            if self.path.is_dir():
+                raise ValueError(f"the judge's cache {self.path} is a folder: give a file")
+            data = self.path.read_bytes()
+            for line in data.split(b"\n"):
                 self._read(line)
-            if text and not text.endswith("\n"):  # a process was killed while it wrote
+            if data and not data.endswith(b"\n"):  # a process was killed while it wrote
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write("\n")
         elif self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def _read(self, line: str) -> None:
+    def _read(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-            key = (row["judge"], row["prompt_sha256"], row["run"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return  # an empty or half-written line: that reply is asked for again
-        self._replies.setdefault(key, []).append(row["reply"])
+            key, reply = (row["judge"], row["prompt_sha256"], row["run"]), row["reply"]
+        except (ValueError, KeyError, TypeError):
+            return  # an empty, half-written or damaged line: that reply is asked for again
+        if isinstance(reply, str):
+            self._replies.setdefault(key, []).append(reply)
 
     def replies(self, judge: str, request: Request, run: int) -> list[str]:
         """All replies to this request, oldest first."""
@@ -281,7 +284,7 @@ def open_judge(
                 return JudgeFailed(reason)  # this row's fault, such as a prompt that is too long
             return health.failed(reason)
         except openai.OpenAIError as error:  # no connection, or no reply in time
-            return health.failed(f"{type(error).__name__} after {tries} tries: {error}")
+            return health.failed(f"{type(error).__name__} at {client.base_url} after {tries} tries: {error}")
         except (AttributeError, IndexError, TypeError, ValueError):
             return health.failed(f"no chat completion: is {client.base_url} an OpenAI-compatible address?")
         health.served()

@@ -60,11 +60,13 @@ def read_results(path: str | Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        results = dict(json.loads(path.read_text(encoding="utf-8"))["results"])
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} is no result file of lmms-eval: it has no "results"') from None
     tasks = {}
     for task, values in results.items():
+        if not isinstance(values, Mapping):
+            continue
         numbers = {
             name.removesuffix(",none"): float(value)
             for name, value in values.items()

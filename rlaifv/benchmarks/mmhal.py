@@ -71,7 +71,7 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
 
     Args:
         answers: the filled template; or, with `template`, any answer file whose rows name their `image_id` and
-            repeat the question, or have the template's row number as their id.
+            repeat the question, or have only the image or the template's row number as their id.
 
     Raises:
         ValueError: rows that are not MMHal's.
@@ -84,14 +84,19 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
         missing = [*missing, *bad]
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:
-        by_key[Path(answer.image).stem, plain(answer.question)] = by_key[answer.id] = answer
+        key = (Path(answer.image).stem, plain(answer.question))
+        if by_key.setdefault(key if all(key) else answer.id, answer) is not answer:
+            missing.append({"id": answer.id, "reason": "a second answer to this question"})
+            continue
+        by_key.setdefault(answer.id, answer)
     rows = []
     for number, record in enumerate(records):
         absent = {"image_id", "image_content", "question", "gt_answer", "question_type"} - set(record)
         if absent:
             raise ValueError(f"row {number} of {template or answers} has no {', '.join(sorted(absent))}: not MMHal's")
         identity, question = str(record["image_id"]), str(record["question"])
-        answer = by_key.get((identity, plain(question)), by_key.get(str(number)))
+        keys = ((identity, plain(question)), identity, str(number))
+        answer = next((by_key[key] for key in keys if key in by_key), None)
         if answer is None or plain(answer.question) not in ("", plain(question)):
             missing.append({"id": identity, "reason": "no answer to this question"})
         elif not answer.text:

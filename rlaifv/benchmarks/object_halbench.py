@@ -193,7 +193,7 @@ def evaluate(
     words_of, nouns = word_finder(vocabulary)
     result = score(known, listed, objects, vocabulary, words_of)
     reasons = list(judged.missing)
-    reasons += [{"id": answer.id, "reason": f"unknown image {answer.image!r}"} for answer in unknown]
+    reasons += [{"id": answer.id, "reason": chair.unknown_image(answer)} for answer in unknown]
     counts = {**result.counts, "n_unparsed": len(judged.unparsed), "n_without_verdict": len(judged.missing)}
     settings = {
         **result.settings,

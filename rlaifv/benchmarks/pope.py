@@ -40,17 +40,25 @@ def read_questions(path: str | Path) -> list[Question]:
         raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
     questions: dict[str, Question] = {}
     for number, record in enumerate(records):
-        identity = lookup(record, _ID_FIELDS) or str(number)
+        split = lookup(record, ("category",))
+        identity = _in_split(split, lookup(record, _ID_FIELDS) or str(number))
         wrapped = "doc" in record or "question" in record  # then "text" and "answer" are not what they are in POPE's
         text = lookup(record, ("question", "prompt") if wrapped else ("text",))
         label = (lookup(record, ("label", "target")) or lookup(record.get("doc", record), ("answer",))).lower()
+        if not label:
+            raise ValueError(f"{path}: row {number + 1} has no label: give a file of POPE's questions (--questions)")
         if label not in ("yes", "no"):
             raise ValueError(f"{path}: question {identity} has the label {label!r}, expected yes or no")
         if identity in questions:
             raise ValueError(f"{path}: two questions have the id {identity}; give one split at a time")
         image = lookup(record, ("image", "image_source", "image_id"))
-        questions[identity] = Question(identity, text, label, image, lookup(record, ("category",)))
+        questions[identity] = Question(identity, text, label, image, split)
     return list(questions.values())
+
+
+def _in_split(split: str, identity: str) -> str:
+    """A question's id; lmms-eval keeps the three splits in one file, where each numbers its questions from 1."""
+    return f"{split} {identity}".strip()
 
 
 def says_yes(text: str) -> bool:
@@ -60,8 +68,13 @@ def says_yes(text: str) -> bool:
 
 
 def is_clear(text: str) -> bool:
-    """Whether the answer has the word yes or no at all; the published rule takes an unclear one for a yes."""
-    return bool(re.search(r"\b(yes|no|not)\b", text.split(".")[0], re.IGNORECASE))
+    """Whether a reader would take the answer as the published rule does.
+
+    The rule takes every answer without its words for a yes: an empty one, "NO", "no!" and "There isn't one" too.
+    """
+    first = text.split(".")[0]
+    yes, no = (re.search(rf"\b({words})\b", first, re.IGNORECASE) is not None for words in ("yes", "no|not"))
+    return yes != no and yes == says_yes(text)
 
 
 def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[str, Answer], list[dict]]:
@@ -74,18 +87,22 @@ def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
     found: dict[str, Answer] = {}
     missing, twice, wrong = [], [], []
     answers = list(answers)
-    if any(answer.record and not lookup(answer.record, _ID_FIELDS) for answer in answers):
-        raise ValueError("the answers have no question_id; without it nothing says which question they belong to")
+    if not all(map(_has_id, answers)):
+        raise ValueError(
+            "answers have no question_id; without it nothing says which question they belong to: add POPE's to each row"
+        )
     for answer in answers:
-        question = by_id.get(answer.id)
+        split = lookup(answer.record, ("category",))
+        identity = next((key for key in (_in_split(split, answer.id), answer.id) if key in by_id), answer.id)
+        question = by_id.get(identity)
         if question is None:
-            missing.append({"id": answer.id, "reason": "answer to no question of this file"})
-        elif answer.id in found:
-            twice.append(answer.id)
+            missing.append({"id": identity, "reason": "answer to no question of this file"})
+        elif identity in found:
+            twice.append(identity)
         else:
-            found[answer.id] = answer
+            found[identity] = answer
             if not _same(question, answer):
-                wrong.append(answer.id)
+                wrong.append(identity)
     if wrong:
         question, answer = by_id[wrong[0]], found[wrong[0]]
         raise ValueError(
@@ -101,6 +118,13 @@ def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
         raise ValueError(f"no answer has an id of the questions ({ids}); the answers' ids: {', '.join(given)}")
     missing += [{"id": q.id, "reason": "no answer to this question"} for q in questions if q.id not in found]
     return found, missing
+
+
+def _has_id(answer: Answer) -> bool:
+    """False without POPE's id; the number of an lmms-eval row (doc_id) needs a question or an image to confirm it."""
+    if not answer.record or lookup(answer.record, ("question_id", "id")):
+        return True
+    return bool(lookup(answer.record, ("doc_id",)) and (answer.question or answer.image))
 
 
 def _same(question: Question, answer: Answer) -> bool:

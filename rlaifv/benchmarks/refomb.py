@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
+from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, positive, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
 from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_records
 from rlaifv.benchmarks.scores import Scores, ratio
@@ -69,11 +69,19 @@ def read_rows(reference: str | Path, answers: str | Path) -> tuple[list[Row], li
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:
         url = lookup(answer.record, ("image_url",)) or answer.image
-        by_key[plain(answer.question), Path(url).name] = by_key[answer.id] = answer
+        key = (plain(answer.question), Path(url).name)
+        if by_key.setdefault(key if all(key) else answer.id, answer) is not answer:
+            missing.append({"id": answer.id, "reason": "a second answer to this question"})
+            continue
+        by_key.setdefault(answer.id, answer)
     rows = []
     for number, record in enumerate(records):
         if absent := {"question", "description", "type", "answer", "image_url"} - set(record):
             raise ValueError(f"row {number} of {reference} has no {', '.join(sorted(absent))}: not RefoMB's")
+        if not record["answer"].strip():
+            raise ValueError(
+                f"row {number} of {reference} has no reference answer: give gpt4v_RefoMB_dev_0521.jsonl as --reference"
+            )
         identity, question = str(record.get("id", number)), plain(record["question"])
         answer = by_key.get((question, Path(record["image_url"]).name)) or by_key.get(identity)
         if answer is None or plain(answer.question) not in ("", question):
@@ -207,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, ask, score, print."""
     parser = command("refomb", "RefoMB: a judge compares answers with a reference, and weighs their hallucinations")
     parser.add_argument("--reference", required=True, help="RefoMB with reference answers: gpt4v_RefoMB_dev_0521.jsonl")
-    parser.add_argument("--runs", type=int, default=3, help="repetitions to average (at least 3, as published)")
+    parser.add_argument("--runs", type=positive, default=3, help="repetitions to average (at least 3, as published)")
     parser.add_argument("--strict-published", action="store_true", help="the first verdict of a reply counts")
     parser.add_argument("--published-trust-prompt", help="eval_hallucination.py, beside --published-prompt")
     add_judge_options(parser)

@@ -1,8 +1,10 @@
 """Read the answers to be scored: our own rows, LLaVA-style result files and lmms-eval sample files."""
 
+import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,12 @@ TEXT_FIELDS = (
 QUESTION_FIELDS = ("question", "prompt", "raw_question", "query", "input")
 IMAGE_FIELDS = (
     *("image_id", "image", "image_path", "image_file", "image_name", "file_name", "image_source"),
-    *("image_url", "image_src"),
+    *("image_url", "image_src", "filename", "image_filename", "img_id"),
 )
 ID_FIELDS = ("question_id", "id", "qid", "doc_id", "idx", "image_id")
 
 _VALUE = re.compile(r"[^\s,]")
+_COCO = re.compile(r"(?:.*_)?(\d{12})|(?:coco_(?:\w+_)?)?(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,9 @@ def read_records(path: str | Path) -> tuple[list[dict], list[dict]]:
 
     Raises:
         FileNotFoundError: with the path, when there is no such file.
-        ValueError: the file holds no record at all.
+        ValueError: the file holds no record at all, or no text.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        text = file.read()
+    text = _read_text(Path(path))
     records, bad, decoder = [], [], json.JSONDecoder()
     at = _next_value(text, 0)
     while at < len(text):
@@ -78,6 +76,24 @@ def read_records(path: str | Path) -> tuple[list[dict], list[dict]]:
     return records, bad
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file; what it begins with, not its name, says whether it is gzipped or UTF-16."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is a folder: give a file" if path.is_dir() else f"no such file: {path}")
+    data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is cut off or damaged ({error}): get it again") from None
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: no UTF-8 text; save the file as UTF-8") from None
+
+
 def _next_value(text: str, at: int) -> int:
     """Where the next JSON value begins at or after `at`; the end of the text when none is left."""
     match = _VALUE.search(text, at)
@@ -98,12 +114,20 @@ def _unwrap(value: Any) -> Iterable[Any]:
 
 
 def lookup(record: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of `names` that is text or a number in the record or in lmms-eval's "doc"; else ""."""
+    """The first of `names` that is text or a number in the record or in lmms-eval's "doc"; else "".
+
+    A whole number may be written as 12.0 (pandas does) and a single value as a list of one.
+    """
     doc = record.get("doc") if isinstance(record.get("doc"), Mapping) else {}
     for name in names:
         for holder in (record, doc):
-            if isinstance(holder.get(name), str | int):
-                return str(holder[name])
+            value = holder.get(name)
+            if isinstance(value, list) and len(value) == 1:
+                value = value[0]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if isinstance(value, str | int) and not isinstance(value, bool):
+                return str(value).strip()
     return ""
 
 
@@ -115,12 +139,12 @@ def to_answers(records: Iterable[Mapping[str, Any]]) -> tuple[list[Answer], list
     answers, bad = [], []
     for number, record in enumerate(records):
         identity = lookup(record, ID_FIELDS) or str(number)
-        text = next((record[name] for name in TEXT_FIELDS if record.get(name) is not None), None)
+        name = next((name for name in TEXT_FIELDS if record.get(name) is not None), None)
+        text = record.get(name)
         while isinstance(text, list) and text:
             text = text[0]
         if not isinstance(text, str):
-            found = ", ".join(sorted(map(str, record))) or "no fields"
-            bad.append({"id": identity, "reason": f"no answer text among {', '.join(TEXT_FIELDS)} (found: {found})"})
+            bad.append({"id": identity, "reason": _no_text(record, name)})
             continue
         image = lookup(record, IMAGE_FIELDS)
         if not image and Path(named := lookup(record, ID_FIELDS)).suffix:
@@ -128,6 +152,16 @@ def to_answers(records: Iterable[Mapping[str, Any]]) -> tuple[list[Answer], list
         text = text.removeprefix("Assistant:").strip()
         answers.append(Answer(identity, text, lookup(record, QUESTION_FIELDS), image, record))
     return answers, bad
+
+
+def _no_text(record: Mapping[str, Any], name: str | None) -> str:
+    """Why a record is no answer; `name` is its answer's field, None where there is none or it is null."""
+    if name:
+        return f"{name} is {str(record[name])[:40]!r}, expected a text"
+    if null := next((name for name in TEXT_FIELDS if name in record), None):
+        return f"{null} is null, expected a text"
+    found = ", ".join(sorted(map(str, record))) or "no fields"
+    return f"no answer text among {', '.join(TEXT_FIELDS)} (found: {found})"
 
 
 def read_answers(path: str | Path) -> tuple[list[Answer], list[dict]]:
@@ -147,9 +181,23 @@ def image_keys(image: str) -> tuple[str, ...]:
 
     "COCO_val2014_000000123456.jpg", "val2014/000000123456.jpg", "000000123456" and 123456 are one COCO image.
     """
-    stem = Path(image).stem
-    digits = re.search(r"(\d+)$", stem)
-    return (image, stem, str(int(digits[1]))) if digits else (image, stem)
+    stem = _stem(image)
+    number = coco_number(image)
+    return (image, stem, number) if number else (image, stem)
+
+
+def coco_number(image: str) -> str:
+    """The number of a COCO image by its number, file name or path; "" for any other name.
+
+    Other numbers at a name's end mean nothing: "kitchen_20.jpg" is not COCO's image 20.
+    """
+    match = _COCO.fullmatch(_stem(image))
+    return str(int(match[1] or match[2])) if match else ""
+
+
+def _stem(image: str) -> str:
+    """The file name without folders, Windows ones too, and without its ending."""
+    return Path(image.replace("\\", "/")).stem
 
 
 def image_key(image: str, known: Mapping[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from rlaifv.benchmarks.results import (
     ID_FIELDS,
     IMAGE_FIELDS,
     QUESTION_FIELDS,
+    coco_number,
     lookup,
     read_answers,
     read_records,
@@ -40,7 +41,6 @@ NONE = "no benchmarks configured"
 MAX_WITHOUT_REPLY = 0.05
 """Share of rows that a judge may leave without any reply; with more of them the stage stops, to go on later."""
 
-_COCO = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
 _INLINE = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # an image in base64, as Object HalBench's question file has it
 
 
@@ -181,13 +181,9 @@ def _image_table(folder: Path) -> dict[str, Path | None]:
 
 
 def _image_names(path: str) -> list[str]:
-    """A path or address, its file name, its stem, and the number of a COCO image; the most literal first.
-
-    Other numbers at a name's end mean nothing: two images of a benchmark may both end in _20.
-    """
+    """A path or address, its file name, its stem, and the number of a COCO image; the most literal first."""
     name = path.rsplit("/", 1)[-1]
-    number = _COCO.fullmatch(Path(name).stem)
-    return list(dict.fromkeys([path, name, Path(name).stem, *([number[1]] if number else [])]))
+    return list(dict.fromkeys(filter(None, [path, name, Path(name).stem, coco_number(name)])))
 
 
 def score(
