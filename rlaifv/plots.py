@@ -178,11 +178,12 @@ def ablations(results: Mapping) -> Figure:
                 fill = "full" if experiment["name"] == results["control"] else "none"
                 _interval_bars(axis, [at], [row], rate, False, fmt="o", color=color, fillstyle=fill)
         if rate in experiments[0]["base"]:
-            axis.axvline(100 * experiments[0]["base"][rate], color=GRAY, linestyle="--", label="base")
+            base = 100 * experiments[0]["base"][rate]
+            axis.axvline(base, color=GRAY, linestyle="--")
+            axis.text(base, 1, " base", transform=axis.get_xaxis_transform(), color=GRAY, fontsize=7.5, va="top")
         axis.set_title(title, fontsize=9.5)
         axis.margins(x=0.12, y=0.12)
     axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments])
-    axes[0][1].legend(loc="lower left", fontsize=8)
     figure.tight_layout()
     return figure
 
