@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro self-feedback test lint format lab bench tiny clean
+.PHONY: help env repro self-feedback ablations rounds test lint format lab bench tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,14 @@ repro: $(READY) ## run the whole pipeline of params.yaml (again: only what chang
 
 self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (about a minute)
 	dvc repro experiments/dvc.yaml:self_feedback
-	@echo "figure: plots/self_feedback.png, numbers: data/self_feedback/result.json"
+	dvc repro --single-item --force report
+	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
+
+ablations: $(READY) ## what each ingredient of the method is worth: experiments of one round each
+	python -m rlaifv.experiments ablations
+
+rounds: $(READY) ## four rounds against one round of as many instructions, and self-alignment
+	python -m rlaifv.experiments rounds
 
 test: $(READY) ## run the tests
 	python -m pytest -n 2

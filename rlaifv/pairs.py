@@ -121,6 +121,11 @@ def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
     return best, best_r
 
 
+def keep_pairs(drawn: Sequence[Pair], params: PairsParams) -> tuple[list[Pair], float]:
+    """The drawn pairs, length-balanced unless the ablation `balance_length: false` leaves them as they are, and r."""
+    return balance_length(drawn) if params.balance_length else (list(drawn), 1.0)
+
+
 def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) -> dict[str, object]:
     """What a reader wants to know of the pairs: counts, lengths in words, score gaps."""
     gaps = Counter(p.chosen_score - p.rejected_score for p in pairs)

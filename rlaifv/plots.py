@@ -146,6 +146,81 @@ def result(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def _interval_bars(axis, at: Sequence[float], rows: Sequence[Mapping], rate: str, vertical: bool, **style) -> None:
+    """Points in percent with their 95 % intervals, at `at` on the other axis."""
+    values = 100 * np.array([row[rate] for row in rows])
+    low, high = 100 * np.array([row[f"{rate}_interval"] for row in rows]).T
+    # a percentile interval need not hold the point where nearly all rows are alike
+    errors = np.maximum([values - low, high - values], 0)
+    if vertical:
+        axis.errorbar(at, values, yerr=errors, capsize=2.5, **style)
+    else:
+        axis.errorbar(values, at, xerr=errors, capsize=2.5, **style)
+
+
+def ablations(results: Mapping) -> Figure:
+    """Every experiment's last round as a point with its 95 % interval, a panel per rate; `results` are those of
+    metrics/ablations.json. The control is filled, the base model a dashed line."""
+    experiments = results["experiments"][::-1]
+    last = [list(e["rounds"].values())[-1] for e in experiments]
+    panels = {
+        "response_hallucination": ("response hallucination ↓ (%)", RED),
+        "recall": ("recall ↑ (%)", GREEN),
+        "claim_accuracy": ("right judgements ↑ (%)", BLUE),
+        "pair_agreement": ("pairs that agree with truth ↑ (%)", BLUE),
+    }
+    panels = {rate: panel for rate, panel in panels.items() if any(rate in row for row in last)}
+    size = (2.9 * len(panels) + 1, 0.42 * len(experiments) + 1.1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, (rate, (title, color)) in zip(axes[0], panels.items(), strict=True):
+        for at, (experiment, row) in enumerate(zip(experiments, last, strict=True)):
+            if rate in row:
+                fill = "full" if experiment["name"] == results["control"] else "none"
+                _interval_bars(axis, [at], [row], rate, False, fmt="o", color=color, fillstyle=fill)
+        if rate in experiments[0]["base"]:
+            base = 100 * experiments[0]["base"][rate]
+            axis.axvline(base, color=GRAY, linestyle="--")
+            axis.text(base, 1, " base", transform=axis.get_xaxis_transform(), color=GRAY, fontsize=7.5, va="top")
+        axis.set_title(title, fontsize=9.5)
+        axis.margins(x=0.12, y=0.12)
+    axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments])
+    figure.tight_layout()
+    return figure
+
+
+def rounds(results: Mapping) -> Figure:
+    """Test hallucination and recall against rounds with 95 % intervals, a line per experiment from the base model on;
+    `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    colors = (RED, BLUE, "#8e44ad", GRAY)
+    lines = [e for e in results["experiments"] if e["name"] != results["control"]]
+    longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
+    for axis, rate, title in (
+        (left, "response_hallucination", "Response hallucination ↓ (%)"),
+        (right, "recall", "Recall ↑ (%)"),
+    ):
+        for experiment, color, shift in zip(lines, colors, (0, 0.06, 0.12, 0.18), strict=False):
+            rows = [experiment["base"], *experiment["rounds"].values()]
+            at = [shift, *(int(name) + shift for name in experiment["rounds"])]
+            style = "o--" if experiment["name"] == "self" else "o-"
+            _interval_bars(axis, at, rows, rate, True, fmt=style, color=color, markersize=4, label=experiment["name"])
+        for experiment in results["experiments"]:
+            if experiment["name"] == results["control"]:
+                last = list(experiment["rounds"].values())[-1]
+                style = {"fmt": "D", "color": "black", "markersize": 5, "label": experiment["name"]}
+                _interval_bars(axis, [longest + 0.3], [last], rate, True, **style)
+        axis.set_xticks(range(longest + 1), ["base", *(f"round {k}" for k in range(1, longest + 1))])
+        axis.set_title(title)
+        axis.margins(x=0.06, y=0.15)
+    left.set_ylim(bottom=-2)
+    left.legend(loc="upper right")
+    return figure
+
+
+EXPERIMENTS = {"ablations": ablations, "rounds": rounds}
+"""The figure of each group of experiments/experiments.yaml."""
+
+
 def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping], limit: int = 4) -> Figure:
     """Images with the base's and the aligned model's claims beside them, green to red by p_yes."""
     rows = list(zip(base, aligned, strict=True))[:limit]

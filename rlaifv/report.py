@@ -205,8 +205,9 @@ def page(
     examples: Sequence[str],
     models: Mapping[str, str],
     benchmarks: str = "",
+    findings: str = "",
 ) -> str:
-    """The whole HTML page; `benchmarks` is the section of `benchmarks_html`."""
+    """The whole HTML page; `benchmarks` is the section of `benchmarks_html`, `findings` those of `findings_html`."""
     rows = [{"iteration": 0, **summary["base"]}, *summary["iterations"]]
     labeler = summary["labeler_accuracy"]
     per_type = ", ".join(
@@ -237,5 +238,6 @@ The stages took {summary["minutes"]} minutes in all and {summary["peak_memory_gb
 <h2>Before and after, claim by claim</h2>
 <p>Test images, not picked: the first of the split. Each claim is colored by the labeler's P(yes).</p>
 {"".join(examples)}
+{findings}
 </body></html>
 """

@@ -44,6 +44,8 @@ def execute(notebook, parameters: dict[str, str]) -> int:
     logging.getLogger("papermill").setLevel(logging.WARNING)
     logging.getLogger("papermill.translators").setLevel(logging.ERROR)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    # the kernel takes the package from where this one is: in a copy of the repository (`dvc exp run --temp`), the copy
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         papermill.execute_notebook(
             str(notebook),

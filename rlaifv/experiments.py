@@ -1,0 +1,300 @@
+"""Experiments: ablations of the method and comparisons of rounds, each one `dvc exp run` with a few overrides.
+
+    python -m rlaifv.experiments ablations     # or: rounds
+
+runs what experiments/experiments.yaml lists under that name, each in a temporary copy of the repository (the workspace
+stays as it is; stages that are equal come from DVC's run cache), and collects what came out in metrics/NAME.json,
+plots/NAME.csv and plots/NAME.png. An experiment whose inputs have not changed since is not run again; a failed one does
+not stop the others.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlaifv import ROOT, plots
+from rlaifv.evaluate import load_split, paired_test
+from rlaifv.outcome import flat_rows
+from rlaifv.params import DEFAULT, ModelParams, Params, ParamsError, load_params
+from rlaifv.records import digest, digest_files, read_jsonl, write_atomic
+
+LIST = ROOT / "experiments" / "experiments.yaml"
+STAGE = "experiments/dvc.yaml:experiment"
+OUTCOME = "metrics/experiment.json"
+
+SETTINGS = {
+    "world": ("train", "test"),
+    "prepare": ("per_iteration",),
+    "generate": ("samples", "temperature"),
+    "pairs": ("min_gap", "max_per_instruction"),
+    "train": ("beta", "learning_rate", "epochs"),
+    "select": ("max_recall_drop",),
+}
+"""The parameters that a reader of the results wants to know."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One `dvc exp run`: its `overrides` and the parameters that they make of params.yaml."""
+
+    name: str
+    group: str
+    asks: str
+    overrides: tuple[str, ...]
+    params: Params
+
+    @functools.cached_property
+    def key(self) -> str:
+        """16 hex digits of all that determines the outcome: parameters, checkpoints, and the files of the repository
+        that the pipeline's stages depend on. What the report alone reads is left out."""
+        params = dataclasses.replace(self.params, report=None, self_feedback=None)
+        data = sorted((ROOT / "data").rglob("*.dvc"))
+        return digest([params, fingerprints(self.params), digest_files(*sources(), *data)])
+
+    @property
+    def run_name(self) -> str:
+        """What DVC calls it; the key is in it, so that other inputs make another experiment."""
+        return f"{self.name}-{self.key[:8]}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments that are shown together; each is tested against the one called `control`."""
+
+    name: str
+    control: str
+    experiments: tuple[Experiment, ...]
+
+
+def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
+    """Read the list and compose every experiment's parameters.
+
+    Raises ParamsError that names the experiment when an override names no parameter or gives it an impossible value.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    return {name: _group(name, section, path.name, params) for name, section in content.items()}
+
+
+def _group(name: str, section: Mapping, file: str, params: Path) -> Group:
+    if set(section) != {"control", "common", "experiments"}:
+        raise ParamsError(f"{file}: {name}: expected the keys control, common and experiments, got {list(section)}")
+    listed = []
+    for key, row in section["experiments"].items():
+        where = f"{file}: {name}.{key}"
+        if set(row) != {"asks", "set"}:
+            raise ParamsError(f"{where}: expected the keys asks and set, got {list(row)}")
+        overrides = (*section["common"], *row["set"])
+        listed.append(Experiment(key, name, row["asks"], overrides, compose(overrides, where, params)))
+    if section["control"] not in section["experiments"]:
+        raise ParamsError(f"{file}: {name}.control: no experiment {section['control']!r} in this group")
+    return Group(name, section["control"], tuple(listed))
+
+
+def compose(overrides: Sequence[str], where: str, params: Path = DEFAULT) -> Params:
+    """The parameters that `dvc exp run -S ...` would run with, by DVC's own code, checked as a stage checks them."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(params, folder))
+        try:
+            apply_overrides(copy, list(overrides))
+            return load_params(copy)
+        except DvcException as error:
+            raise ParamsError(f"{where}: {' '.join(str(error.__cause__ or error).split())}") from None
+        except ParamsError as error:
+            raise ParamsError(f"{where}: {error}") from None
+
+
+def sources() -> list[Path]:
+    """The files of the repository that the stages of an experiment depend on, as both dvc.yaml list them."""
+    found: set[Path] = set()
+    for file in (ROOT / "dvc.yaml", ROOT / "experiments" / "dvc.yaml"):
+        for name, stage in YAML(typ="safe", pure=True).load(file)["stages"].items():
+            if not stage.get("frozen") and name not in ("report", "self_feedback"):
+                deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
+                found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
+    return sorted(f for path in found for f in (path.rglob("*") if path.is_dir() else [path]) if _is_source(f))
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
+
+
+def fingerprints(params: Params) -> dict[str, str]:
+    """Role → fingerprint of its checkpoint's bytes (a served labeler: its address)."""
+    from rlaifv.served import is_served
+    from rlaifv.vlm import fingerprint_checkpoint
+
+    def of(model: ModelParams) -> str:
+        return model.path if is_served(model.path) else fingerprint_checkpoint(model.path, model.revision)
+
+    return {role: of(getattr(params, role)) for role in ("policy", "labeler", "divider")}
+
+
+def describe_inputs(params: Params) -> dict[str, dict]:
+    """What a group's results came from: the three models, and the settings without an experiment's overrides."""
+    marks = fingerprints(params)
+    models = {role: {"path": getattr(params, role).path, "fingerprint": mark} for role, mark in marks.items()}
+    settings = {f"{s}.{key}": getattr(getattr(params, s), key) for s, keys in SETTINGS.items() for key in keys}
+    return {"models": models, "settings": {"seed": params.seed, **settings}}
+
+
+def read_results(path: Path) -> dict:
+    """A group's results; no experiments when none were run yet."""
+    return json.loads(path.read_text()) if path.is_file() else {"experiments": [], "tests": {}, "failed": []}
+
+
+def needed(group: Group, results: Mapping) -> list[Experiment]:
+    """The experiments of which more is needed than `results` hold: an outcome for the inputs of today, or the answers
+    for a test against the control."""
+    keys = {e.name: e.key for e in group.experiments}
+    rows = {row["name"] for row in results["experiments"] if keys.get(row["name"]) == row["key"]}
+    tested = {name for name, test in results["tests"].items() if test["keys"] == [keys[group.control], keys.get(name)]}
+    others = keys.keys() - {group.control}
+    names = (keys.keys() - rows) | (others - tested)
+    if others - tested:
+        names |= {group.control}
+    return [e for e in group.experiments if e.name in names]
+
+
+def find_revision(run_name: str) -> str | None:
+    """The commit in which DVC keeps a finished experiment."""
+    command = ["git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{run_name}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return found[0] if found else None
+
+
+def run_experiment(experiment: Experiment) -> bool:
+    """Run it in a temporary copy of the repository; its output is shown as it comes. Returns whether it succeeded."""
+    overrides = [f"--set-param={override}" for override in experiment.overrides]
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", experiment.run_name, *overrides, STAGE]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def fetch(revision: str, paths: Sequence[str], folder: Path) -> None:
+    """Copy files and folders of a finished experiment to `folder`, from git or from DVC's cache."""
+    from dvc.api import DVCFileSystem
+
+    files = DVCFileSystem(str(ROOT), rev=revision)
+    for path in paths:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.get(path, str(target), recursive=True)
+
+
+def outcome_of(experiment: Experiment, revision: str) -> dict:
+    """The row of a finished experiment: what it was, and what its `experiment` stage measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(revision, [OUTCOME], Path(folder))
+        outcome = json.loads((Path(folder) / OUTCOME).read_text())
+    named = {"name": experiment.name, "asks": experiment.asks, "overrides": list(experiment.overrides)}
+    return {**named, "key": experiment.key, **outcome}
+
+
+def compare(control: Experiment, other: Experiment) -> dict:
+    """`paired_test` of the last rounds' policies on the same test rows; `base` in it is the control."""
+    split = control.params.prepare.test
+    if split != other.params.prepare.test:
+        raise ValueError(f"{other.name} and {control.name} have other test sets: they cannot be compared row by row")
+    answers = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        truth = [path for path in (split.instances, split.captions, split.questions) if path]
+        fetch(find_revision(control.run_name), ["data/prepared", *truth], folder)
+        for experiment in (control, other):
+            last = f"data/results/{max(experiment.params.iterations, key=int)}/answers_test.jsonl"
+            fetch(find_revision(experiment.run_name), [last], folder / experiment.name)
+            answers.append(read_jsonl(folder / experiment.name / last))
+        test = load_split("test", split, folder / "data" / "prepared", folder, folder)
+    return {"keys": [control.key, other.key], "rates": paired_test(*answers, test)}
+
+
+def collect(group: Group, results: Mapping) -> dict:
+    """Results as far as they go: old rows whose inputs are those of today, and all finished experiments."""
+    keys = {e.name: e.key for e in group.experiments}
+    rows = {row["name"]: row for row in results["experiments"] if keys.get(row["name"]) == row["key"]}
+    tests = {name: test for name, test in results["tests"].items() if name in rows}
+    control = next(e for e in group.experiments if e.name == group.control)
+    found = {e.name: find_revision(e.run_name) for e in needed(group, results)}
+    for experiment in group.experiments:
+        if experiment.name not in rows and found.get(experiment.name):
+            rows[experiment.name] = outcome_of(experiment, found[experiment.name])
+    for experiment in group.experiments:
+        if experiment is not control and found.get(experiment.name) and found.get(control.name):
+            tests[experiment.name] = compare(control, experiment)
+    names = [e.name for e in group.experiments if e.name in rows]
+    return {"experiments": [rows[n] for n in names], "tests": {n: tests[n] for n in names if n in tests}}
+
+
+def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str], root: Path = ROOT) -> dict:
+    """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
+    whole = {"group": group.name, "control": group.control, **describe_inputs(base), **results, "failed": list(failed)}
+    write_atomic(root / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    if whole["experiments"]:
+        rows = flat_rows(whole["experiments"])
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(root / "plots" / f"{group.name}.csv", stream.getvalue())
+        plots.save(plots.EXPERIMENTS[group.name](whole), root / "plots" / f"{group.name}.png")
+    return whole
+
+
+def run_group(group: Group) -> list[str]:
+    """Run what is needed, write results after each; returns the names of those that failed."""
+    path, failed = ROOT / "metrics" / f"{group.name}.json", []
+    results, base = read_results(path), load_params()
+    todo = [e for e in needed(group, results) if not find_revision(e.run_name)]
+    for experiment in group.experiments:
+        if experiment not in todo:
+            print(f"{experiment.name}: done for these inputs", flush=True)
+    for number, experiment in enumerate(todo, start=1):
+        print(f"{experiment.name} ({number} of {len(todo)}): {experiment.asks}", flush=True)
+        if not run_experiment(experiment):
+            failed.append(experiment.name)
+            print(f"{experiment.name}: failed, the reason is above; going on", file=sys.stderr, flush=True)
+        results = write_results(group, collect(group, results), base, failed)
+    if not todo:
+        write_results(group, collect(group, results), base, failed)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rlaifv.experiments", description="Run a group of experiments")
+    parser.add_argument("group", help="a group of experiments/experiments.yaml")
+    options = parser.parse_args(arguments)
+    try:
+        groups = load_groups()
+        if options.group not in groups:
+            raise ParamsError(f"no group {options.group!r} in {LIST.name}; there are: {', '.join(groups)}")
+        failed = run_group(groups[options.group])
+    except (ParamsError, OSError, ValueError) as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    print(f"numbers: metrics/{options.group}.json, figure: plots/{options.group}.png; in the report after `make repro`")
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Experiments: the list is checked before anything runs, what is done is not done again, and the report says what
+came out, and of which checkpoints."""
+
+import dataclasses
+import json
+
+import pytest
+from ruamel.yaml import YAML
+
+from rlaifv import ROOT, experiments
+from rlaifv.experiments import (
+    LIST,
+    Experiment,
+    collect,
+    compose,
+    describe_inputs,
+    load_groups,
+    needed,
+    run_group,
+    write_results,
+)
+from rlaifv.findings import experiments_html, findings_html, self_feedback_html, verdict
+from rlaifv.outcome import flat_rows, score_run
+from rlaifv.params import ParamsError, load_params
+
+BASE = load_params()
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return load_groups()
+
+
+def changed(params) -> set[str]:
+    """The keys in which `params` differ from params.yaml, such as "train.beta"."""
+    ours, base = dataclasses.asdict(params), dataclasses.asdict(BASE)
+    sections = {key for key in base if isinstance(base[key], dict) and key != "iterations"}
+    found = {f"{s}.{key}" for s in sections for key in base[s] if ours[s][key] != base[s][key]}
+    return found | {key for key in set(base) - sections if ours[key] != base[key]}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("control", set()),
+        ("whole-answer", {"divide.whole_answer", "pairs.min_gap"}),
+        ("mixed-temperatures", {"generate.temperature_spread"}),
+        ("no-length-balance", {"pairs.balance_length"}),
+        ("random-labeler", {"feedback.coin_share"}),
+    ],
+)
+def test_an_ablation_changes_the_parameters_it_names_and_nothing_else(groups, name, keys):
+    experiment = next(e for e in groups["ablations"].experiments if e.name == name)
+    assert changed(experiment.params) == keys | {"iterations"}
+    assert list(experiment.params.iterations) == ["1"], "ablations are of one round, so that they are cheap"
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [("four-iterations", "four-iterations"), ("one-large-round", "one-large-round"), ("self", "self")],
+)
+def test_an_experiment_with_rounds_is_the_profile_of_its_name(groups, name, profile):
+    experiment = next(e for e in groups["rounds"].experiments if e.name == name)
+    assert experiment.params == load_params(f"params/{profile}.yaml")
+
+
+def written(tmp_path, change):
+    """The list of experiments with a change, as a file."""
+    yaml = YAML()
+    content = yaml.load(LIST)
+    change(content["ablations"])
+    yaml.dump(content, tmp_path / "experiments.yaml")
+    return tmp_path / "experiments.yaml"
+
+
+def overriding(name: str, *overrides: str):
+    return lambda section: section["experiments"][name].update(set=list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (overriding("control", "pairs.nonsense=1"), r"ablations\.control: .*pairs\.nonsense"),
+        (overriding("control", "+pairs.nonsense=1"), r"ablations\.control: .*unknown key pairs\.nonsense"),
+        (overriding("random-labeler", "feedback.coin_share=2"), r"random-labeler: .*coin_share.*from 0 to 1"),
+        (lambda section: section.update(control="self"), r"ablations\.control: no experiment 'self'"),
+        (lambda section: section.update(common=["+iterations.4.prev='3'"]), r"iterations\.4\.prev: no iteration '3'"),
+        (lambda section: section["experiments"]["control"].pop("asks"), r"control: expected the keys asks and set"),
+    ],
+)
+def test_a_list_that_cannot_be_run_is_refused_with_the_experiments_name(tmp_path, change, message):
+    with pytest.raises(ParamsError, match=message):
+        load_groups(written(tmp_path, change))
+
+
+def test_an_unknown_parameter_stops_the_command_before_anything_runs(tmp_path, monkeypatch, capsys):
+    file = written(tmp_path, overriding("random-labeler", "feedback.coins=1"))
+    monkeypatch.setattr(experiments, "load_groups", lambda: load_groups(file))
+    monkeypatch.setattr(experiments, "run_experiment", lambda _: pytest.fail("an experiment was run"))
+    assert experiments.main(["ablations"]) == 1
+    assert "random-labeler" in capsys.readouterr().err
+
+
+def test_names_of_rounds_stay_text_through_dvc(groups):
+    # DVC makes no stage at all of a name that is a number
+    four = next(e for e in groups["rounds"].experiments if e.name == "four-iterations")
+    assert {type(name) for name in four.params.iterations} == {str}
+    with pytest.raises(ParamsError, match="expected text, got 2"):
+        compose(["+iterations.3.prev=2"], "here")
+
+
+# ---- what was run, and what is run again
+
+
+def outcome(hallucination: float, rounds=("1",)) -> dict:
+    def row(rate: float) -> dict:
+        rates = {"response_hallucination": rate, "mention_hallucination": rate / 3, "recall": 0.95}
+        bounds = {f"{name}_interval": [max(value - 0.1, 0), min(value + 0.1, 1)] for name, value in rates.items()}
+        return {**rates, **bounds, "mean_words": 30.5, "n": 40}
+
+    pairs = {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
+    truth = {"claim_accuracy": 0.9812, "claim_accuracy_interval": [0.97, 0.99], "pair_agreement": 0.876,
+             "pair_agreement_interval": [0.8, 0.93]}  # fmt: skip
+    return {"base": row(0.6), "rounds": {name: {**row(hallucination), "pairs": pairs, **truth} for name in rounds}}
+
+
+def test_of(difference: float, p_value: float) -> dict:
+    rate = {"base": 0.2, "aligned": 0.2 + difference, "difference": difference,
+            "interval": [difference - 0.05, difference + 0.05], "p_value": p_value, "n": 40}  # fmt: skip
+    return {"response_hallucination": rate, "mention_hallucination": rate, "recall": {**rate, "p_value": 0.9}}
+
+
+test_of.__test__ = False
+
+
+def made(groups, name: str, rates: dict[str, float], **extra) -> dict:
+    """Results of a group as the driver writes them."""
+    group = groups[name]
+    rows = [
+        {"name": e.name, "asks": e.asks, "overrides": list(e.overrides), "key": e.key,
+         **outcome(rates[e.name], list(e.params.iterations))}
+        for e in group.experiments if e.name in rates
+    ]  # fmt: skip
+    keys = {e.name: e.key for e in group.experiments}
+    tests = {
+        name: {"keys": [keys[group.control], keys[name]], "rates": test_of(rates[name] - rates[group.control], 0.01)}
+        for name in rates
+        if name != group.control
+    }
+    results = {"experiments": rows, "tests": tests, "failed": []}
+    return {"group": name, "control": group.control, **describe_inputs(BASE), **results, **extra}
+
+
+ABLATIONS = {"control": 0.03, "whole-answer": 0.5, "mixed-temperatures": 0.04, "no-length-balance": 0.02,
+             "random-labeler": 0.61}  # fmt: skip
+ROUNDS = {"four-iterations": 0.01, "one-large-round": 0.2, "self": 0.1}
+
+
+def names(found) -> set[str]:
+    return {experiment.name for experiment in found}
+
+
+def test_an_experiment_is_not_needed_again_for_the_same_inputs(groups):
+    assert needed(groups["ablations"], made(groups, "ablations", ABLATIONS)) == []
+    assert names(needed(groups["ablations"], {"experiments": [], "tests": {}})) == set(ABLATIONS)
+
+
+def test_a_new_experiment_needs_itself_and_the_control_that_it_is_tested_against(groups):
+    results = made(groups, "ablations", {k: v for k, v in ABLATIONS.items() if k != "random-labeler"})
+    assert names(needed(groups["ablations"], results)) == {"random-labeler", "control"}
+
+
+def test_other_inputs_make_another_key(groups):
+    control = groups["ablations"].experiments[0]
+    other = dataclasses.replace(control.params, train=dataclasses.replace(control.params.train, beta=0.2))
+    assert dataclasses.replace(control, params=other).key != control.key
+    # the report's own settings change nothing that an experiment measures
+    report = dataclasses.replace(control.params, report=dataclasses.replace(control.params.report, gallery=3))
+    assert dataclasses.replace(control, params=report).key == control.key
+    assert control.run_name == f"control-{control.key[:8]}"
+
+
+def test_rows_of_other_inputs_are_dropped(groups, monkeypatch):
+    results = made(groups, "ablations", ABLATIONS)
+    results["experiments"][1]["key"] = "of yesterday"
+    monkeypatch.setattr(experiments, "find_revision", lambda _: None)
+    kept = collect(groups["ablations"], results)
+    assert [row["name"] for row in kept["experiments"]] == [k for k in ABLATIONS if k != "whole-answer"]
+    assert "whole-answer" not in kept["tests"]
+
+
+def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, monkeypatch, capsys):
+    """The driver with DVC replaced by a table of finished experiments."""
+    finished, group = {}, groups["ablations"]
+    assert len({e.key for e in group.experiments}) == 5  # of this repository, before ROOT is another
+
+    def run(experiment: Experiment) -> bool:
+        if experiment.name != "whole-answer":
+            finished[experiment.run_name] = experiment.name
+        return experiment.name != "whole-answer"
+
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "run_experiment", run)
+    monkeypatch.setattr(experiments, "find_revision", finished.get)
+    monkeypatch.setattr(
+        experiments, "outcome_of", lambda e, _: {"name": e.name, "asks": e.asks, "key": e.key, **outcome(0.1)}
+    )
+    monkeypatch.setattr(experiments, "compare", lambda a, b: {"keys": [a.key, b.key], "rates": test_of(0.0, 1.0)})
+    monkeypatch.setattr(experiments, "write_results", lambda *a: write_results(*a, root=tmp_path))
+    monkeypatch.setattr(experiments, "load_groups", lambda: {"ablations": group})
+    assert experiments.main(["ablations"]) == 1
+    assert "failed: whole-answer" in capsys.readouterr().err
+    results = json.loads((tmp_path / "metrics/ablations.json").read_text())
+    assert [row["name"] for row in results["experiments"]] == [k for k in ABLATIONS if k != "whole-answer"]
+    assert results["failed"] == ["whole-answer"]
+    assert (tmp_path / "plots/ablations.png").is_file()
+    ran = dict(finished)
+    assert run_group(group) == ["whole-answer"]
+    assert finished == ran, "the second run runs only what failed"
+
+
+# ---- what a finished run came to
+
+
+def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_path, monkeypatch):
+    from rlaifv import outcome as module
+
+    found = outcome(0.1)
+    for name, row in {"0": found["base"], **found["rounds"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps({**row, "yes_no": {"n": 0}}))
+    statistics = {"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}}
+    (tmp_path / "1" / "pairs.json").write_text(json.dumps(statistics))
+    scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
+    monkeypatch.setattr(module, "score_round", lambda *_: scored)
+    unknown = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "absent.json")
+    assert unknown["base"]["response_hallucination"] == 0.6
+    assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
+    assert "claim_accuracy" not in unknown["rounds"]["1"]
+    (tmp_path / "instances_train.json").write_text("{}")
+    known = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "instances_train.json")
+    assert known["rounds"]["1"]["claim_accuracy_interval"] == [0.8, 1.0]
+    assert "pair_agreement" not in known["rounds"]["1"], "without pairs there is nothing to agree"
+
+
+def test_a_table_has_a_row_for_the_base_and_every_round(groups):
+    rows = flat_rows(made(groups, "rounds", ROUNDS)["experiments"])
+    four = [row for row in rows if row["experiment"] == "four-iterations"]
+    assert [row["iteration"] for row in four] == ["0", "1", "2", "3", "4"]
+    assert (four[0]["claim_accuracy"], four[1]["claim_accuracy_high"], four[1]["pairs_n"]) == ("", 0.99, 77)
+    assert len({tuple(row) for row in rows}) == 1, "all rows have the same columns"
+
+
+# ---- the report
+
+
+def test_the_report_shows_every_experiment_with_its_intervals_and_its_test(groups):
+    section = experiments_html(made(groups, "ablations", ABLATIONS), describe_inputs(BASE))
+    for text in (*ABLATIONS, "50.0 <small>(40.0–60.0)", "98.1 <small>(97.0–99.0)", "87.6 <small>(80.0–93.0)",
+                 "77 (29.4 / 30.6)", "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
+                 "models/tiny/policy", "train.learning_rate 8e-05"):  # fmt: skip
+        assert text in section, text
+    assert section.count("data:image/png") == 1
+    assert "other checkpoints" not in section
+
+
+def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_settings(groups):
+    results = made(groups, "ablations", ABLATIONS)
+    results["models"]["labeler"]["fingerprint"] = "another"
+    results["settings"]["train.epochs"] += 1
+    section = experiments_html(results, describe_inputs(BASE))
+    assert "came from other checkpoints or settings than this report's: labeler, train.epochs changed since" in section
+    assert "make ablations" in section
+
+
+def test_a_failed_experiment_is_named_in_the_report(groups):
+    results = made(groups, "ablations", {"control": 0.03}, failed=["self"])
+    assert "Failed: self." in experiments_html(results, describe_inputs(BASE))
+
+
+def test_the_verdict_says_in_words_which_of_two_is_better():
+    def words(difference: float, p_value: float) -> str:
+        return verdict({"tests": {"four-iterations": {"rates": test_of(difference, p_value)}}}, "four-iterations")
+
+    assert words(-0.1, 0.01).startswith("four-iterations: hallucinates in fewer answers (-10.0 points, -15.0 to -5.0")
+    assert words(0.1, 0.01).startswith("four-iterations: hallucinates in more answers")
+    assert words(-0.1, 0.2).startswith("four-iterations: does not differ in response hallucination")
+    assert "does not differ in recall" in words(-0.1, 0.01)
+
+
+def test_rounds_are_drawn_with_the_control_as_a_marker_of_its_own(groups):
+    from rlaifv.plots import rounds
+
+    figure = rounds(made(groups, "rounds", ROUNDS))
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["four-iterations", "self", "one-large-round"]
+    lines = {container.get_label(): container[0] for container in figure.axes[0].containers}
+    assert len(lines["four-iterations"].get_xdata()) == 5
+    assert len(lines["one-large-round"].get_xdata()) == 1
+
+
+def best_of_n() -> dict:
+    methods = ("normalized", "summed", "random", "oracle")
+    rows = [
+        {"method": method, "n": n, "response_hallucination": 0.2, "response_hallucination_interval": [0.1, 0.3],
+         "mention_hallucination": 0.1, "mention_hallucination_interval": [0.0, 0.2], "recall": 0.9,
+         "recall_interval": [0.85, 0.95], "mean_words": 30.0}
+        for method in methods for n in (1, 2, 4)
+    ]  # fmt: skip
+    keys = ("relative_reduction", "recall_change", "hallucination_against_summed", "recall_against_summed")
+    compared = [{"n": n, **dict.fromkeys(keys, 0.25), **{f"{k}_interval": [0.2, 0.3] for k in keys}} for n in (1, 4)]
+    one = {"curve": rows, "compare": compared, "left_out": 0}
+    return {"policies": {"aligned": "aaaaaaaa", "reference": "bbbbbbbb"}, "base": one, "aligned": one}
+
+
+def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_another():
+    section = self_feedback_html(best_of_n(), "aaaaaaaa")
+    assert "<td>normalized</td><td>4</td><td>20.0 <small>(10.0–30.0)</small></td>" in section
+    assert section.count("<td>random</td>") == 2, "a random answer is the same whatever N is"
+    assert "N = 4: response hallucination -25.0 (-30.0 to -20.0) % relative" in section
+    assert "another aligned policy" not in section
+    assert "another aligned policy" in self_feedback_html(best_of_n(), "cccccccc")
+
+
+def test_without_results_the_report_has_no_such_section(tmp_path, groups):
+    policy = ROOT / "models" / "tiny" / "policy"
+    for group in groups.values():
+        write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
+    assert findings_html(tmp_path / "metrics", tuple(groups), BASE, policy) == ""
+    assert not (tmp_path / "plots").exists()
+    (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
+    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), BASE, policy)
+
+
+def test_the_files_that_the_report_depends_on_are_in_the_repository():
+    report = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]["report"]
+    assert {"metrics/ablations.json", "metrics/rounds.json"} <= set(report["deps"])
+    for group in ("ablations", "rounds"):
+        results = json.loads((ROOT / "metrics" / f"{group}.json").read_text())
+        assert {"experiments", "tests", "failed", "models", "settings"} <= set(results)
