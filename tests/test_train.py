@@ -236,7 +236,8 @@ def test_every_epoch_has_its_own_order_and_an_interrupted_one_goes_on_in_it():
         ({"batch_size": 6, "micro_batch_size": 4}, "not a multiple"),
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "one weight per loss_type"),
         ({"load_in_4bit": True}, "lora_r"),
-        ({"dtype": "float16"}, "expected float32 or bfloat16"),
+        ({"loss_type": ("sft", "sigmoid"), "segment_weight": 5.0}, "segment_weight 5 would weigh the sft loss"),
+        ({"loss_type": ("exo_pair",)}, "exo_pair needs more than 0"),
         ({"accelerate_config": "params/accelerate/none.yaml"}, "does not exist"),
     ],
 )
