@@ -6,7 +6,6 @@ one at a time with `generate` as the original does, in padded batches of 8, and 
 `--growth` measures how cost grows with questions and images instead.
 """
 
-import argparse
 import gc
 import sys
 from pathlib import Path
@@ -16,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.model import (
+    bench_parser,
     build_model,
     forward_flops,
+    parse,
     peak_memory,
     pixels,
     prompt_tokens,
@@ -126,18 +127,12 @@ def growth(vlm: VLM, device: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=["nano", "small", "1b", "7b"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser = bench_parser(__doc__)
     parser.add_argument("--questions", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=2, help="the shortest time counts")
     parser.add_argument("--growth", action="store_true", help="cost growth instead of the comparison")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--keep", action="store_true", help="write bench/results/")
-    args = parser.parse_args()
-    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    vlm = build_model(args.size, args.device, dtype)
+    args = parse(parser)
+    vlm = build_model(args.size, args.device, args.dtype)
     if args.growth:
         report("feedback-growth", args.size, args.device, growth(vlm, args.device), args.json, args.keep)
     else:

@@ -5,7 +5,6 @@ Draws 10 samples of 100 tokens to prompts with one image (576 tokens) each, in o
 The samples are compared with those that `generate` gives when it draws from the same uniform numbers.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from bench.model import build_model, peak_memory, pixels, prompt_tokens, report, reset_peak, timed
+from bench.model import bench_parser, build_model, parse, peak_memory, pixels, prompt_tokens, report, reset_peak, timed
 from rlaifv.sampling import Decoding, Generation, sample_plain, sample_shared
 from rlaifv.vlm import VLM, EncodedPrompt
 
@@ -81,19 +80,13 @@ VOCABULARY_END = 32063
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=["nano", "small", "1b", "7b"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser = bench_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2, help="the shortest time counts")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--keep", action="store_true", help="write bench/results/")
-    args = parser.parse_args()
-    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    vlm = build_model(args.size, args.device, dtype)
+    args = parse(parser)
+    vlm = build_model(args.size, args.device, args.dtype)
     result = compare(vlm, args.device, args.samples, args.tokens, args.prompts, args.repeats)
     report("generate", args.size, args.device, result, args.json, args.keep)
 

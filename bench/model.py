@@ -1,5 +1,6 @@
 """The model that all benchmarks measure: LLaVA-shaped, random weights, 576 image tokens, sizes by name."""
 
+import argparse
 import datetime
 import json
 import os
@@ -123,6 +124,23 @@ def hardware(device: str) -> str:
     info = Path("/proc/cpuinfo").read_text()
     name = info.split("model name\t:")[1].splitlines()[0].strip() if "model name" in info else platform.processor()
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+
+
+def bench_parser(description: str) -> argparse.ArgumentParser:
+    """What every benchmark can be told; each adds its own (`parse` fills in the dtype)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--keep", action="store_true", help="write bench/results/")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return args
 
 
 def report(name: str, size: str, device: str, result: dict, json_line: bool, keep: bool) -> None:

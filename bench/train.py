@@ -40,9 +40,11 @@ from trl import DPOTrainer
 from bench.model import (
     IMAGE_ID,
     VOCABULARY,
+    bench_parser,
     build_model,
     current_memory,
     forward_flops,
+    parse,
     peak_memory,
     report,
     reset_peak,
@@ -278,22 +280,16 @@ def gradient_difference(plain: Path, ours: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=["nano", "small", "1b", "7b"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--micro", type=int, default=1, help="pairs per step")
     parser.add_argument("--answer", type=int, default=100, help="tokens of an answer, about")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all ways")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--keep", action="store_true", help="write bench/results/")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options = parse(parser)
     options.arguments = [a for a in sys.argv[1:] if a not in ("--json", "--keep")]
     if options.only:
         options.out.write_text(json.dumps(run_way(options.only, options, options.out)))

@@ -4,6 +4,7 @@ Two prompts to a language model. Claims and questions must pair up one to one: a
 question list of another length, is asked for once more and then rejected; it is never zipped short.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rlaifv.params import DivideParams
 from rlaifv.records import Candidate, Claim, Reject, Store
 from rlaifv.sampling import Generation, Prompt, generate_batch
 from rlaifv.vlm import VLM
+
+log = logging.getLogger(__name__)
 
 CLAIMS_PROMPT = """\
 You are an expert in extracting facts from a question-answer pair for an image. \
@@ -97,6 +100,10 @@ def divide_answers(vlm: VLM, asked: Sequence[tuple[str, str]], params: DividePar
         todo = [i for i, division in enumerate(divisions) if division is None or division.problem]
         if not todo:
             break
+        if attempt:
+            log.info(
+                "divide: %d of %d answers are asked for again: %s", len(todo), len(asked), divisions[todo[0]].problem
+            )
         for i, division in zip(todo, _attempt(vlm, [asked[i] for i in todo], params, seed, attempt), strict=True):
             divisions[i] = division
     return divisions  # type: ignore[return-value]

@@ -229,11 +229,12 @@ class Watch(TrainerCallback):
             rate = (state.global_step - self.first_step) / (now - self.started)
             self.said = now
             log.info(
-                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f s left",
+                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
                 *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
                 *(
                     logs["rewards/accuracies"],
                     rate * pairs_per_step(args),
+                    logs.get("throughput/tokens_per_second", math.nan),
                     (state.max_steps - state.global_step) / rate,
                 ),
             )

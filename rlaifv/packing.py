@@ -94,7 +94,7 @@ def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
 def segment_weights(pairs: Sequence[EncodedPair], width: int, weight: float) -> torch.Tensor:
     """Weights [2B, width - 1] of the answers' log-probs: `weight` for changed tokens, 1 for the rest.
 
-    Dense DPO of RLHF-V (arXiv 2312.00849, eq. 3): segments that a correction changed count more.
+    Dense DPO of RLHF-V (arXiv 2312.00849, eq. 3 without its 1/N): segments that a correction changed count more.
     """
     weights = np.ones((2 * len(pairs), width - 1), np.float32)
     for i, pair in enumerate(pairs):

@@ -66,8 +66,8 @@ def make_pairs(
     """All pairs of an instruction's answers whose scores differ by at least `min_gap`, a few drawn at random of each.
 
     At most `max_per_instruction` are drawn per (image, question), with random numbers that belong to the
-    instruction, so that one instruction's pairs never depend on another's. Two answers with the same text make no
-    pair.
+    instruction, so that one instruction's pairs never depend on another's. Equal answers have equal claims and so
+    equal scores: they make no pair.
     """
     by_instruction: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:

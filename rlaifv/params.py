@@ -5,10 +5,11 @@ and what was expected. This file imports nothing heavy, so that the check really
 """
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,41 @@ class ParamsError(ValueError):
     """A parameter file that cannot be used; the message names the file, the key, the value and the way out."""
 
 
-def _at_least(low: float) -> Any:
-    return field(metadata={"check": lambda v: v >= low, "expected": f"a value of at least {low:g}"})
+def _checked(check: Callable[[Any], bool], expected: str, default: Any) -> Any:
+    return field(default=default, metadata={"check": check, "expected": expected})
 
 
-def _more_than(low: float) -> Any:
-    return field(metadata={"check": lambda v: v > low, "expected": f"a value above {low:g}"})
+def _at_least(low: float, default: Any = MISSING) -> Any:
+    return _checked(lambda v: v >= low, f"a value of at least {low:g}", default)
+
+
+def _more_than(low: float, default: Any = MISSING, *, upto: float = math.inf) -> Any:
+    bound = "" if upto == math.inf else f" and not above {upto:g}"
+    return _checked(lambda v: low < v <= upto, f"a value above {low:g}{bound}", default)
 
 
 def _between(low: float, high: float) -> Any:
-    return field(metadata={"check": lambda v: low <= v <= high, "expected": f"a value from {low:g} to {high:g}"})
+    return _checked(lambda v: low <= v <= high, f"a value from {low:g} to {high:g}", MISSING)
 
 
-def _one_of(*choices: str) -> Any:
-    return field(metadata={"check": lambda v: v in choices, "expected": "one of " + ", ".join(choices)})
+def _below(high: float, default: Any = MISSING) -> Any:
+    return _checked(lambda v: 0 <= v < high, f"a value from 0 to below {high:g}", default)
+
+
+def _one_of(*choices: str, default: Any = MISSING) -> Any:
+    return _checked(lambda v: v in choices, "one of " + ", ".join(choices), default)
+
+
+def _some_of(choices: Collection[str], default: Any = MISSING) -> Any:
+    return _checked(lambda v: v and set(v) <= set(choices), "some of " + ", ".join(choices), default)
+
+
+LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust", "apo_zero", "apo_down", "sft", "hinge", "exo_pair", "nca_pair")
+LOSSES += ("bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop")
+"""TRL's losses, written down here because TRL itself looks at the name only in the first training step."""
+
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+"""Those of transformers' schedules that need no further settings."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class GenerateParams:
     temperature: float = _more_than(0)
     # ablation: samples at temperatures of 1 ± this times `temperature`; 0 in the method
     temperature_spread: float = _between(0, 0.95)
-    top_p: float = _between(0, 1)
+    top_p: float = _more_than(0, upto=1)
     top_k: int = _at_least(0)
     max_new_tokens: int = _at_least(1)
     batch_size: int = _at_least(1)
@@ -100,7 +122,7 @@ class DivideParams:
     # ablation: judge the answer as a whole instead of claim by claim; false in the method
     whole_answer: bool
     temperature: float = _at_least(0)
-    top_p: float = _between(0, 1)
+    top_p: float = _more_than(0, upto=1)
     max_new_tokens: int = _at_least(1)
     batch_size: int = _at_least(1)
     max_reject_rate: float = _between(0, 1)
@@ -123,47 +145,43 @@ class PairsParams:
     max_per_instruction: int = _at_least(1)
 
 
-def _value(default: Any, check: Callable[[Any], bool], expected: str) -> Any:
-    return field(default=default, metadata={"check": check, "expected": expected})
-
-
 @dataclass(frozen=True)
 class TrainParams:
     """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
 
     # β of DPO: how strongly the policy is held to the reference (paper 0.1)
-    beta: float = _value(0.1, lambda v: v > 0, "a value above 0")
+    beta: float = _more_than(0, 0.1)
     # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
-    learning_rate: float = _value(5e-7, lambda v: 0 < v < 1, "a value above 0 and below 1")
+    learning_rate: float = _more_than(0, 5e-7, upto=1)
     # passes over the pairs (paper 4)
-    epochs: int = _value(4, lambda v: v >= 1, "at least 1")
+    epochs: int = _at_least(1, 4)
     # pairs per optimizer step over all processes (paper 8)
-    batch_size: int = _value(8, lambda v: v >= 1, "at least 1")
+    batch_size: int = _at_least(1, 8)
     # pairs per forward pass of one process; the rest of batch_size is accumulated
-    micro_batch_size: int = _value(1, lambda v: v >= 1, "at least 1")
-    # any schedule of transformers (paper cosine)
-    scheduler: str = "cosine"
+    micro_batch_size: int = _at_least(1, 1)
+    # a schedule of transformers (paper cosine)
+    scheduler: str = _one_of(*SCHEDULERS, default="cosine")
     # share of the steps in which the learning rate rises (paper 0.05)
-    warmup_ratio: float = _value(0.05, lambda v: 0 <= v <= 1, "a value from 0 to 1")
+    warmup_ratio: float = _below(1, 0.05)
     # of AdamW (paper 0.01)
-    weight_decay: float = _value(0.01, lambda v: v >= 0, "at least 0")
+    weight_decay: float = _at_least(0, 0.01)
     # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
-    max_grad_norm: float = _value(1.0, lambda v: v >= 0, "at least 0")
-    # TRL's losses: sigmoid is DPO's, sigmoid_norm its length-normalized form, ipo, robust, apo_zero ...; several are
-    # added up; sft adds the negative log-likelihood of the chosen answer
-    loss_type: tuple[str, ...] = ("sigmoid",)
+    max_grad_norm: float = _at_least(0, 1.0)
+    # sigmoid is DPO's, sigmoid_norm its length-normalized form; several are added up; sft adds the negative
+    # log-likelihood of the chosen answer
+    loss_type: tuple[str, ...] = _some_of(LOSSES, ("sigmoid",))
     # one weight per loss_type; null is 1 each
     loss_weights: tuple[float, ...] | None = None
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    label_smoothing: float = _value(0.0, lambda v: 0 <= v < 0.5, "a value from 0 to below 0.5")
+    label_smoothing: float = _below(0.5, 0.0)
     # weight of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
-    segment_weight: float = _value(1.0, lambda v: v > 0, "a value above 0")
+    segment_weight: float = _more_than(0, 1.0)
     # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
-    lora_r: int = _value(0, lambda v: v >= 0, "at least 0")
+    lora_r: int = _at_least(0, 0)
     # LoRA's scale times r (paper 16)
-    lora_alpha: int = _value(16, lambda v: v >= 1, "at least 1")
+    lora_alpha: int = _at_least(1, 16)
     # makes log-ratios noisy, the reference has none (paper's script 0.05)
-    lora_dropout: float = _value(0.0, lambda v: 0 <= v < 1, "a value from 0 to below 1")
+    lora_dropout: float = _below(1, 0.0)
     # linear layers of the language model that get an adapter
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
@@ -171,21 +189,21 @@ class TrainParams:
     # the vision tower is always frozen; this freezes what joins it to the text as well
     freeze_projector: bool = False
     # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
-    dtype: str = _value("bfloat16", lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16")
+    dtype: str = _one_of("float32", "bfloat16", default="bfloat16")
     # recompute activations in the backward pass: less memory, 30 % more time
     gradient_checkpointing: bool = False
     # longest row in tokens, longer ones are rejected; null is the model's own limit
     max_length: int | None = None
     # a checkpoint every 1/n epoch (paper 4)
-    checkpoints_per_epoch: int = _value(4, lambda v: v >= 1, "at least 1")
+    checkpoints_per_epoch: int = _at_least(1, 4)
     # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     packed: bool = True
     # main memory for the frozen tower's features; 0 computes them anew each time
-    feature_cache_gb: float = _value(8.0, lambda v: v >= 0, "at least 0")
+    feature_cache_gb: float = _at_least(0, 8.0)
     # warn when chosen answers lose this much log-prob per token against the reference
-    collapse_nats: float = _value(0.5, lambda v: v > 0, "a value above 0")
+    collapse_nats: float = _more_than(0, 0.5)
     # processes (GPUs) to train on; more than one goes through `accelerate launch`
-    processes: int = _value(1, lambda v: v >= 1, "at least 1")
+    processes: int = _at_least(1, 1)
     # an accelerate configuration file (params/accelerate/...), else plain DDP
     accelerate_config: str | None = None
 
@@ -300,6 +318,7 @@ def load_params(path: str | Path = DEFAULT) -> Params:
         raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
     params = _build(Params, content, "", path.name)
     _check_iterations(params.iterations, path.name)
+    check_train(params.train, f"{path.name}: ")
     _check_benchmarks(params.benchmarks, path.name)
     reference = params.self_feedback.reference
     if reference != "0" and reference not in params.iterations:
@@ -311,12 +330,37 @@ def _check_iterations(iterations: dict[str, IterationParams], file: str) -> None
     if not iterations:
         raise ParamsError(f"{file}: iterations: expected a section with at least one entry, got {{}}")
     for name, item in iterations.items():
-        if not name.isdigit() or int(name) < 1:
+        if not name.isdecimal() or int(name) < 1:
             raise ParamsError(f'{file}: iterations: expected names "1", "2", ..., got {name!r}')
         if item.prev != "0" and item.prev not in iterations:
             raise ParamsError(f"{file}: iterations.{name}.prev: no iteration {item.prev!r} to start from")
         if int(item.prev) >= int(name):
             raise ParamsError(f"{file}: iterations.{name}.prev: {item.prev!r} is not before {name!r}")
+
+
+def check_train(params: TrainParams, where: str = "") -> None:
+    """Raise ParamsError for training parameters that cannot work together; `where` begins the message."""
+    per_pass = params.micro_batch_size * params.processes
+    if params.batch_size % per_pass:
+        raise ParamsError(
+            f"{where}train.batch_size {params.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{params.micro_batch_size} x {params.processes}: the global batch would depend on the machine"
+        )
+    if params.loss_weights is not None and len(params.loss_weights) != len(params.loss_type):
+        raise ParamsError(
+            f"{where}train.loss_weights {params.loss_weights} must have one weight per loss_type {params.loss_type}"
+        )
+    if "exo_pair" in params.loss_type and params.label_smoothing == 0:
+        raise ParamsError(f"{where}train.label_smoothing: the loss exo_pair needs more than 0, such as 1.0e-3")
+    if "sft" in params.loss_type and params.segment_weight != 1:
+        raise ParamsError(
+            f"{where}train.segment_weight {params.segment_weight:g} would weigh the sft loss too, which is then no "
+            "likelihood: use one of the two"
+        )
+    if params.load_in_4bit and not params.lora_r:
+        raise ParamsError(f"{where}train.load_in_4bit keeps the base model frozen: it needs train.lora_r > 0")
+    if params.accelerate_config and not (ROOT / params.accelerate_config).is_file():
+        raise ParamsError(f"{where}train.accelerate_config {params.accelerate_config} does not exist")
 
 
 def _check_benchmarks(benchmarks: dict[str, BenchmarkParams], file: str) -> None:

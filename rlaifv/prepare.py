@@ -14,20 +14,22 @@ def parse_instruction(row: dict[str, Any]) -> Instruction:
     """An instruction from our JSONL or from the original's (`ds_question_id`, `image_path`, `metainfos`).
 
     The original uses the image's path as id, for several questions too: the question is made part of the id.
+    Raises KeyError for a field that is missing or null.
     """
+    row = {key: value for key, value in row.items() if value is not None}
     if "ds_question_id" in row:
         question = str(row.get("question", ""))
         suffix = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
         name = Path(str(row["ds_question_id"])).stem
-        reference = str((row.get("metainfos") or {}).get("reference", ""))
+        reference = str(row.get("metainfos", {}).get("reference", ""))
         source = str(row.get("origin_dataset", row.get("ds_name", "")))
         return Instruction(f"{name}-{suffix}", str(row["image_path"]), question, reference, source)
     return Instruction(
         str(row["id"]),
         str(row["image_path"]),
         str(row["question"]),
-        str(row.get("reference") or ""),
-        str(row.get("source") or ""),
+        str(row.get("reference", "")),
+        str(row.get("source", "")),
     )
 
 
@@ -43,6 +45,9 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
     images: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(path), start=1):
         place = f"{path.name}:{number}"
+        if not isinstance(row, dict):
+            rejects.append(Reject(place, "prepare", f"{place} is no object with fields: {str(row)[:40]}"))
+            continue
         try:
             instruction = parse_instruction(row)
         except KeyError as error:

@@ -122,11 +122,12 @@ def digest(value: Any) -> str:
 
 
 def digest_files(*paths: Path) -> str:
-    """16 hex digits of the files' bytes; of a folder, those of every file below it, by name."""
+    """16 hex digits of the files' names and bytes; of a folder, those of every file below it. One that is missing
+    counts by its name: the stage that needs it says so."""
     state = hashlib.blake2b(digest_size=8)
     for path in paths:
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            state.update(file.name.encode() + b"\0" + file.read_bytes())
+            state.update(file.name.encode() + b"\0" + (file.read_bytes() if file.is_file() else b""))
     return state.hexdigest()
 
 

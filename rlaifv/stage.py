@@ -85,6 +85,11 @@ class Stage:
         self.params: Params = load_params(params_file)
         if self.iteration and self.iteration != "0" and self.iteration not in self.params.iterations:
             raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
+        if self.iteration in self.params.iterations and self.prev != self.params.iterations[self.iteration].prev:
+            expected = self.params.iterations[self.iteration].prev
+            raise ValueError(
+                f"iteration {self.iteration} of {params_file} starts from prev={expected}, not {self.prev!r}"
+            )
         self.paths, self.prev_paths = Paths(self.iteration), Paths(self.prev)
 
     @property
@@ -113,6 +118,8 @@ class Stage:
         """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier round)."""
         from rlaifv.vlm import load_vlm
 
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
         path, revision = (str(folder), None) if folder else (model.path, model.revision)
         return load_vlm(path, revision=revision, dtype=model.dtype, device=model.device)
 

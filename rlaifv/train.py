@@ -22,14 +22,17 @@ from pathlib import Path
 import torch
 
 from rlaifv import ROOT
-from rlaifv.params import TrainParams
+from rlaifv.params import TrainParams, check_train
 from rlaifv.preferences import read_pairs
 from rlaifv.vlm import fingerprint_checkpoint
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run did. `rejects` are (pair id, reason); `layout` is how pairs went through the model."""
+    """What a training run did. `rejects` are (pair id, reason); `layout` is how pairs went through the model.
+
+    Tokens per second are TRL's: those of two rows a pair, prompt and image included, however they were computed.
+    """
 
     checkpoints: list[str]
     steps: int
@@ -38,7 +41,8 @@ class TrainResult:
     layout: str
     reference: str
     log: str
-    trained_tokens: int
+    pairs_per_second: float | None
+    tokens_per_second: float | None
 
 
 def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int) -> TrainResult:
@@ -46,11 +50,13 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
 
     `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Resumable work lives in `scratch`
     under a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes.
+    TensorBoard reads `scratch/tensorboard`, during the run and after it.
 
-    Raises ValueError for parameters that do not fit each other or the data, FloatingPointError (with the pair ids) when
-    the loss or gradient is not finite; the checkpoints before that are in `out` then.
+    Raises ParamsError for parameters that do not fit each other, ValueError for those that do not fit the data,
+    FloatingPointError (with the pair ids) when the loss or gradient is not finite; the checkpoints before that are in
+    `out` then.
     """
-    check_params(params)
+    check_train(params)
     from rlaifv.trainer import run_job
 
     identity = {
@@ -90,26 +96,6 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         log=str(out / "log.csv"),
         **result,
     )
-
-
-def check_params(params: TrainParams) -> None:
-    """Raise ValueError for values that cannot work together, before anything is loaded."""
-    per_pass = params.micro_batch_size * params.processes
-    if params.batch_size % per_pass:
-        raise ValueError(
-            f"train.batch_size {params.batch_size} is not a multiple of micro_batch_size x processes = "
-            f"{params.micro_batch_size} x {params.processes}: the global batch would depend on the machine"
-        )
-    if params.loss_weights is not None and len(params.loss_weights) != len(params.loss_type):
-        raise ValueError(
-            f"train.loss_weights {params.loss_weights} must have one weight per loss_type {params.loss_type}"
-        )
-    if params.load_in_4bit and not params.lora_r:
-        raise ValueError("train.load_in_4bit keeps the base model frozen: it needs train.lora_r > 0")
-    if params.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"train.dtype is {params.dtype!r}, expected float32 or bfloat16")
-    if params.accelerate_config and not (ROOT / params.accelerate_config).is_file():
-        raise ValueError(f"train.accelerate_config {params.accelerate_config} does not exist")
 
 
 def launch(job: Path, params: TrainParams) -> None:

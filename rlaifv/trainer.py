@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import IO
 
@@ -81,11 +82,18 @@ def train_pairs(job: dict, main: bool) -> None:
             "rejects": [(reject.id, reject.reason) for reject in data.rejects],
             "layout": layout,
             "reference": "reused" if trainer.reference.reused else "computed",
-            "trained_tokens": sum(
-                len(p.chosen) + len(p.rejected) - p.chosen_start - p.rejected_start for p in data.pairs
-            ),
+            **throughput(trainer.state.log_history),
         }
         write_atomic(run / "finished.json", json.dumps(result))
+
+
+def throughput(history: list[dict]) -> dict[str, float | None]:
+    """Pairs and tokens per second: the median over the logged steps, None for a run of one step."""
+    rates = {}
+    for name in ("pairs_per_second", "tokens_per_second"):
+        values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
+        rates[name] = statistics.median(values) if values else None
+    return rates
 
 
 def take_lock(run: Path) -> IO:
@@ -145,14 +153,15 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
     collator = PairCollator(
         data, vlm.tokenizer.pad_token_id, packed=layout.startswith("packed"), segment_weight=params.segment_weight
     )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     args = training_arguments(params, run / "trainer", job["seed"])
     made_of = {
         "policy": job["identity"]["policy"],
         "data": job["identity"]["pairs"],
         "segment_weight": params.segment_weight,
         "dtype": params.dtype,
-        "load_in_4bit": params.load_in_4bit,
+        "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
+        "layout": layout,
     }
     reference = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
     for module in vlm.model.modules():  # as TRL does, but before LoRA's own dropout joins
@@ -185,7 +194,7 @@ def numbered(n: int, folder: Path) -> Dataset:
 
 def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
     """TRL's arguments for our parameters."""
-    return DPOConfig(
+    args = DPOConfig(
         output_dir=str(folder),
         beta=params.beta,
         loss_type=list(params.loss_type),
@@ -215,6 +224,8 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfi
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # a process is one GPU, also where more are visible (TRL refuses DataParallel)
+    return args
 
 
 def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:

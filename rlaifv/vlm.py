@@ -158,8 +158,9 @@ def prompt_text(vlm: VLM, question: str, *, image: bool = True, answer: str | No
     """The chat of one user turn, rendered by the checkpoint's own template.
 
     Without `answer` the text ends where the model's answer begins. With `answer` it goes on with the answer as the
-    template renders it and ends with exactly one end token: some templates (LLaVA-1.5) end a turn without one, and
-    a model trained on them never learns to stop.
+    template renders it and ends with exactly one end token: the one of the model's that the template ends a turn with
+    (Gemma's `<end_of_turn>`), else the tokenizer's. Some templates (LLaVA-1.5) end a turn without one, and a model
+    trained on them never learns to stop.
     """
     content = [{"type": "image"}] if image else []
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
@@ -171,12 +172,15 @@ def prompt_text(vlm: VLM, question: str, *, image: bool = True, answer: str | No
         return prompt
     reply = [{"type": "text", "text": answer}] if vlm.sees_images else answer
     full = templated.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
-    start = full.rfind(answer)
+    # the first place behind the prompt: a short answer ("end") may stand in the template's own end of turn as well
+    start = full.find(answer, len(prompt)) if full.startswith(prompt) else full.rfind(answer)
     if start < 0:
         raise ValueError(f"the chat template of {vlm.name} changes the answer {answer[:40]!r}: cannot train on it")
     # what the template puts between the generation prompt and the answer (a space for LLaVA, nothing for Qwen)
     separator = full[len(prompt) : start] if full.startswith(prompt) else ""
-    return prompt + separator + answer + vlm.tokenizer.eos_token
+    behind = full[start + len(answer) :].lstrip()
+    ends = vlm.tokenizer.convert_ids_to_tokens(vlm.eos_token_ids)
+    return prompt + separator + answer + next((end for end in ends if behind.startswith(end)), vlm.tokenizer.eos_token)
 
 
 def special_tokens_needed(vlm: VLM, text: str) -> bool:

@@ -53,13 +53,11 @@ def first_answer_token(vlm: VLM, word: str) -> int | None:
     """
     image = vlm.sees_images
     prompt = prompt_text(vlm, PROBE, image=image)
-    end = vlm.tokenizer.eos_token or ""
-    answered = prompt_text(vlm, PROBE, image=image, answer=word).removesuffix(end)
+    answered = prompt_text(vlm, PROBE, image=image, answer=word)
     special = special_tokens_needed(vlm, prompt)
     before, after = (vlm.tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prompt, answered))
-    if len(after) != len(before) + 1 or after[: len(before)] != before or after[-1] == vlm.tokenizer.unk_token_id:
-        return None
-    return after[-1]
+    *beginning, token, _end = after
+    return token if beginning == before and token != vlm.tokenizer.unk_token_id else None
 
 
 def judge_many(

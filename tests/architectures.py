@@ -215,21 +215,32 @@ def qwen_processor(kind: type, tokenizer: PreTrainedTokenizerFast):
     return image_only(kind, images, tokenizer, {"chat_template": tokenizer.chat_template})
 
 
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": WIDTH,
+    "out_hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_heads": HEADS,
+    "patch_size": 4,
+}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+
+
+def qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in tokens.items()}
+
+
 def qwen2_5_vl() -> VLM:
     tokenizer = qwen_tokenizer()
-    ids = tokenizer.convert_tokens_to_ids
-    vision = {"depth": 2, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": HEADS, "patch_size": 4}
     config = Qwen2_5_VLConfig(
-        vision_config={**vision, "out_hidden_size": WIDTH, "window_size": 16, "fullatt_block_indexes": [1]},
+        vision_config={**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
         text_config=text_settings(
             tokenizer,
             num_key_value_heads=1,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            rope_parameters=QWEN_ROPE,
         ),
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        **qwen_ids(tokenizer),
     )
     processor = qwen_processor(Qwen2_5_VLProcessor, tokenizer)
     return vlm_of(Qwen2_5_VLForConditionalGeneration(config), tokenizer, processor, "qwen2.5-vl")
@@ -237,24 +248,18 @@ def qwen2_5_vl() -> VLM:
 
 def qwen3_vl() -> VLM:
     tokenizer = qwen_tokenizer()
-    ids = tokenizer.convert_tokens_to_ids
-    vision = {"depth": 2, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": HEADS, "patch_size": 4}
     config = Qwen3VLConfig(
         vision_config={
-            **vision,
-            "out_hidden_size": WIDTH,
+            **QWEN_VISION,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
         text_config=text_settings(
             tokenizer,
             head_dim=16,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            rope_parameters=QWEN_ROPE,
         ),
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        **qwen_ids(tokenizer),
     )
     processor = qwen_processor(Qwen3VLProcessor, tokenizer)
     return vlm_of(Qwen3VLForConditionalGeneration(config), tokenizer, processor, "qwen3-vl")
@@ -283,17 +288,21 @@ IDEFICS_VISION = {
 }
 
 
-def idefics3() -> VLM:
-    tokenizer = idefics_tokenizer()
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
-    config = Idefics3Config(
+def idefics_config(kind: type, tokenizer: PreTrainedTokenizerFast):
+    return kind(
         vision_config=IDEFICS_VISION,
         text_config=LlamaConfig(**text_settings(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
-    return vlm_of(Idefics3ForConditionalGeneration(config), tokenizer, processor, "idefics3")
+
+
+def idefics3() -> VLM:
+    tokenizer = idefics_tokenizer()
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+    model = Idefics3ForConditionalGeneration(idefics_config(Idefics3Config, tokenizer))
+    return vlm_of(model, tokenizer, processor, "idefics3")
 
 
 def smolvlm() -> VLM:
@@ -301,13 +310,8 @@ def smolvlm() -> VLM:
     images = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     settings = {"image_seq_len": 4, "chat_template": tokenizer.chat_template}
     processor = image_only(SmolVLMProcessor, images, tokenizer, settings)
-    config = SmolVLMConfig(
-        vision_config=IDEFICS_VISION,
-        text_config=LlamaConfig(**text_settings(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-    )
-    return vlm_of(SmolVLMForConditionalGeneration(config), tokenizer, processor, "smolvlm")
+    model = SmolVLMForConditionalGeneration(idefics_config(SmolVLMConfig, tokenizer))
+    return vlm_of(model, tokenizer, processor, "smolvlm")
 
 
 def internvl() -> VLM:

@@ -1,14 +1,17 @@
 """Parameters are checked in the first second, and an error says key, value and way out."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from trl import DPOTrainer
 
 from rlaifv import ROOT
-from rlaifv.params import DEFAULT, ParamsError, load_params
+from rlaifv.params import DEFAULT, LOSSES, ParamsError, load_params
 
 
 def profile(tmp_path: Path, change) -> Path:
@@ -52,12 +55,30 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["iterations"].update({3: {"prev": "2"}}), "names are text"),
         (lambda c: c["iterations"].update({"3": {"prev": "7"}}), r"iterations\.3\.prev: no iteration '7'"),
         (lambda c: c["iterations"].update({"1": {"prev": "2"}}), r"iterations\.1\.prev: '2' is not before '1'"),
+        (
+            lambda c: c["generate"].update(top_p=0.0),
+            r"generate\.top_p: .* above 0 and not above 1, got 0",
+        ),
+        (
+            lambda c: c["train"].update(dtype="float16"),
+            r"train\.dtype: expected one of float32, bfloat16,",
+        ),
+        (lambda c: c["train"].update(loss_type=["sigmiod"]), r"train\.loss_type: expected some of sigmoid, .*sigmiod"),
+        (lambda c: c["train"].update(loss_type=[]), r"train\.loss_type: expected some of sigmoid"),
+        (lambda c: c["train"].update(scheduler="cosin"), r"train\.scheduler: expected one of cosine, .*'cosin'"),
+        (lambda c: c["train"].update(warmup_ratio=1.0), r"train\.warmup_ratio: expected a value from 0 to below 1"),
+        (lambda c: c["train"].update(micro_batch_size=3), r"params\.yaml: train\.batch_size 8 is not a multiple"),
         (lambda c: c.update(train=None), r"train: expected a section, got None"),
     ],
 )
 def test_a_wrong_profile_is_refused_with_the_key(tmp_path, change, message):
     with pytest.raises(ParamsError, match=message):
         load_params(profile(tmp_path, change))
+
+
+def test_the_losses_that_are_accepted_are_those_of_trl():
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(LOSSES) == set(re.findall(r'loss_type == "(\w+)"', source))
 
 
 def test_broken_yaml_is_one_line(tmp_path):

@@ -37,6 +37,8 @@ def instructions(folder, *rows):
         ({"id": "a", "image_path": "good.jpg", "question": "  "}, "the question is empty"),
         ({"id": "ok", "image_path": "good.jpg", "question": "What?"}, "the id 'ok' was used before"),
         ({"id": "a", "question": "What?"}, "has no field 'image_path'"),
+        ({"id": "a", "image_path": "good.jpg", "question": None}, "has no field 'question'"),
+        (["a", "good.jpg", "What?"], "is no object with fields"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_place_and_reason_and_the_others_stay(folder, row, reason):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaifv.records import Reject, Store, TooManyRejects, batched, read_jsonl, write_atomic, write_jsonl
+from rlaifv.records import Reject, Store, TooManyRejects, batched, digest_files, read_jsonl, write_atomic, write_jsonl
 
 CHUNKS = [[1, 2], [3, 4], [5]]
 
@@ -91,3 +91,12 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, json.dumps(2))
     assert path.read_text() == "1"
+
+
+def test_a_digest_changes_with_an_image_that_keeps_its_name_and_a_missing_one_is_left_to_the_stage(tmp_path):
+    image = tmp_path / "a.png"
+    missing = digest_files(image)
+    image.write_bytes(b"one")
+    first = digest_files(image)
+    image.write_bytes(b"two")
+    assert len({missing, first, digest_files(image)}) == 3

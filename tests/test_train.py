@@ -66,6 +66,8 @@ def test_a_run_writes_a_checkpoint_every_part_of_an_epoch_and_a_row_per_step(fol
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # 13 pairs are 3 batches of 4 an epoch
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the policy is the reference: log 2
     assert rows[-1]["rewards_margins"] > 0.05
+    assert list((folder / "uninterrupted" / "scratch" / "tensorboard").rglob("events.*")), "stays when the run is done"
+    assert uninterrupted.pairs_per_second > 0 and uninterrupted.tokens_per_second > uninterrupted.pairs_per_second
     assert uninterrupted.reference == "computed" and uninterrupted.layout == "packed, features kept"
 
 
@@ -190,6 +192,8 @@ def test_bfloat16_with_gradient_checkpointing_trains_and_writes_bfloat16(folder)
     params = dataclasses.replace(PARAMS, dtype="bfloat16", gradient_checkpointing=True, epochs=1)
     result = run(folder, "bf16", params)
     assert AutoModelForImageTextToText.from_pretrained(result.checkpoints[-1]).dtype == torch.bfloat16
+    lora = run(folder, "bf16", dataclasses.replace(params, lora_r=4))
+    assert lora.reference == "computed", "its base is in bfloat16, the weights of the run before were in float32"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pair_ids_and_keeps_the_last_good_checkpoint(folder):
@@ -236,7 +240,8 @@ def test_every_epoch_has_its_own_order_and_an_interrupted_one_goes_on_in_it():
         ({"batch_size": 6, "micro_batch_size": 4}, "not a multiple"),
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "one weight per loss_type"),
         ({"load_in_4bit": True}, "lora_r"),
-        ({"dtype": "float16"}, "expected float32 or bfloat16"),
+        ({"loss_type": ("sft", "sigmoid"), "segment_weight": 5.0}, "segment_weight 5 would weigh the sft loss"),
+        ({"loss_type": ("exo_pair",)}, "exo_pair needs more than 0"),
         ({"accelerate_config": "params/accelerate/none.yaml"}, "does not exist"),
     ],
 )
