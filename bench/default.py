@@ -28,7 +28,7 @@ from rlaifv.images import open_image
 from rlaifv.params import Params, load_params
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, Store, batched, read_records
 from rlaifv.report import RATES
-from rlaifv.stage import PREPARED, Paths
+from rlaifv.stage import PREPARED, Paths, start_logging
 from rlaifv.train import train
 from rlaifv.trainer import be_quiet, freeze, load_policy, training_arguments
 from rlaifv.vlm import VLM, load_vlm
@@ -111,6 +111,8 @@ def train_trl(policy: str, params: Params, rows: list[dict], folder: Path) -> VL
     freeze(vlm.model, params.train)
     args = training_arguments(params.train, folder, params.seed)
     args.report_to, args.precompute_ref_log_probs = [], False
+    # a checkpoint to resume from as often as ours are written
+    args.save_strategy, args.save_steps = "steps", 1 / (params.train.epochs * params.train.checkpoints_per_epoch)
     trainer = DPOTrainer(
         model=vlm.model,
         ref_model=reference.model,
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--keep", action="store_true", help="write bench/results/")
     options = parser.parse_args()
+    start_logging()
     params, paths = load_params(options.params), Paths(options.iteration)
     if not paths.pairs.is_file():
         sys.exit(f"{paths.pairs} is absent: run `make repro` first")

@@ -83,7 +83,8 @@ def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) ->
     axis.bar(at + 0.18, [s["mean_words_rejected"] for s in statistics], 0.34, color=RED, label="rejected")
     axis.set_xticks(at, [f"round {name}" for name in names])
     axis.set(ylabel="mean words", title="Length of the pairs' answers")
-    axis.legend(loc="lower right")
+    axis.margins(y=0.25)
+    axis.legend(loc="upper center", ncols=2)
     return figure
 
 
@@ -141,7 +142,7 @@ def result(rows: Sequence[Mapping]) -> Figure:
         axis.set_title(title)
         axis.legend(loc="upper right" if axis is left else "lower right")
         axis.margins(x=0.12, y=0.2)
-    left.set_ylim(-6, 1.45 * max(100 * row["response_hallucination"] for row in rows) + 6)
+    left.set_ylim(-9, 1.45 * max(100 * row["response_hallucination"] for row in rows) + 6)
     right.set_ylim(0, 109)
     return figure
 

@@ -218,6 +218,11 @@ def page(
         f'<h2>{html.escape(title)}</h2><img src="{data_uri(figure)}" alt="{html.escape(title)}">'
         for title, figure in figures.items()
     )
+    zero = ""
+    if any(row["response_hallucination"] == 0 for row in rows):  # resampled zeros are zeros
+        zero = (
+            f" (an observed zero may be up to 3/n = {300 / summary['base']['n']:.1f} %, which a bootstrap cannot show)"
+        )
     model_lines = "".join(f"<li>{role}: <code>{html.escape(name)}</code></li>" for role, name in models.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>RLAIF-V report</title><style>{STYLE}</style></head><body>
@@ -228,7 +233,7 @@ def page(
 {100 * summary["final"]["recall"]:.1f} %.</p>
 {rates_table(rows)}
 {paired_html(summary["paired_test"])}
-<p>Answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals. Counted
+<p>Answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals{zero}. Counted
 as Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with
 published figures. Labeler accuracy on held-out balanced claims: {overall}.
 The stages took {summary["minutes"]} minutes in all and {summary["peak_memory_gb"]} GB at the most.</p>
