@@ -155,7 +155,7 @@ def paired_test(
     base: Sequence[dict[str, str]], aligned: Sequence[dict[str, str]], split: Split
 ) -> dict[str, dict[str, object]]:
     """The aligned model against the base on the same rows: for each rate of `hallucination` both values, their
-    `difference` with its 95 % `interval`, and the two-sided `p_value` of swapping the models' answers at random."""
+    `difference` with its 95 % `interval`, and the two-sided `p_value` of the same resamples."""
     tests = compare(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
     return {
         name: {

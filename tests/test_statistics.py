@@ -88,3 +88,20 @@ def test_rows_that_cannot_be_paired_are_refused_with_their_ids():
     twice = Scores("test", [{"id": "x"}, {"id": "x"}], {"rate": ([1, 0], [1, 1])}, {})
     with pytest.raises(ValueError, match="two rows with the id 'x'"):
         compare(twice, twice)
+
+
+def test_one_lucky_mention_among_many_makes_no_difference_however_much_the_models_say():
+    of_a, of_b = [3] * 300, [3 + (i % 4 == 0) for i in range(300)]
+    (test,) = compare(scores([1] + [0] * 299, of_a), scores([0] * 300, of_b))
+    assert test.p_value > 0.5 and test.low < 0 <= test.high
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000))
+def test_p_is_below_a_twentieth_just_when_the_interval_leaves_zero_out(seed):
+    rng = np.random.default_rng(seed)
+    of = list(rng.integers(1, 5, size=60))
+    a, b = (scores(list(rng.binomial(of, share)), of) for share in (0.3, 0.3 + rng.random() / 4))
+    (test,) = compare(a, b, resamples=800)
+    if abs(test.p_value - 0.05) > 0.01:
+        assert (test.p_value < 0.05) == (test.low > 0 or test.high < 0)
