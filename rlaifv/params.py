@@ -262,8 +262,8 @@ class BenchmarkParams:
 class SelfFeedbackParams:
     """Best-of-N at inference time with the aligned policy's own DPO reward (section 2.4); sampling is `generate`'s."""
 
-    # the round whose policy is π_ref of the reward; "0" is the base model
-    reference: str
+    # the round whose policy is π_ref of the reward, "0" the base model; None: what the last round was trained against
+    reference: str | None
     # the first so many test instructions
     instructions: int = _at_least(1)
     # the largest N; smaller ones are sub-sampled from its answers
@@ -321,7 +321,7 @@ def load_params(path: str | Path = DEFAULT) -> Params:
     check_train(params.train, f"{path.name}: ")
     _check_benchmarks(params.benchmarks, path.name)
     reference = params.self_feedback.reference
-    if reference != "0" and reference not in params.iterations:
+    if reference not in (None, "0", *params.iterations):
         raise ParamsError(f'{path.name}: self_feedback.reference: no iteration {reference!r}; "0" is the base model')
     return params
 

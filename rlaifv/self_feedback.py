@@ -136,7 +136,7 @@ def curve(pool: Pool, seeds: int) -> list[dict]:
         row: dict[str, object] = {"method": method, "n": n}
         for rate, values in rates.items():
             row[rate] = float(values[:, 0].mean())
-            row[f"{rate}_interval"] = [float(v) for v in np.percentile(values[:, 1], [2.5, 97.5])]
+            row[f"{rate}_interval"] = _interval(values[:, 1])
         rows.append(row)
     return rows
 
@@ -150,14 +150,25 @@ def compare(pool: Pool, seeds: int, n: int) -> dict[str, object]:
     drawn = draw(pool, seeds)
     ours, one, other = drawn["normalized", n], drawn["random", n], drawn["summed", n]
     response, recall = "response_hallucination", "recall"
-    found = {
-        "relative_reduction": 1 - ours[response] / np.maximum(one[response], 1e-12),
+    # a ratio of means; a resample (column 1) in which no random answer hallucinates has no ratio
+    mean = one[response][:, 0].mean()
+    resampled = one[response][:, 1]
+    reductions = 1 - ours[response][resampled > 0, 1] / resampled[resampled > 0]
+    result: dict[str, object] = {
+        "n": n,
+        "relative_reduction": float(1 - ours[response][:, 0].mean() / mean) if mean else 0.0,
+        "relative_reduction_interval": _interval(reductions),
+    }
+    for name, values in {
         "recall_change": ours[recall] - one[recall],
         "hallucination_against_summed": ours[response] - other[response],
         "recall_against_summed": ours[recall] - other[recall],
-    }
-    result: dict[str, object] = {"n": n}
-    for name, values in found.items():
+    }.items():
         result[name] = float(values[:, 0].mean())
-        result[f"{name}_interval"] = [float(v) for v in np.percentile(values[:, 1], [2.5, 97.5])]
+        result[f"{name}_interval"] = _interval(values[:, 1])
     return result
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    """The middle 95 % of values; zeros when there are none."""
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else [0.0, 0.0]

@@ -93,3 +93,14 @@ def test_instructions_with_too_few_candidates_are_left_out_and_counted():
     assert (len(pool.truth), left_out) == (59, 1)
     with pytest.raises(ValueError, match="no instruction has 9"):
         make_pool(answers, logps, split, 9)
+
+
+def test_where_nothing_hallucinates_there_is_no_reduction_to_speak_of():
+    pool, _ = make_pool(*pool_of(), 8)
+    faithful = dataclasses.replace(pool, hallucinated=np.zeros_like(pool.hallucinated))
+    found = compare(faithful, seeds=20, n=8)
+    assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, [0.0, 0.0])
+    once = pool.hallucinated * 0
+    once[0, 0] = 1  # in most resamples no random answer hallucinates
+    found = compare(dataclasses.replace(pool, hallucinated=once), seeds=50, n=8)
+    assert np.abs(found["relative_reduction_interval"]).max() <= 20
