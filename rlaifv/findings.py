@@ -17,7 +17,7 @@ from rlaifv.report import data_uri
 from rlaifv.vlm import fingerprint_checkpoint
 
 TITLES = {"ablations": "Ablations: what each ingredient is worth", "rounds": "More rounds, or more data?"}
-COLUMNS = ("response hall. ↓", "mention hall. ↓", "recall ↑", "words", "pairs (words chosen / rejected)")
+COLUMNS = ("response hall. ↓", "mention hall. ↓", "recall ↑", "words", "pairs (words chosen / rejected)", "last on dev")
 TRUTH_COLUMNS = ("right judgements", "pairs that agree with truth")
 
 
@@ -41,7 +41,10 @@ def experiments_html(results: Mapping, current: Mapping) -> str:
     compared = f"<p>Last rounds compared with {_text(results['control'])}:</p><ul>{tests}</ul>" if tests else ""
     failed = f"<p><b>Failed: {_text(', '.join(results['failed']))}.</b></p>" if results["failed"] else ""
     return (
-        f"<h2>{_text(title)}</h2>{origin_html(results, current)}<ul>{asked}</ul><table>{head}{body}</table>{compared}"
+        f"<h2>{_text(title)}</h2>{origin_html(results, current)}<ul>{asked}</ul><table>{head}{body}</table>"
+        "<p><small>Rates of the chosen checkpoint on test; under “last on dev” response hallucination / recall of the "
+        "last checkpoint. The selection refuses checkpoints that say less than the base (select.max_recall_drop): if "
+        f"the two differ much, training bought less hallucination with less said.</small></p>{compared}"
         f'{failed}<img src="{figure}" alt="{_text(title)}">'
     )
 
@@ -53,7 +56,10 @@ def _text(value: object) -> str:
 def _row(label: str, row: Mapping, columns: int) -> str:
     pairs = row.get("pairs")
     lengths = f"{pairs['n']} ({pairs['mean_words_chosen']:.1f} / {pairs['mean_words_rejected']:.1f})" if pairs else "–"
-    cells = [*(_share(row, rate) for rate in RATES), f"{row['mean_words']:.1f}", lengths]
+    last = "–"
+    if training := row.get("training"):
+        last = f"{100 * training['last_response_hallucination']:.1f} / {100 * training['last_recall']:.1f}"
+    cells = [*(_share(row, rate) for rate in RATES), f"{row['mean_words']:.1f}", lengths, last]
     cells += [_share(row, name) for name in TRUTH][: columns - len(cells)]
     return f"<tr><td>{_text(label)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rlaifv.records import read_jsonl
 from rlaifv.tinyworld.truth import score_round
 
 RATES = ("response_hallucination", "mention_hallucination", "recall")
@@ -20,7 +21,7 @@ WORDS = ("mean_words_chosen", "mean_words_rejected")
 def score_run(
     rounds: Iterable[str], results: Path, iterations: Path, prepared: Path, instances: Path
 ) -> dict[str, dict]:
-    """The base and every round: test rates, pairs with their mean words, and feedback against truth.
+    """The base and every round: test rates, pairs, the chosen and the last checkpoint, and feedback against truth.
 
     Args:
         rounds: their names, in order.
@@ -34,6 +35,7 @@ def score_run(
             name: {
                 **_test(results / name),
                 "pairs": _pairs(results / name),
+                "training": _training(results / name),
                 **(_truth(score_round(iterations / name, prepared, instances)) if instances.is_file() else {}),
             }
             for name in rounds
@@ -49,6 +51,14 @@ def _test(folder: Path) -> dict[str, object]:
 def _pairs(folder: Path) -> dict[str, object]:
     statistics = json.loads((folder / "pairs.json").read_text())
     return {"n": statistics["pairs"], **{key: statistics[key] for key in WORDS}}
+
+
+def _training(folder: Path) -> dict[str, object]:
+    """The checkpoint that was chosen, and what the last one does on dev: what training came to before the selection,
+    which refuses checkpoints that say less."""
+    chosen = json.loads((folder / "selection.json").read_text())["checkpoint"]
+    last = read_jsonl(folder / "dev.jsonl")[-1]
+    return {"chosen": chosen, "last": last["checkpoint"], **{f"last_{rate}": last[rate] for rate in RATES}}
 
 
 def _truth(scored: Mapping[str, Mapping]) -> dict[str, object]:

@@ -121,7 +121,10 @@ def outcome(hallucination: float, rounds=("1",)) -> dict:
     pairs = {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
     truth = {"claim_accuracy": 0.9812, "claim_accuracy_interval": [0.97, 0.99], "pair_agreement": 0.876,
              "pair_agreement_interval": [0.8, 0.93]}  # fmt: skip
-    return {"base": row(0.6), "rounds": {name: {**row(hallucination), "pairs": pairs, **truth} for name in rounds}}
+    last = {"last_response_hallucination": 0.0123, "last_mention_hallucination": 0.0, "last_recall": 0.765}
+    training = {"chosen": "checkpoint-1", "last": "checkpoint-8", **last}
+    made = {name: {**row(hallucination), "pairs": pairs, "training": training, **truth} for name in rounds}
+    return {"base": row(0.6), "rounds": made}
 
 
 def test_of(difference: float, p_value: float) -> dict:
@@ -231,12 +234,17 @@ def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_pa
         (tmp_path / name / "test.json").write_text(json.dumps({**row, "yes_no": {"n": 0}}))
     statistics = {"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}}
     (tmp_path / "1" / "pairs.json").write_text(json.dumps(statistics))
+    (tmp_path / "1" / "selection.json").write_text(json.dumps({"checkpoint": "checkpoint-1"}))
+    dev = [{"checkpoint": f"checkpoint-{k}", **found["rounds"]["1"], "recall": 1 - k / 10} for k in (1, 2)]
+    (tmp_path / "1" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dev))
     scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
     monkeypatch.setattr(module, "score_round", lambda *_: scored)
     unknown = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "absent.json")
     assert unknown["base"]["response_hallucination"] == 0.6
     assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
     assert "claim_accuracy" not in unknown["rounds"]["1"]
+    training = unknown["rounds"]["1"]["training"]
+    assert (training["chosen"], training["last"], training["last_recall"]) == ("checkpoint-1", "checkpoint-2", 0.8)
     (tmp_path / "instances_train.json").write_text("{}")
     known = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "instances_train.json")
     assert known["rounds"]["1"]["claim_accuracy_interval"] == [0.8, 1.0]
@@ -257,7 +265,7 @@ def test_a_table_has_a_row_for_the_base_and_every_round(groups):
 def test_the_report_shows_every_experiment_with_its_intervals_and_its_test(groups):
     section = experiments_html(made(groups, "ablations", ABLATIONS), describe_inputs(BASE))
     for text in (*ABLATIONS, "50.0 <small>(40.0–60.0)", "98.1 <small>(97.0–99.0)", "87.6 <small>(80.0–93.0)",
-                 "77 (29.4 / 30.6)", "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
+                 "77 (29.4 / 30.6)", "1.2 / 76.5", "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
                  "models/tiny/policy", "train.learning_rate 8e-05"):  # fmt: skip
         assert text in section, text
     assert section.count("data:image/png") == 1
