@@ -265,7 +265,8 @@ def test_a_table_has_a_row_for_the_base_and_every_round(groups):
 def test_the_report_shows_every_experiment_with_its_intervals_and_its_test(groups):
     section = experiments_html(made(groups, "ablations", ABLATIONS), describe_inputs(BASE))
     for text in (*ABLATIONS, "50.0 <small>(40.0–60.0)", "98.1 <small>(97.0–99.0)", "87.6 <small>(80.0–93.0)",
-                 "77 (29.4 / 30.6)", "1.2 / 76.5", "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
+                 "77 (29.4 / 30.6)", "1.2 / 76.5",
+                 "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
                  "models/tiny/policy", "train.learning_rate 8e-05"):  # fmt: skip
         assert text in section, text
     assert section.count("data:image/png") == 1
