@@ -174,10 +174,10 @@ def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folde
         read_pairs(tmp_path / "c.parquet")
 
 
-def test_lora_is_merged_into_a_checkpoint_that_loads_with_from_pretrained_alone(folder):
+def test_lora_is_merged_into_a_checkpoint_that_loads_with_from_pretrained_alone(folder, uninterrupted):
     result = run(folder, "lora", dataclasses.replace(PARAMS, lora_r=4, lora_alpha=8, learning_rate=1e-2))
     assert sorted(p.name for p in Path(result.checkpoints[-1]).iterdir()) == sorted(
-        p.name for p in (folder / "uninterrupted" / "out" / "checkpoint-1").iterdir()
+        p.name for p in Path(uninterrupted.checkpoints[0]).iterdir()
     )
     before = load_vlm(str(folder / "model"), device="cpu").model.state_dict()
     after = AutoModelForImageTextToText.from_pretrained(result.checkpoints[-1]).state_dict()
