@@ -152,7 +152,7 @@ class TrainParams:
     # β of DPO: how strongly the policy is held to the reference (paper 0.1)
     beta: float = _more_than(0, 0.1)
     # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
-    learning_rate: float = _more_than(0, 5e-7, upto=1)
+    learning_rate: float = _checked(lambda v: 0 < v < 1, "a value above 0 and below 1", 5e-7)
     # passes over the pairs (paper 4)
     epochs: int = _at_least(1, 4)
     # pairs per optimizer step over all processes (paper 8)

@@ -55,6 +55,7 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["iterations"].update({3: {"prev": "2"}}), "names are text"),
         (lambda c: c["iterations"].update({"3": {"prev": "7"}}), r"iterations\.3\.prev: no iteration '7'"),
         (lambda c: c["iterations"].update({"1": {"prev": "2"}}), r"iterations\.1\.prev: '2' is not before '1'"),
+        (lambda c: c["train"].update(learning_rate=1.0), r"train\.learning_rate: .* below 1, got 1"),
         (
             lambda c: c["generate"].update(top_p=0.0),
             r"generate\.top_p: .* above 0 and not above 1, got 0",
