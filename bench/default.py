@@ -31,7 +31,7 @@ from rlaifv.report import RATES
 from rlaifv.stage import PREPARED, Paths, start_logging
 from rlaifv.train import train
 from rlaifv.trainer import be_quiet, freeze, load_policy, training_arguments
-from rlaifv.vlm import VLM, load_vlm
+from rlaifv.vlm import VLM, load_vlm, prompt_text
 from rlaifv.yesno import yes_no_ids
 
 
@@ -41,21 +41,7 @@ def ask_plainly(vlm: VLM, claims: list[Claim], images: dict[str, str], params: P
     ids, root = yes_no_ids(vlm), ROOT / params.prepare.image_root
     accepted = []
     for chunk in batched(claims, batch):
-        texts = [
-            vlm.processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image"},
-                            {"type": "text", "text": f"{claim.question} {params.feedback.suffix}"},
-                        ],
-                    }
-                ],
-                add_generation_prompt=True,
-            )
-            for claim in chunk
-        ]
+        texts = [prompt_text(vlm, f"{claim.question} {params.feedback.suffix}") for claim in chunk]
         pictures = [open_image(root / images[claim.candidate_id]) for claim in chunk]
         inputs = vlm.processor(
             images=pictures,

@@ -13,7 +13,7 @@ from rlaifv import plots
 from rlaifv.experiments import describe_inputs, read_results
 from rlaifv.outcome import RATES, TRUTH
 from rlaifv.params import Params
-from rlaifv.report import data_uri
+from rlaifv.report import data_uri, p_text, percent
 from rlaifv.vlm import fingerprint_checkpoint
 
 TITLES = {"ablations": "Ablations: what each ingredient is worth", "rounds": "More rounds, or more data?"}
@@ -66,10 +66,7 @@ def _row(label: str, row: Mapping, columns: int) -> str:
 
 def _share(row: Mapping, rate: str) -> str:
     """A rate in percent with its interval; – where it is unknown."""
-    if rate not in row:
-        return "–"
-    low, high = row[f"{rate}_interval"]
-    return f"{100 * row[rate]:.1f} <small>({100 * low:.1f}–{100 * high:.1f})</small>"
+    return percent(row, rate) if rate in row else "–"
 
 
 def verdict(results: Mapping, name: str) -> str:
@@ -82,7 +79,7 @@ def verdict(results: Mapping, name: str) -> str:
     ):
         test = rates[rate]
         low, high = (100 * bound for bound in test["interval"])
-        p = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
+        p = p_text(test["p_value"])
         gains = (test["difference"] > 0) == (rate == "recall")
         same = f"does not differ in {rate.replace('_', ' ')}"
         words = same if test["p_value"] >= 0.05 else better if gains else worse

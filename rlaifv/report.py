@@ -118,18 +118,23 @@ def rates_table(rows: Sequence[Mapping]) -> str:
     body = ""
     for row in rows:
         name = "base" if row["iteration"] == 0 else f"round {row['iteration']}"
-        cells = [_percent(row, rate) for rate in RATES]
+        cells = [percent(row, rate) for rate in RATES]
         yes_no = row["yes_no"].get("accuracy")
         cells += [f"{row['mean_words']:.1f}", "–" if yes_no is None else f"{100 * yes_no:.1f}", str(row["n"])]
         body += f"<tr><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<table>{head}{body}</table>"
 
 
-def _percent(row: Mapping, rate: str) -> str:
+def percent(row: Mapping, rate: str) -> str:
+    """A rate in percent, with its interval where the row has one."""
     text = f"{100 * row[rate]:.1f}"
     if interval := row.get(f"{rate}_interval"):
         text += f" <small>({100 * interval[0]:.1f}–{100 * interval[1]:.1f})</small>"
     return text
+
+
+def p_text(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def paired_html(tests: Mapping[str, Mapping]) -> str:
@@ -137,7 +142,7 @@ def paired_html(tests: Mapping[str, Mapping]) -> str:
     parts = []
     for rate, test in tests.items():
         low, high = (100 * bound for bound in test["interval"])
-        p = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
+        p = p_text(test["p_value"])
         name = rate.replace("_", " ")
         parts.append(f"{name} {100 * test['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), {p}")
     if not parts:

@@ -54,6 +54,7 @@ class CheckpointParams:
     divider_lr: float = 1.5e-3
     divider_again_steps: int = 1200
     divider_again_lr: float = 1e-3
+    """A second, shorter cycle on answers of full length: positions and colors come right last."""
     divider_layers: int = 4
     exam_scenes: int = 300
     """Unseen scenes on which the saved checkpoints are measured."""
@@ -111,7 +112,7 @@ def make_divider(folder: Path, params: CheckpointParams) -> list[dict]:
     curve = train_divider(
         divider, tokenizer, "divider", params.divider_steps, params.divider_lr, params.seed, growing=0.4
     )
-    save(divider, tokenizer, folder / "divider")
+    save(divider, tokenizer, folder / "divider")  # the shipped one went on from float16's rounding: so does this
     curve += train_divider(
         divider, tokenizer, "divider again", params.divider_again_steps, params.divider_again_lr, params.seed, growing=0
     )
