@@ -21,7 +21,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1020px; margin: 2rem aut
 h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; } .lead { color: #555; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
-td { white-space: nowrap; } td small { display: block; line-height: 1.1; color: #777; }
+td small { display: block; white-space: nowrap; line-height: 1.1; color: #777; }
 img { max-width: 100%; } .example { display: grid; grid-template-columns: 180px 1fr 1fr; gap: 1rem; margin: 1.2rem 0; }
 .example img { width: 180px; border: 1px solid #ddd; } .example p { margin: .2rem 0 .5rem; }
 .claim { display: inline-block; margin: 2px 3px 2px 0; padding: 1px 6px; border-radius: 4px; font-size: 13px; }
