@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
@@ -19,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rlaifv.packing import build_batch, segment_weights
 from rlaifv.preferences import PairData
-from rlaifv.reference import ReferenceStore
+from rlaifv.reference import COLUMNS, ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -107,21 +108,30 @@ class PairTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         stored = self.reference.load()
         if stored is None:
-            if self.is_fsdp_enabled:
-                # TRL has loaded a second model, which cannot read our rows; the policy itself is not sharded yet
-                self.ref_model = None
-                self.model.to(self.accelerator.device)
-            with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
-            if self.is_fsdp_enabled:
-                self.model.to("cpu")
-            stored = {key: with_logps[key] for key in ("ref_chosen_logps", "ref_rejected_logps")}
+            stored = self._compute_ref_logps(dataset, name, batch_size)
             if self.accelerator.is_main_process:
                 self.reference.save(stored)
             self.accelerator.wait_for_everyone()
-            return with_logps
         for key, values in stored.items():
             dataset = dataset.add_column(key, list(values))
         return dataset
+
+    def _compute_ref_logps(self, dataset, name, batch_size) -> dict[str, np.ndarray]:
+        """TRL's own pass over the pairs, the longest first: rows of one length need little padding, and a batch that
+        is too large fails at once. Without gradients a batch of four times as many pairs takes less memory."""
+        if self.is_fsdp_enabled:
+            # TRL has loaded a second model, which cannot read our rows; the policy itself is not sharded yet
+            self.ref_model = None
+            self.model.to(self.accelerator.device)
+        lengths = np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) for p in self.pair_data.pairs])
+        order = np.argsort(-lengths, kind="stable")
+        # TRL caches what it computes under the dataset's fingerprint: ours says everything that determines it
+        by_length = dataset.select(order, new_fingerprint=self.reference.fingerprint)
+        with_logps = super()._precompute_ref_logps(by_length, name, 4 * batch_size)
+        if self.is_fsdp_enabled:
+            self.model.to("cpu")
+        place = np.argsort(order)
+        return {key: np.asarray(with_logps[key], np.float32)[place] for key in COLUMNS}
 
     def compute_ref_log_probs(self, model, inputs):
         model, inputs = self._model_and_inputs(model, inputs)
@@ -160,6 +170,9 @@ class PairTrainer(DPOTrainer):
         if norm is not None and not math.isfinite(norm):
             raise FloatingPointError(self._went_wrong(f"the gradient norm is {norm}"))
         return norm
+
+    def create_model_card(self, *args, **kwargs):
+        """Its checkpoints are there to be resumed; a card for people is `rlaifv.publish`'s."""
 
     def _went_wrong(self, what: str) -> str:
         pairs = ", ".join(self.now_training_on)

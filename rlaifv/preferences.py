@@ -19,6 +19,10 @@ from rlaifv.images import decode_image
 from rlaifv.records import Reject
 from rlaifv.vlm import VLM, encode
 
+KEPT_INPUTS = 512 << 20
+"""Bytes of preprocessed images that stay in memory between tokenizing a prompt and encoding its image, so that those
+of a small set are decoded and resized once; images beyond that are preprocessed again."""
+
 COLUMNS = ("image", "question", "chosen", "rejected")
 """The columns that training needs; `idx` and `ds_name` name the row where they exist."""
 
@@ -59,6 +63,8 @@ class PairData:
         self.pairs: list[EncodedPair] = []
         self.rejects: list[Reject] = []
         self.prompts: list[tuple[int, str]] = []  # (row that holds the image bytes, question) of each distinct prompt
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._room = KEPT_INPUTS
         limit = max_length or context_length(vlm)
         encoded = [pair for rows in self._by_prompt().values() for pair in self._encode_prompt(rows, limit)]
         self.pairs = [pair for _, pair in sorted(encoded, key=lambda item: item[0])]
@@ -97,6 +103,7 @@ class PairData:
                 for row, _, _ in kept:
                     yield from self._encode_prompt([row], limit)
             return
+        self._keep(image_id, coded.inputs)
         types = {
             key: value[0].numpy().astype(np.int8)
             for key, value in coded.inputs.items()
@@ -139,8 +146,24 @@ class PairData:
 
     def image_inputs(self, image_id: int) -> dict[str, torch.Tensor]:
         """What the processor makes of one image (`pixel_values`, ...), with a batch of one; no token types."""
-        inputs = encode(self.vlm, self._image(image_id), self.prompts[image_id][1]).inputs
-        return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
+        if image_id in self._kept:
+            return self._kept[image_id]
+        return without_types(encode(self.vlm, self._image(image_id), self.prompts[image_id][1]).inputs)
+
+    def _keep(self, image_id: int, inputs: dict[str, torch.Tensor]) -> None:
+        inputs = without_types(inputs)
+        size = sum(value.numel() * value.element_size() for value in inputs.values())
+        if size <= self._room:
+            self._kept[image_id], self._room = inputs, self._room - size
+
+    def forget_inputs(self, image_id: int) -> None:
+        """Free what is kept of a preprocessed image that is not needed again."""
+        self._kept.pop(image_id, None)
+
+
+def without_types(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The processor's outputs that are about the image, not about the prompt's tokens."""
+    return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
 
 
 def read_pairs(path: Path) -> tuple[pa.Table, str]:

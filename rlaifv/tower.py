@@ -52,11 +52,16 @@ class ImageInputs:
         self._now = None
 
 
+GROUP = 16
+"""Images that go through the tower together where they are alike."""
+
+
 class FrozenTower:
     """The outputs of a frozen vision tower, computed once per image and kept in main memory.
 
     Everything behind the tower (the projector, the merge into the text) stays the model's own code and may train. The
-    first use of an image runs the tower on that image alone; later ones replay what it returned.
+    first use of an image runs the tower on it and on those of its `GROUP` numbers that have its shape; later ones
+    replay what it returned. Groups are fixed, so that a resumed run sums every image's features in the same order.
     """
 
     def __init__(self, data: PairData, tower: torch.nn.Module):
@@ -85,8 +90,9 @@ class FrozenTower:
         return out
 
     def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "FrozenTower":
-        for image in set(images) - self.outputs.keys():
-            self._compute(backbone, image, device)
+        for image in images:
+            if image not in self.outputs:
+                self._compute(backbone, image, device)
         self._now, self._device = images, device
         return self
 
@@ -99,16 +105,42 @@ class FrozenTower:
 
     @torch.no_grad()
     def _compute(self, backbone: torch.nn.Module, image: int, device: torch.device) -> None:
-        inputs = self.data.image_inputs(image)
+        inputs = self._inputs_alike(image)
+        parts = self._record(backbone, stack_inputs(list(inputs.values()), device), len(inputs))
+        if parts is None:  # the tower's output is not one row an image: this model's images go through it one by one
+            inputs = {image: inputs[image]}
+            parts = self._record(backbone, stack_inputs(list(inputs.values()), device), 1)
+        for number, part in zip(inputs, parts, strict=True):
+            self.outputs[number] = part
+            # only the shape of the pixels is looked at behind the tower: one number stands for all of them
+            pixels = inputs[number]["pixel_values"]
+            self.meta[number] = {**inputs[number], "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
+            self.data.forget_inputs(number)
+
+    def _inputs_alike(self, image: int) -> dict[int, dict[str, torch.Tensor]]:
+        """The inputs of `image` and of the images of its group whose pixels, and nothing else, have the same shape."""
+        own = self.data.image_inputs(image)
+        shape = own["pixel_values"].shape
+        if set(own) != {"pixel_values"} or len(shape) != 4 or shape[0] != 1:
+            return {image: own}
+        first = image - image % GROUP
+        group = range(first, min(first + GROUP, len(self.data.prompts)))
+        inputs = {i: own if i == image else self.data.image_inputs(i) for i in group}
+        return {i: part for i, part in inputs.items() if part["pixel_values"].shape == shape}
+
+    def _record(self, backbone: torch.nn.Module, inputs: dict[str, torch.Tensor], n: int) -> list[list] | None:
+        """The tower's flattened output for each of n images, or None when it cannot be told apart."""
         self._recording = []
         try:
-            backbone.get_image_features(**{key: value.to(device) for key, value in inputs.items()})
-            (self.outputs[image],) = self._recording
+            backbone.get_image_features(**inputs)
+            (leaves,) = self._recording
         finally:
             self._recording = None
-        # only the shape of the pixels is looked at behind the tower: one number stands for all of them
-        pixels = inputs["pixel_values"]
-        self.meta[image] = {**inputs, "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
+        if n == 1:
+            return [leaves]
+        if any(isinstance(x, torch.Tensor) and (not x.ndim or len(x) != n) for x in leaves):
+            return None
+        return [[x[i : i + 1].clone() if isinstance(x, torch.Tensor) else x for x in leaves] for i in range(n)]
 
     def bytes_per_image(self) -> int:
         """Main memory that one image's outputs take (of those computed so far)."""
