@@ -17,11 +17,11 @@ import numpy as np
 from rlaifv.benchmarks import chair
 from rlaifv.benchmarks.results import Answer
 from rlaifv.evaluate import Split
-from rlaifv.records import Candidate
+from rlaifv.records import RATES, Candidate
 from rlaifv.rewards import CandidateLogps
 
 METHODS = ("normalized", "summed", "random", "oracle")
-RATES = ("response_hallucination", "mention_hallucination", "recall", "mean_words")
+MEASURES = (*RATES, "mean_words")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def draw(pool: Pool, seeds: int) -> dict[tuple[str, int], dict[str, np.ndarray]]
     """
     count, size = pool.mentions.shape
     drawn: dict[tuple[str, int], dict[str, np.ndarray]] = {
-        (method, n): {rate: np.empty((seeds, 2)) for rate in RATES} for method in METHODS for n in sizes(size)
+        (method, n): {rate: np.empty((seeds, 2)) for rate in MEASURES} for method in METHODS for n in sizes(size)
     }
     values = {method: pool.value(method) for method in METHODS}
     for seed in range(seeds):
