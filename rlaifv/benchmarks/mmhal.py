@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, plain, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, plain, read_answers, read_json_objects
 from rlaifv.benchmarks.scores import Scores
 
 PROMPT = """\
@@ -80,7 +80,7 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
     if template is None:
         records = [answer.record for answer in given]
     else:
-        records, bad = read_records(template)
+        records, bad = read_json_objects(template)
         missing = [*missing, *bad]
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:

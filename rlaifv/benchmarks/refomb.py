@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, positive, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_json_objects
 from rlaifv.benchmarks.scores import Scores, ratio
 
 REVIEW_PROMPT = """\
@@ -63,7 +63,7 @@ def read_rows(reference: str | Path, answers: str | Path) -> tuple[list[Row], li
     Raises:
         ValueError: a reference file that is not RefoMB's.
     """
-    records, bad = read_records(reference)
+    records, bad = read_json_objects(reference)
     given, unread = read_answers(answers)
     missing = [*bad, *unread]
     by_key: dict[tuple[str, str] | str, Answer] = {}

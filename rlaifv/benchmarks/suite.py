@@ -24,7 +24,7 @@ from rlaifv.benchmarks.results import (
     coco_number,
     lookup,
     read_answers,
-    read_records,
+    read_json_objects,
 )
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import intervals
@@ -155,7 +155,7 @@ def read_questions(item: BenchmarkParams) -> list[Question]:
     table = _image_table(ROOT / item.images) if item.images else {}
     questions = []
     for path in item.questions:
-        records, bad = read_records(ROOT / path)
+        records, bad = read_json_objects(ROOT / path)
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
         for number, record in enumerate(records):
