@@ -144,6 +144,8 @@ def score(
     - recall: Σ|classes(M) ∩ gt| / Σ|gt|
     - mean_words: words an answer, separated by white space
 
+    An empty answer is an answer, without mentions.
+
     Args:
         answers: any number an image.
         objects: image id → class names (`load_objects`).

@@ -69,16 +69,20 @@ class Row:
 def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[list[Row], list[dict]]:
     """The benchmark's rows with a model's answers, and the rows without one.
 
+    An empty answer is an answer: the judge rates it, as the published scorer has it do.
+
     Args:
         answers: the filled template; or, with `template`, any answer file whose rows name their `image_id` and
             repeat the question, or have only the image or the template's row number as their id.
 
     Raises:
-        ValueError: rows that are not MMHal's.
+        ValueError: rows that are not MMHal's, or a template without any answer filled in.
     """
     given, missing = read_answers(answers)
     if template is None:
         records = [answer.record for answer in given]
+        if not any(answer.text for answer in given):
+            raise ValueError(f"{answers}: no model_answer is filled in")
     else:
         records, bad = read_json_objects(template)
         missing = [*missing, *bad]
@@ -99,8 +103,6 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
         answer = next((by_key[key] for key in keys if key in by_key), None)
         if answer is None or plain(answer.question) not in ("", plain(question)):
             missing.append({"id": identity, "reason": "no answer to this question"})
-        elif not answer.text:
-            missing.append({"id": identity, "reason": "an empty answer"})
         else:
             contents = ", ".join(record["image_content"])
             row = Row(identity, record["question_type"], contents, question, record["gt_answer"], answer.text)

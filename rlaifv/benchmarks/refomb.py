@@ -58,7 +58,8 @@ class Row:
 def read_rows(reference: str | Path, answers: str | Path) -> tuple[list[Row], list[dict]]:
     """The benchmark's rows with both answers, and those without an answer of the model.
 
-    Answers are found by question and image (`image_url`), else by `id` if their question is the same.
+    Answers are found by question and image (`image_url`), else by `id` if their question is the same. An empty answer
+    is an answer: the judge compares it.
 
     Raises:
         ValueError: a reference file that is not RefoMB's.
