@@ -26,8 +26,7 @@ from rlaifv.evaluate import evaluate, load_split
 from rlaifv.feedback import feedback
 from rlaifv.images import open_image
 from rlaifv.params import Params, load_params
-from rlaifv.records import Candidate, Claim, Instruction, Judgement, Store, batched, read_records
-from rlaifv.report import RATES
+from rlaifv.records import RATES, Candidate, Claim, Instruction, Judgement, Store, batched, read_records
 from rlaifv.stage import PREPARED, Paths, start_logging
 from rlaifv.train import train
 from rlaifv.trainer import be_quiet, freeze, load_policy, training_arguments

@@ -21,12 +21,12 @@ from rlaifv.benchmarks.statistics import compare, intervals
 from rlaifv.images import open_image
 from rlaifv.params import EvaluateParams, SplitParams
 from rlaifv.prefill import collate_inputs, inputs_shape
-from rlaifv.records import Instruction, Store, batched, read_jsonl, read_records
+from rlaifv.records import RATES, Instruction, Store, batched, read_jsonl, read_records
 from rlaifv.sampling import Prompt, generate_batch
 from rlaifv.vlm import VLM, encode
 from rlaifv.yesno import judge_many
 
-CHAIR_RATES = {"response_hallucination": "chair_s_refine", "mention_hallucination": "chair_i", "recall": "recall"}
+CHAIR_RATES = dict(zip(RATES, ("chair_s_refine", "chair_i", "recall"), strict=True))
 """Our names of the rates → CHAIR's."""
 
 

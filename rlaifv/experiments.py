@@ -48,21 +48,22 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One `dvc exp run`: its `overrides` and the parameters that they make of params.yaml."""
+    """One `dvc exp run`: its `overrides`, the parameters that they make of params.yaml, and the `digest_sources` of
+    the repository that it runs in."""
 
     name: str
     group: str
     asks: str
     overrides: tuple[str, ...]
     params: Params
+    sources: str
 
     @functools.cached_property
     def key(self) -> str:
         """16 hex digits of all that determines the outcome: parameters, checkpoints, and the files of the repository
         that the pipeline's stages depend on. What the report alone reads is left out."""
         params = dataclasses.replace(self.params, report=None, self_feedback=None)
-        data = sorted((ROOT / "data").rglob("*.dvc"))
-        return digest([params, fingerprints(self.params), digest_files(*sources(), *data)])
+        return digest([params, fingerprints(self.params), self.sources])
 
     @property
     def run_name(self) -> str:
@@ -88,10 +89,11 @@ def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
         content = YAML(typ="safe", pure=True).load(path)
     except YAMLError as error:
         raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    return {name: _group(name, section, path.name, params) for name, section in content.items()}
+    code = digest_sources()  # once: it reads every source and checkpoint of the repository
+    return {name: _group(name, section, path.name, params, code) for name, section in content.items()}
 
 
-def _group(name: str, section: Mapping, file: str, params: Path) -> Group:
+def _group(name: str, section: Mapping, file: str, params: Path, code: str) -> Group:
     if set(section) != {"control", "common", "experiments"}:
         raise ParamsError(f"{file}: {name}: expected the keys control, common and experiments, got {list(section)}")
     listed = []
@@ -100,7 +102,7 @@ def _group(name: str, section: Mapping, file: str, params: Path) -> Group:
         if set(row) != {"asks", "set"}:
             raise ParamsError(f"{where}: expected the keys asks and set, got {list(row)}")
         overrides = (*section["common"], *row["set"])
-        listed.append(Experiment(key, name, row["asks"], overrides, compose(overrides, where, params)))
+        listed.append(Experiment(key, name, row["asks"], overrides, compose(overrides, where, params), code))
     if section["control"] not in section["experiments"]:
         raise ParamsError(f"{file}: {name}.control: no experiment {section['control']!r} in this group")
     return Group(name, section["control"], tuple(listed))
@@ -131,6 +133,11 @@ def sources() -> list[Path]:
                 deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
                 found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
     return sorted(f for path in found for f in (path.rglob("*") if path.is_dir() else [path]) if _is_source(f))
+
+
+def digest_sources() -> str:
+    """16 hex digits of all `sources` and of what `dvc add` tracks below data/."""
+    return digest_files(*sources(), *sorted((ROOT / "data").rglob("*.dvc")))
 
 
 def _is_source(path: Path) -> bool:

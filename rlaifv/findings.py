@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rlaifv import plots
 from rlaifv.experiments import describe_inputs, read_results
-from rlaifv.outcome import RATES, TRUTH
+from rlaifv.outcome import TRUTH
 from rlaifv.params import Params
+from rlaifv.records import RATES
 from rlaifv.report import data_uri, p_text, percent
 from rlaifv.vlm import fingerprint_checkpoint
 

@@ -8,10 +8,9 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rlaifv.records import read_jsonl
+from rlaifv.records import RATES, read_jsonl
 from rlaifv.tinyworld.truth import score_round
 
-RATES = ("response_hallucination", "mention_hallucination", "recall")
 SHOWN = (*RATES, *(f"{rate}_interval" for rate in RATES), "mean_words", "n")
 TRUTH = {"claim_accuracy": ("claims", "accuracy"), "pair_agreement": ("pairs", "agreement")}
 """Our names of what truth tells of feedback → where `score_round` has it."""

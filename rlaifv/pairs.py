@@ -66,8 +66,8 @@ def make_pairs(
     """All pairs of an instruction's answers whose scores differ by at least `min_gap`, a few drawn at random of each.
 
     At most `max_per_instruction` are drawn per (image, question), with random numbers that belong to the
-    instruction, so that one instruction's pairs never depend on another's. Equal answers have equal claims and so
-    equal scores: they make no pair.
+    instruction, so that one instruction's pairs never depend on another's. Equal answers never make a pair, even where
+    the coin of an ablation has judged their equal claims differently.
     """
     by_instruction: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
@@ -79,7 +79,7 @@ def make_pairs(
         possible = [
             Pair(instruction, better, worse, scores[better.id], scores[worse.id])
             for better, worse in itertools.combinations(ranked, 2)
-            if scores[better.id] - scores[worse.id] >= params.min_gap
+            if scores[better.id] - scores[worse.id] >= params.min_gap and better.answer != worse.answer
         ]
         draw = random.Random(hashlib.blake2b(f"{seed}/{instruction.id}/pairs".encode()).digest())
         pairs += draw.sample(possible, min(len(possible), params.max_per_instruction))

@@ -17,8 +17,8 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from rlaifv.pairs import SCHEMA
 from rlaifv.params import DEFAULT, ModelParams, Params, load_params
-from rlaifv.records import write_atomic
-from rlaifv.report import RATES, read_result
+from rlaifv.records import RATES, write_atomic
+from rlaifv.report import read_result
 from rlaifv.stage import Paths
 
 PAPER = "https://arxiv.org/abs/2405.17220"

@@ -21,6 +21,9 @@ from rlaifv import ROOT
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+RATES = ("response_hallucination", "mention_hallucination", "recall")
+"""The rates that every row about a model's answers has: fractions, the first two better when low."""
+
 
 @dataclass(frozen=True)
 class Instruction:

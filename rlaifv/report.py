@@ -12,9 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from rlaifv.benchmarks.published import HEADLINES
-from rlaifv.records import read_jsonl
-
-RATES = ("response_hallucination", "mention_hallucination", "recall")
+from rlaifv.records import RATES, read_jsonl
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1020px; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -16,12 +16,13 @@ import numpy as np
 
 from rlaifv.benchmarks import chair
 from rlaifv.benchmarks.results import Answer
+from rlaifv.benchmarks.statistics import percentile_interval
 from rlaifv.evaluate import Split
-from rlaifv.records import Candidate
+from rlaifv.records import RATES, Candidate
 from rlaifv.rewards import CandidateLogps
 
 METHODS = ("normalized", "summed", "random", "oracle")
-RATES = ("response_hallucination", "mention_hallucination", "recall", "mean_words")
+MEASURES = (*RATES, "mean_words")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def draw(pool: Pool, seeds: int) -> dict[tuple[str, int], dict[str, np.ndarray]]
     """
     count, size = pool.mentions.shape
     drawn: dict[tuple[str, int], dict[str, np.ndarray]] = {
-        (method, n): {rate: np.empty((seeds, 2)) for rate in RATES} for method in METHODS for n in sizes(size)
+        (method, n): {rate: np.empty((seeds, 2)) for rate in MEASURES} for method in METHODS for n in sizes(size)
     }
     values = {method: pool.value(method) for method in METHODS}
     for seed in range(seeds):
@@ -136,7 +137,7 @@ def curve(pool: Pool, seeds: int) -> list[dict]:
         row: dict[str, object] = {"method": method, "n": n}
         for rate, values in rates.items():
             row[rate] = float(values[:, 0].mean())
-            row[f"{rate}_interval"] = _interval(values[:, 1])
+            row[f"{rate}_interval"] = percentile_interval(values[:, 1])
         rows.append(row)
     return rows
 
@@ -157,7 +158,7 @@ def compare(pool: Pool, seeds: int, n: int) -> dict[str, object]:
     result: dict[str, object] = {
         "n": n,
         "relative_reduction": float(1 - ours[response][:, 0].mean() / mean) if mean else 0.0,
-        "relative_reduction_interval": _interval(reductions),
+        "relative_reduction_interval": percentile_interval(reductions),
     }
     for name, values in {
         "recall_change": ours[recall] - one[recall],
@@ -165,10 +166,5 @@ def compare(pool: Pool, seeds: int, n: int) -> dict[str, object]:
         "recall_against_summed": ours[recall] - other[recall],
     }.items():
         result[name] = float(values[:, 0].mean())
-        result[f"{name}_interval"] = _interval(values[:, 1])
+        result[f"{name}_interval"] = percentile_interval(values[:, 1])
     return result
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    """The middle 95 % of values; zeros when there are none."""
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else [0.0, 0.0]

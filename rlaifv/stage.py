@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
+ANSWERING = ("images.py", "prefill.py", "prefix.py", "processors.py", "rows.py", "sampling.py", "vlm.py")
+"""The modules that everything which a model says runs through; a part of every `Stage.key`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ class Stage:
         return f"{self.name}@{self.iteration}" if self.iteration else self.name
 
     def key(self, *inputs: Path, modules: tuple[str, ...], **extra: object) -> dict[str, object]:
-        """The scratch key: the stage's parameters and seed, its input files' bytes, its source."""
+        """The scratch key: the stage's parameters and seed, its input files' bytes, its source.
+
+        Args:
+            modules: the files below rlaifv/ that decide what the work comes to; tests/test_notebooks.py knows when one
+                is missing.
+        """
         return {
             "params": digest(getattr(self.params, self.name, None)),
             "seed": self.params.seed,

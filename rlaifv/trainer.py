@@ -209,7 +209,7 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfi
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         bf16=params.dtype == "bfloat16",
-        gradient_checkpointing=params.gradient_checkpointing,
+        activation_checkpointing=params.gradient_checkpointing,  # their new name for it; TRL reads the old one from it
         precompute_ref_log_probs=True,
         disable_dropout=False,  # done already; LoRA's own stays
         max_length=None,  # never cut an answer

@@ -57,6 +57,12 @@ def test_answers_about_unknown_images_are_listed_and_count_nowhere():
     assert [row["id"] for row in result.missing] == ["b"]
 
 
+def test_an_empty_answer_is_an_answer():
+    answers = [Answer("a", "", image="1"), Answer("b", "A dog.", image="1")]
+    result = chair.score(answers, {"1": {"dog"}})
+    assert (result.missing, result.metrics["n"], result.metrics["recall"]) == ([], 2, 0.5)
+
+
 def test_nothing_to_count_gives_zero_and_no_error():
     assert chair.score([], {}).metrics["chair_i"] == 0
     assert chair.score([Answer("a", "Yes it is.", image="1")], {"1": []}).metrics["recall"] == 0

@@ -180,6 +180,7 @@ def test_other_inputs_make_another_key(groups):
     # the report's own settings change nothing that an experiment measures
     report = dataclasses.replace(control.params, report=dataclasses.replace(control.params.report, gallery=3))
     assert dataclasses.replace(control, params=report).key == control.key
+    assert dataclasses.replace(control, sources="of yesterday").key != control.key
     assert control.run_name == f"control-{control.key[:8]}"
 
 
@@ -195,7 +196,7 @@ def test_rows_of_other_inputs_are_dropped(groups, monkeypatch):
 def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, monkeypatch, capsys):
     """The driver with DVC replaced by a table of finished experiments."""
     finished, group = {}, groups["ablations"]
-    assert len({e.key for e in group.experiments}) == 5  # of this repository, before ROOT is another
+    assert len({e.key for e in group.experiments}) == 5  # of this repository's checkpoints, before ROOT is another
 
     def run(experiment: Experiment) -> bool:
         if experiment.name != "whole-answer":

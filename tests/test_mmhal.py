@@ -76,6 +76,14 @@ def test_the_judge_reads_contents_question_reference_and_answer_and_its_reply_is
     assert result.settings["judge"] == "reader" and result.settings["prompt"].startswith("ours ")
 
 
+def test_an_empty_answer_is_rated_like_any_other():
+    prompts = []
+    judge = Judge("reader", lambda rs: [prompts.append(r.text) or "Says nothing. Rating: 3" for r in rs])
+    result = mmhal.evaluate([mmhal.Row("i", "other", "Dog", "Who?", "A dog.", "")], judge)
+    assert "### Answer of the assistant\n\n" in prompts[0]
+    assert (result.metrics["n"], result.metrics["score"], result.metrics["mean_words"]) == (1, 3, 0)
+
+
 def test_a_published_prompt_with_four_blanks_is_filled_in_order(tmp_path):
     path = tmp_path / "eval_gpt_mmhal.py"
     path.write_text("template = 'C {} Q {} R {} A {}'\n")
@@ -95,7 +103,9 @@ def test_the_real_template_is_read_filled_in_or_joined_with_an_answer_file(share
     lines[5]["prompt"] = "Another question?"
     answers.write_text("\n".join(map(json.dumps, lines)))
     table, missing = mmhal.read_rows(filled)
-    assert (len(table), [row["reason"] for row in missing]) == (95, ["an empty answer"])
+    assert ([row.answer for row in table], missing) == (["A cat."] * 95 + [""], [])  # an empty answer is an answer
+    with pytest.raises(ValueError, match=r"answer_template\.json: no model_answer is filled in"):
+        mmhal.read_rows(template)
     table, missing = mmhal.read_rows(answers, template)
     assert [row.answer for row in table] == [f"No {i}." for i in range(96) if i != 5]
     assert [row["id"] for row in missing] == [records[5]["image_id"]]

@@ -26,8 +26,8 @@ def instruction(name: str) -> Instruction:
     return Instruction(name, "a.png", "Describe.")
 
 
-def candidate(name: str, sample: int, answer: str = "an answer") -> Candidate:
-    return Candidate(f"{name}#{sample}", name, sample, answer, 2, "stop", 1, "model")
+def candidate(name: str, sample: int, answer: str = "") -> Candidate:
+    return Candidate(f"{name}#{sample}", name, sample, answer or f"answer {sample}", 2, "stop", 1, "model")
 
 
 def pair(chosen: int, rejected: int) -> Pair:
@@ -59,6 +59,13 @@ def test_pairs_differ_by_the_gap_and_are_at_most_so_many(scores, seed, gap, most
     assert len(pairs) == min(most, possible)
     assert all(p.chosen_score - p.rejected_score >= gap for p in pairs)
     assert len({(p.chosen.id, p.rejected.id) for p in pairs}) == len(pairs)
+
+
+def test_equal_answers_make_no_pair_however_they_were_judged():
+    candidates = [candidate("i", s, "A dog." if s < 3 else "A cat.") for s in range(4)]
+    params = PairsParams(balance_length=True, min_gap=1, max_per_instruction=10)
+    pairs = make_pairs([instruction("i")], candidates, {f"i#{s}": -s for s in range(4)}, params, 1)
+    assert {(p.chosen.id, p.rejected.id) for p in pairs} == {(f"i#{s}", "i#3") for s in range(3)}
 
 
 def test_the_pairs_of_an_instruction_do_not_depend_on_the_others():

@@ -68,11 +68,13 @@ def test_the_real_rows_are_joined_by_question_and_image(shared, tmp_path):
     reference = shared / "benchmarks/gpt4v_RefoMB_dev_0521.jsonl"
     records = [json.loads(line) for line in reference.read_text().splitlines()]
     lines = [{"image_url": r["image_url"], "prompt": r["question"], "text": f"No {r['id']}"} for r in records]
+    lines[1]["text"] = ""
     path = tmp_path / "answers.jsonl"
     path.write_text("\n".join(map(json.dumps, reversed(lines[1:]))))
     rows, missing = refomb.read_rows(reference, path)
     assert len(rows) == 98
-    assert all(row.answer == f"No {row.id}" for row in rows)
+    assert rows[0].answer == "", "an empty answer is an answer"
+    assert all(row.answer == f"No {row.id}" for row in rows[1:])
     assert [row["id"] for row in missing] == [str(records[0]["id"])]
 
 

@@ -99,7 +99,7 @@ def test_where_nothing_hallucinates_there_is_no_reduction_to_speak_of():
     pool, _ = make_pool(*pool_of(), 8)
     faithful = dataclasses.replace(pool, hallucinated=np.zeros_like(pool.hallucinated))
     found = compare(faithful, seeds=20, n=8)
-    assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, [0.0, 0.0])
+    assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, (0.0, 0.0))
     once = pool.hallucinated * 0
     once[0, 0] = 1  # in most resamples no random answer hallucinates
     found = compare(dataclasses.replace(pool, hallucinated=once), seeds=50, n=8)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaifv.benchmarks.scores import Scores
-from rlaifv.benchmarks.statistics import compare, intervals
+from rlaifv.benchmarks.statistics import compare, intervals, percentile_interval
 
 
 def scores(hits, of=None, name="rate"):
@@ -18,6 +18,13 @@ def test_an_interval_of_a_share_agrees_with_the_normal_approximation():
     low, high = intervals(scores([1] * 120 + [0] * 280))["rate"]
     half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
     assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.006)
+
+
+def test_a_percentile_interval_is_the_middle_of_the_numbers_and_zeros_without_any():
+    values = np.array([*range(101), np.nan])
+    assert percentile_interval(values) == (2.5, 97.5)
+    assert percentile_interval(values, tail=10) == (10, 90)
+    assert percentile_interval(values[101:]) == percentile_interval(values[:0]) == (0.0, 0.0)
 
 
 def test_intervals_cover_the_truth_in_about_95_of_100_samples():

@@ -24,7 +24,7 @@ from rlaifv.benchmarks.results import (
     image_key,
     image_keys,
     read_answers,
-    read_records,
+    read_json_objects,
 )
 from rlaifv.benchmarks.scores import Scores
 
@@ -144,6 +144,8 @@ def score(
     - recall: Σ|classes(M) ∩ gt| / Σ|gt|
     - mean_words: words an answer, separated by white space
 
+    An empty answer is an answer, without mentions.
+
     Args:
         answers: any number an image.
         objects: image id → class names (`load_objects`).
@@ -237,7 +239,7 @@ def load_objects(
     wanted = None if images is None else {key for image in images for key in image_keys(image)}
     objects: dict[str, set[str]] = {}
     for path in paths:
-        records, bad = read_records(path)
+        records, bad = read_json_objects(path)
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, plain, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, plain, read_answers, read_json_objects
 from rlaifv.benchmarks.scores import Scores
 
 PROMPT = """\
@@ -69,18 +69,22 @@ class Row:
 def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[list[Row], list[dict]]:
     """The benchmark's rows with a model's answers, and the rows without one.
 
+    An empty answer is an answer: the judge rates it, as the published scorer has it do.
+
     Args:
         answers: the filled template; or, with `template`, any answer file whose rows name their `image_id` and
             repeat the question, or have only the image or the template's row number as their id.
 
     Raises:
-        ValueError: rows that are not MMHal's.
+        ValueError: rows that are not MMHal's, or a template without any answer filled in.
     """
     given, missing = read_answers(answers)
     if template is None:
         records = [answer.record for answer in given]
+        if not any(answer.text for answer in given):
+            raise ValueError(f"{answers}: no model_answer is filled in")
     else:
-        records, bad = read_records(template)
+        records, bad = read_json_objects(template)
         missing = [*missing, *bad]
     by_key: dict[tuple[str, str] | str, Answer] = {}
     for answer in given:
@@ -99,8 +103,6 @@ def read_rows(answers: str | Path, template: str | Path | None = None) -> tuple[
         answer = next((by_key[key] for key in keys if key in by_key), None)
         if answer is None or plain(answer.question) not in ("", plain(question)):
             missing.append({"id": identity, "reason": "no answer to this question"})
-        elif not answer.text:
-            missing.append({"id": identity, "reason": "an empty answer"})
         else:
             contents = ", ".join(record["image_content"])
             row = Row(identity, record["question_type"], contents, question, record["gt_answer"], answer.text)

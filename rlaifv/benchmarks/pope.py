@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
-from rlaifv.benchmarks.results import Answer, image_keys, lookup, plain, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, image_keys, lookup, plain, read_answers, read_json_objects
 from rlaifv.benchmarks.scores import Scores
 
 _ID_FIELDS = ("question_id", "id", "doc_id")
@@ -35,7 +35,7 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises:
         ValueError: a row that does not parse, a label other than yes and no, or two questions with one id.
     """
-    records, bad = read_records(path)
+    records, bad = read_json_objects(path)
     if bad:
         raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
     questions: dict[str, Question] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, positive, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_records
+from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_json_objects
 from rlaifv.benchmarks.scores import Scores, ratio
 
 REVIEW_PROMPT = """\
@@ -58,12 +58,13 @@ class Row:
 def read_rows(reference: str | Path, answers: str | Path) -> tuple[list[Row], list[dict]]:
     """The benchmark's rows with both answers, and those without an answer of the model.
 
-    Answers are found by question and image (`image_url`), else by `id` if their question is the same.
+    Answers are found by question and image (`image_url`), else by `id` if their question is the same. An empty answer
+    is an answer: the judge compares it.
 
     Raises:
         ValueError: a reference file that is not RefoMB's.
     """
-    records, bad = read_records(reference)
+    records, bad = read_json_objects(reference)
     given, unread = read_answers(answers)
     missing = [*bad, *unread]
     by_key: dict[tuple[str, str] | str, Answer] = {}

@@ -38,13 +38,13 @@ class Answer:
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
-def read_records(path: str | Path) -> tuple[list[dict], list[dict]]:
-    """The records of a .json or .jsonl file, plain or gzipped, and what could not be read.
+def read_json_objects(path: str | Path) -> tuple[list[dict], list[dict]]:
+    """Every JSON object of a .json or .jsonl file, plain or gzipped, and what could not be read.
 
     Accepts a list, one object a line, objects that follow each other without a line break, an object that
     wraps the list ("imgToEval", "samples", "logs", "results", "data"), and a missing final newline.
 
-    Returns the records and, for each piece that does not parse, {"id": "line 7", "reason"}.
+    Returns the objects and, for each piece that does not parse, {"id": "line 7", "reason"}.
 
     Raises:
         FileNotFoundError: with the path, when there is no such file.
@@ -166,7 +166,7 @@ def _no_text(record: Mapping[str, Any], name: str | None) -> str:
 
 def read_answers(path: str | Path) -> tuple[list[Answer], list[dict]]:
     """Answers of a file, and every row of it that is none, each with its reason."""
-    records, bad = read_records(path)
+    records, bad = read_json_objects(path)
     answers, without_text = to_answers(records)
     return answers, bad + without_text
 

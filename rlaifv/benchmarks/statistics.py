@@ -57,7 +57,7 @@ def intervals(
     sums = np.array([scores.rates[name] for name in names], dtype=float)  # (rates, 2, rows)
     drawn = _resampled_ratios(sums, resamples, np.random.default_rng(seed))
     tail = 100 * (1 - level) / 2
-    return {name: _percentiles(drawn[:, i], tail) for i, name in enumerate(names)}
+    return {name: percentile_interval(drawn[:, i], tail) for i, name in enumerate(names)}
 
 
 def compare(
@@ -89,10 +89,20 @@ def compare(
     results = []
     for i, name in enumerate(names):
         rate_a, rate_b = ratio(*sums_a[i]), ratio(*sums_b[i])
-        low, high = _percentiles(differences[:, i], 2.5)
+        low, high = percentile_interval(differences[:, i])
         p_value = _p_value(differences[:, i], rate_b - rate_a)
         results.append(Comparison(name, rate_a, rate_b, rate_b - rate_a, low, high, p_value, len(shared)))
     return results
+
+
+def percentile_interval(values: np.ndarray, tail: float = 2.5) -> tuple[float, float]:
+    """What lies between the lowest and the highest `tail` percent of (n,) resampled values (default: the middle 95 %).
+    A nan, which is a ratio of a resample without anything to count, is left out; (0, 0) when nothing remains."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return 0.0, 0.0
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def _places(scores: Scores, which: str) -> dict[str, int]:
@@ -133,11 +143,3 @@ def _p_value(differences: np.ndarray, observed: float) -> float:
 
 def _divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     return np.divide(numerators, denominators, out=np.full_like(numerators, np.nan), where=denominators > 0)
-
-
-def _percentiles(values: np.ndarray, tail: float) -> tuple[float, float]:
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return 0.0, 0.0
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)

@@ -24,7 +24,7 @@ from rlaifv.benchmarks.results import (
     coco_number,
     lookup,
     read_answers,
-    read_records,
+    read_json_objects,
 )
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import intervals
@@ -33,6 +33,7 @@ from rlaifv.images import decode_image, open_image
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
 from rlaifv.records import Reject, Store, batched, digest, digest_files, read_jsonl, to_json, write_atomic, write_jsonl
 from rlaifv.sampling import Prompt
+from rlaifv.stage import ANSWERING
 from rlaifv.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -95,13 +96,12 @@ def answer(
             continue
         questions = read_questions(item)
         files = [ROOT / path for path in item.questions]
-        source = digest_files(Path(__file__), *(Path(__file__).parents[1] / n for n in ("evaluate.py", "sampling.py")))
         key = {
             "asked": [item.suffix, item.beams, params],
             "questions": digest_files(*files),
             "images": digest([str(question.image) for question in questions]),
             "model": vlm.fingerprint,
-            "source": source,
+            "source": digest_files(Path(__file__), *(ROOT / "rlaifv" / n for n in ("evaluate.py", *ANSWERING))),
         }
         store = Store(f"benchmark_{name}@{iteration}", key, scratch)
         for index, chunk in store.pending(batched(questions, params.batch_size)):
@@ -155,7 +155,7 @@ def read_questions(item: BenchmarkParams) -> list[Question]:
     table = _image_table(ROOT / item.images) if item.images else {}
     questions = []
     for path in item.questions:
-        records, bad = read_records(ROOT / path)
+        records, bad = read_json_objects(ROOT / path)
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
         for number, record in enumerate(records):

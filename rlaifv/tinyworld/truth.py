@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlaifv import ROOT
+from rlaifv.benchmarks.statistics import percentile_interval
 from rlaifv.params import ParamsError, load_params
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records
 from rlaifv.stage import PREPARED, Paths
@@ -90,13 +91,13 @@ def pair_agreement(pairs: Sequence[Mapping], scene_of: Callable[[str], Scene]) -
     }
 
 
-def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:
+def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of a share; what belongs to one group (an image) is drawn together."""
     _, group = np.unique(groups, return_inverse=True)
     count = int(group.max()) + 1
     sums = np.bincount(group, weights=right, minlength=count), np.bincount(group, minlength=count)
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    return [float(v) for v in np.percentile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), [2.5, 97.5])]
+    return percentile_interval(sums[0][drawn].sum(1) / sums[1][drawn].sum(1))
 
 
 def score_round(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
