@@ -23,8 +23,9 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 class ReferenceStore:
     """One parquet file of log π_ref(answer | image, question), one row a pair: `pair_id` and `COLUMNS` (nats).
 
-    `made_of` is whatever determines the numbers: fingerprint of model, processor and template, of the data, the
-    layout, the dtypes of weights and computation, the segment weight. `pair_ids` are the pairs in training order.
+    `made_of` is whatever determines the numbers: fingerprint of model, processor and template, of the data, of the
+    code, the layout, the dtypes of weights and computation, the segment weight. `pair_ids` are the pairs in training
+    order.
     """
 
     def __init__(self, folder: Path, made_of: dict, pair_ids: list[str]):

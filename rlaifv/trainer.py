@@ -158,6 +158,7 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
     made_of = {
         "policy": job["identity"]["policy"],
         "data": job["identity"]["pairs"],
+        "source": job["identity"]["source"],
         "segment_weight": params.segment_weight,
         "dtype": params.dtype,
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from rlaifv import ROOT
 from rlaifv.stage import ANSWERING
+from rlaifv.train import SOURCES
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
@@ -112,6 +113,10 @@ def test_the_key_of_unfinished_work_covers_every_module_that_the_work_runs_throu
     modules = {name for name in named if str(name).endswith(".py")} | set(ANSWERING)
     assert run_through(modules) <= modules
     assert any(name in modules for name in imported(code_of(notebook))), "the module whose work it is"
+
+
+def test_a_training_run_is_known_by_every_module_that_it_goes_through():
+    assert run_through({"train.py"}) == set(SOURCES)
 
 
 def test_nothing_depends_on_an_executed_notebook():
