@@ -184,7 +184,7 @@ class TrainParams:
     lora_dropout: float = _below(1, 0.0)
     # linear layers of the language model that get an adapter
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
+    # QLoRA: the frozen base in 4 bits (needs bitsandbytes; slow on a CPU)
     load_in_4bit: bool = False
     # the vision tower is always frozen; this freezes what joins it to the text as well
     freeze_projector: bool = False

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -113,6 +114,10 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
     bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
     """
+    if params.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
     dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
     vlm = load_vlm(policy, dtype=dtype, device="cpu")
     if not params.load_in_4bit:
@@ -122,11 +127,17 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
         source,
         revision=revision,
         use_safetensors=True,
+        dtype=getattr(torch, dtype),
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         ),
-        device_map={"": int(os.environ.get("LOCAL_RANK", "0"))},
+        device_map={"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"},
     )
+    for module in quantized.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else bitsandbytes repacks the weights of a CPU in the first look at them without gradients (our check of
+            # the layout) for a kernel that has none, and training goes on with that kernel
+            module.support_avx512bf16_for_cpu = False
     return dataclasses.replace(vlm, model=quantized.requires_grad_(False))
 
 
@@ -177,6 +188,11 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
         processing_class=vlm.processor or vlm.tokenizer,
         peft_config=lora_config(vlm.model, params) if params.lora_r else None,
     )
+    if params.load_in_4bit:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                # TRL rounds a 4-bit model's adapters to bfloat16, in which small steps vanish; ours are float32 always
+                parameter.data = parameter.data.float()
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Watch(params.beta, params.collapse_nats))
