@@ -19,6 +19,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
@@ -68,8 +69,13 @@ def train_pairs(job: dict, main: bool) -> None:
     freeze(vlm.model, params)
     if torch.cuda.is_available() and not sharded() and not params.load_in_4bit:
         vlm.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if sharded():
+        # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
+        params = dataclasses.replace(params, feature_cache_gb=0)
     layout = choose_layout(vlm, data, params)
     trainer = make_trainer(vlm, data, params, run, job, layout)
+    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     last = last_checkpoint(run / "trainer")
     if last:
         log.info("train: resuming from %s", last.name)
@@ -178,6 +184,10 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
     for module in vlm.model.modules():  # as TRL does, but before LoRA's own dropout joins
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if sharded() == "fsdp":
+        # transformers also lists classes of parts that this model has not (CLIP's text side); accelerate wants all
+        classes = {type(module).__name__ for module in vlm.model.modules()}
+        vlm.model._no_split_modules = sorted(classes & set(vlm.model._no_split_modules or ()))
     trainer = PairTrainer(
         model=vlm.model,
         args=args,
@@ -188,6 +198,10 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
         processing_class=vlm.processor or vlm.tokenizer,
         peft_config=lora_config(vlm.model, params) if params.lora_r else None,
     )
+    if trainer.is_fsdp_enabled:
+        # autocast computes in bfloat16, as for the reference; accelerate's policy would also round log-probs (-120 to
+        # 0.5 nats) and sum the gradients in bfloat16
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if params.load_in_4bit:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
