@@ -4,6 +4,7 @@ What is overridden: how a batch is laid out (`rlaifv.packing`), where reference 
 (`rlaifv.reference`), the order of the data, and what happens when training goes wrong.
 """
 
+import contextlib
 import csv
 import logging
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -155,7 +157,14 @@ class PairTrainer(DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model, inputs = self._model_and_inputs(model, inputs)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            # TRL takes the head's weight without calling the head, and only a call would make FSDP gather it: TRL then
+            # does so itself, and each process would learn from its own pairs' gradient of its part of the head
+            head.unshard()
+        # accelerate wraps a model's forward in autocast, but not a model that FSDP shards
+        with self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext():
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         value = loss[0] if return_outputs else loss
         if not torch.isfinite(value):
             raise FloatingPointError(self._went_wrong(f"the loss is {value.item()}"))

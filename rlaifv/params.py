@@ -184,7 +184,7 @@ class TrainParams:
     lora_dropout: float = _below(1, 0.0)
     # linear layers of the language model that get an adapter
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # QLoRA: the frozen base in 4 bits (needs bitsandbytes and a GPU)
+    # QLoRA: the frozen base in 4 bits (needs bitsandbytes; slow on a CPU)
     load_in_4bit: bool = False
     # the vision tower is always frozen; this freezes what joins it to the text as well
     freeze_projector: bool = False
@@ -198,7 +198,7 @@ class TrainParams:
     checkpoints_per_epoch: int = _at_least(1, 4)
     # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     packed: bool = True
-    # main memory for the frozen tower's features; 0 computes them anew each time
+    # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
     feature_cache_gb: float = _at_least(0, 8.0)
     # warn when chosen answers lose this much log-prob per token against the reference
     collapse_nats: float = _more_than(0, 0.5)

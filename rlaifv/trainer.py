@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
@@ -67,8 +69,13 @@ def train_pairs(job: dict, main: bool) -> None:
     freeze(vlm.model, params)
     if torch.cuda.is_available() and not sharded() and not params.load_in_4bit:
         vlm.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if sharded():
+        # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
+        params = dataclasses.replace(params, feature_cache_gb=0)
     layout = choose_layout(vlm, data, params)
     trainer = make_trainer(vlm, data, params, run, job, layout)
+    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     last = last_checkpoint(run / "trainer")
     if last:
         log.info("train: resuming from %s", last.name)
@@ -113,6 +120,10 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
     bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
     """
+    if params.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
     dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
     vlm = load_vlm(policy, dtype=dtype, device="cpu")
     if not params.load_in_4bit:
@@ -122,11 +133,17 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
         source,
         revision=revision,
         use_safetensors=True,
+        dtype=getattr(torch, dtype),
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         ),
-        device_map={"": int(os.environ.get("LOCAL_RANK", "0"))},
+        device_map={"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"},
     )
+    for module in quantized.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else bitsandbytes repacks the weights of a CPU in the first look at them without gradients (our check of
+            # the layout) for a kernel that has none, and training goes on with that kernel
+            module.support_avx512bf16_for_cpu = False
     return dataclasses.replace(vlm, model=quantized.requires_grad_(False))
 
 
@@ -168,6 +185,10 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
     for module in vlm.model.modules():  # as TRL does, but before LoRA's own dropout joins
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if sharded() == "fsdp":
+        # transformers also lists classes of parts that this model has not (CLIP's text side); accelerate wants all
+        classes = {type(module).__name__ for module in vlm.model.modules()}
+        vlm.model._no_split_modules = sorted(classes & set(vlm.model._no_split_modules or ()))
     trainer = PairTrainer(
         model=vlm.model,
         args=args,
@@ -178,6 +199,15 @@ def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: 
         processing_class=vlm.processor or vlm.tokenizer,
         peft_config=lora_config(vlm.model, params) if params.lora_r else None,
     )
+    if trainer.is_fsdp_enabled:
+        # autocast computes in bfloat16, as for the reference; accelerate's policy would also round log-probs (-120 to
+        # 0.5 nats) and sum the gradients in bfloat16
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if params.load_in_4bit:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                # TRL rounds a 4-bit model's adapters to bfloat16, in which small steps vanish; ours are float32 always
+                parameter.data = parameter.data.float()
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Watch(params.beta, params.collapse_nats))
