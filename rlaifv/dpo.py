@@ -129,7 +129,9 @@ class PairTrainer(DPOTrainer):
         order = np.argsort(-lengths, kind="stable")
         # TRL caches what it computes under the dataset's fingerprint: ours says everything that determines it
         by_length = dataset.select(order, new_fingerprint=self.reference.fingerprint)
-        with_logps = super()._precompute_ref_logps(by_length, name, 4 * batch_size)
+        # ZeRO-3 records the order of modules in the first pass and fails in training when there was no second one
+        larger = batch_size if self.is_deepspeed_enabled else 4 * batch_size
+        with_logps = super()._precompute_ref_logps(by_length, name, larger)
         if self.is_fsdp_enabled:
             self.model.to("cpu")
         place = np.argsort(order)
