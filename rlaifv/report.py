@@ -45,7 +45,7 @@ def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def summarize(results: Mapping[str, dict], timings: Sequence[Mapping]) -> dict:
+def summarize(results: Mapping[str, dict], timings: Sequence[Mapping], max_recall_drop: float) -> dict:
     """The contents of metrics/summary.json; `results` are by round, "0" the base."""
     rounds = sorted((name for name in results if name != "0"), key=int)
     base = results["0"]["test"]
@@ -57,6 +57,7 @@ def summarize(results: Mapping[str, dict], timings: Sequence[Mapping]) -> dict:
         "base": base,
         "iterations": chosen,
         "final": final,
+        "recall_lost": recall_lost(results, max_recall_drop),
         "paired_test": results[rounds[-1]]["paired_test"] if rounds else {},
         "benchmarks": _headlines(results),
         "relative_reduction": reduction if base["response_hallucination"] else 0.0,
@@ -64,6 +65,14 @@ def summarize(results: Mapping[str, dict], timings: Sequence[Mapping]) -> dict:
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
     }
+
+
+def recall_lost(results: Mapping[str, dict], max_recall_drop: float) -> dict[str, dict[str, float]]:
+    """Rounds in which no checkpoint kept the base's recall on dev (`select.max_recall_drop`), so that the one with the
+    highest was taken → {"base": its recall, "chosen": the checkpoint's}."""
+    rounds = {name: result["selection"]["recall"] for name, result in results.items() if "selection" in result}
+    base = results["0"]["dev"]["recall"] if rounds else math.nan
+    return {n: {"base": base, "chosen": recall} for n, recall in rounds.items() if recall < base - max_recall_drop}
 
 
 def _headlines(results: Mapping[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
@@ -147,6 +156,17 @@ def paired_html(tests: Mapping[str, Mapping]) -> str:
         return ""
     n = next(iter(tests.values()))["n"]
     return f"<p>Last round against base, paired over the same {n} answers: {'; '.join(parts)}.</p>"
+
+
+def recall_html(lost: Mapping[str, Mapping[str, float]]) -> str:
+    """A warning for every round that bought less hallucination with less said; "" where recall was kept."""
+    return "".join(
+        f"<p><b>Round {html.escape(name)} says less than the base:</b> no checkpoint kept enough of its recall on dev "
+        f"({100 * recalls['base']:.1f} %, select.max_recall_drop); the one with the highest, "
+        f"{100 * recalls['chosen']:.1f} %, was taken. Rates of hallucination beside a lower recall are no improvement: "
+        "try fewer steps or a lower train.learning_rate.</p>"
+        for name, recalls in lost.items()
+    )
 
 
 def benchmarks_html(results: Mapping[str, Mapping]) -> str:
@@ -236,6 +256,7 @@ def page(
 ({100 * summary["relative_reduction"]:.1f} % less), recall {100 * summary["base"]["recall"]:.1f} % →
 {100 * summary["final"]["recall"]:.1f} %.</p>
 {rates_table(rows)}
+{recall_html(summary["recall_lost"])}
 {paired_html(summary["paired_test"])}
 <p>Answers to {summary["base"]["n"]} test instructions, rates in percent with 95 % bootstrap intervals{zero}. Counted
 as Object HalBench does, with objects found by vocabulary instead of a judge: compare them with each other, not with

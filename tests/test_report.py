@@ -5,7 +5,7 @@ import json
 from rlaifv.benchmarks import published
 from rlaifv.benchmarks.scores import Scores
 from rlaifv.benchmarks.statistics import intervals
-from rlaifv.report import benchmarks_html, page, paired_html, read_result, summarize
+from rlaifv.report import benchmarks_html, page, paired_html, read_result, recall_html, recall_lost, summarize
 
 RATES = {"response_hallucination": 0.4, "mention_hallucination": 0.2, "recall": 0.9, "mean_words": 20.0, "n": 300}
 TEST = {"base": 0.4, "aligned": 0.1, "difference": -0.3, "interval": [-0.35, -0.25], "p_value": 0.0005, "n": 300}
@@ -65,11 +65,11 @@ def test_a_score_of_the_papers_judge_and_protocol_is_marked_comparable():
 
 def test_without_benchmarks_there_is_no_section():
     assert benchmarks_html(results(benchmarks=False)) == ""
-    assert summarize(results(benchmarks=False), [])["benchmarks"] == {}
+    assert summarize(results(benchmarks=False), [], 0.01)["benchmarks"] == {}
 
 
 def test_the_summary_holds_the_paired_test_and_the_headline_rates():
-    summary = summarize(results(), [])
+    summary = summarize(results(), [], 0.01)
     assert summary["paired_test"]["response_hallucination"]["p_value"] == 0.0005
     assert summary["benchmarks"]["obj"]["round 1"] == {
         "chair_s_refine": 0.2,
@@ -84,8 +84,17 @@ def test_the_paired_test_is_one_line_under_the_table():
     line = paired_html({"response_hallucination": TEST})
     assert "response hallucination -30.0 points (-35.0 to -25.0), p &lt; 0.001" in line.replace("p <", "p &lt;")
     rates = [{**results()[name]["test"], "yes_no": {"n": 0}} for name in ("0", "1")]
-    summary = summarize(results(), []) | {"base": rates[0], "iterations": [{"iteration": 1, **rates[1]}]}
+    summary = summarize(results(), [], 0.01) | {"base": rates[0], "iterations": [{"iteration": 1, **rates[1]}]}
     assert page(summary, {}, [], {}, benchmarks_html(results())).count("paired over the same 300 answers") == 1
+
+
+def test_a_round_that_bought_less_hallucination_with_less_said_is_named_on_the_page():
+    kept = {"selection": {"recall": 0.985}}
+    found = {"0": {"dev": {"recall": 0.99}}, "1": kept, "2": {"selection": {"recall": 0.85}}}
+    assert recall_lost(found, 0.01) == {"2": {"base": 0.99, "chosen": 0.85}}
+    warning = recall_html(recall_lost(found, 0.01))
+    assert warning.count("says less than the base") == 1 and "Round 2" in warning and "85.0 %" in warning
+    assert recall_html(recall_lost({"0": found["0"], "1": kept}, 0.01)) == ""
 
 
 def test_what_the_suite_writes_is_what_the_report_reads(tmp_path):
