@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import statistics
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
@@ -297,9 +299,23 @@ class Publish(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         if params.lora_r:
             write_adapter(model, self.run / "adapter", weights)
-            merge(self.policy, self.run / "adapter", out, params.dtype)
+            with whole_models(trainer):
+                merge(self.policy, self.run / "adapter", out, params.dtype)
         else:
             write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+
+
+@contextlib.contextmanager
+def whole_models(trainer: PairTrainer) -> Iterator[None]:
+    """Within the block `from_pretrained` loads a whole model in this process. Under ZeRO-3 it would load a part of it
+    and wait for the other processes to load theirs, and they wait for this one to have written the checkpoint."""
+    config = getattr(trainer.args, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -28,10 +28,12 @@ def on_cpus(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
-def assert_killed_and_resumed_run_equals_one_process(folder: Path, name: str, config: Path, monkeypatch) -> None:
+def assert_killed_and_resumed_run_equals_one_process(
+    folder: Path, name: str, config: Path, monkeypatch, **settings
+) -> None:
     """A run in two processes that dies in its second epoch and is called again, against one process."""
-    one = run(folder, f"{name}-one")
-    params = dataclasses.replace(PARAMS, processes=2, accelerate_config=str(config))
+    one = run(folder, f"{name}-one", dataclasses.replace(PARAMS, **settings))
+    params = dataclasses.replace(PARAMS, processes=2, accelerate_config=str(config), **settings)
     monkeypatch.setenv("KILLED_BEFORE_STEP", "6")
     with pytest.raises(RuntimeError, match="training in 2 processes failed"):
         run(folder, name, params)
@@ -55,11 +57,13 @@ def test_fsdp_in_two_processes_trains_what_one_does_also_after_a_kill(folder, on
     assert_killed_and_resumed_run_equals_one_process(folder, "fsdp", config, monkeypatch)
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_deepspeed_in_two_processes_trains_what_one_does_also_after_a_kill(folder, on_cpus, monkeypatch, stage):
+def test_deepspeed_in_two_processes_trains_what_one_does_also_after_a_kill(folder, on_cpus, monkeypatch, stage, lora):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     config = ROOT / "params" / "accelerate" / f"{stage}.yaml"
-    assert_killed_and_resumed_run_equals_one_process(folder, stage, config, monkeypatch)
+    name = f"{stage}-lora" if lora else stage
+    assert_killed_and_resumed_run_equals_one_process(folder, name, config, monkeypatch, **lora)
 
 
 def test_without_gpus_a_run_that_would_not_be_sharded_says_so(folder, monkeypatch):
