@@ -58,7 +58,7 @@ class PairCollator:
         batch["pairs"] = [example["pair"] for example in examples]
         if self.segment_weight != 1.0:
             batch["weights"] = segment_weights(pairs, batch["input_ids"].shape[1], self.segment_weight)
-        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+        for key in COLUMNS:
             if key in examples[0]:
                 batch[key] = torch.tensor([example[key] for example in examples])
         return batch
@@ -100,7 +100,7 @@ class PairTrainer(DPOTrainer):
         return dataset  # the pairs are tokenized already, jointly
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["pair", "ref_chosen_logps", "ref_rejected_logps"]
+        self._signature_columns = ["pair", *COLUMNS]
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args

@@ -134,6 +134,11 @@ def digest_files(*paths: Path) -> str:
     return state.hexdigest()
 
 
+def digest_modules(*names: str) -> str:
+    """16 hex digits of source files below rlaifv/."""
+    return digest_files(*(ROOT / "rlaifv" / name for name in names))
+
+
 def batched(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 

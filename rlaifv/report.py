@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from rlaifv.benchmarks.published import HEADLINES
 from rlaifv.records import RATES, read_jsonl
+from rlaifv.select import keeps_recall
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1020px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -70,9 +71,12 @@ def summarize(results: Mapping[str, dict], timings: Sequence[Mapping], max_recal
 def recall_lost(results: Mapping[str, dict], max_recall_drop: float) -> dict[str, dict[str, float]]:
     """Rounds in which no checkpoint kept the base's recall on dev (`select.max_recall_drop`), so that the one with the
     highest was taken → {"base": its recall, "chosen": the checkpoint's}."""
-    rounds = {name: result["selection"]["recall"] for name, result in results.items() if "selection" in result}
-    base = results["0"]["dev"]["recall"] if rounds else math.nan
-    return {n: {"base": base, "chosen": recall} for n, recall in rounds.items() if recall < base - max_recall_drop}
+    chosen = {name: result["selection"] for name, result in results.items() if "selection" in result}
+    return {
+        name: {"base": results["0"]["dev"]["recall"], "chosen": row["recall"]}
+        for name, row in chosen.items()
+        if not keeps_recall(row, results["0"]["dev"], max_recall_drop)
+    }
 
 
 def _headlines(results: Mapping[str, dict]) -> dict[str, dict[str, dict[str, float]]]:

@@ -2,10 +2,15 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+
+def keeps_recall(row: Mapping, base: Mapping, max_recall_drop: float) -> bool:
+    """Whether a dev row's recall is at most `max_recall_drop` below the base model's."""
+    return row["recall"] >= base["recall"] - max_recall_drop
 
 
 def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
@@ -17,7 +22,7 @@ def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
     """
     if not rows:
         raise ValueError("no checkpoint to choose from")
-    kept = [row for row in rows if row["recall"] >= base["recall"] - max_recall_drop]
+    kept = [row for row in rows if keeps_recall(row, base, max_recall_drop)]
     if not kept:
         best = max(rows, key=lambda row: row["recall"])
         log.warning(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rlaifv import ROOT
 from rlaifv.params import ModelParams, Params, load_params
-from rlaifv.records import digest, digest_files, write_atomic
+from rlaifv.records import digest, digest_files, digest_modules, write_atomic
 
 if TYPE_CHECKING:
     from rlaifv.served import ServedLabeler
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
 ANSWERING = ("images.py", "prefill.py", "prefix.py", "processors.py", "rows.py", "sampling.py", "vlm.py")
-"""The modules that everything which a model says runs through; a part of every `Stage.key`."""
+"""The modules that everything which a model says runs through."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class Stage:
         """The scratch key: the stage's parameters and seed, its input files' bytes, its source.
 
         Args:
-            modules: the files below rlaifv/ that decide what the work comes to; tests/test_notebooks.py knows when one
-                is missing.
+            modules: the files below rlaifv/ that decide what the work comes to, beside those of `ANSWERING`;
+                tests/test_notebooks.py knows when one is missing.
         """
         return {
             "params": digest(getattr(self.params, self.name, None)),
             "seed": self.params.seed,
             "inputs": digest_files(*inputs),
-            "source": digest_files(*(Path(__file__).parent / module for module in modules)),
+            "source": digest_modules(*modules, *ANSWERING),
             **extra,
         }
 

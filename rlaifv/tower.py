@@ -69,6 +69,7 @@ class FrozenTower:
         self.outputs: dict[int, list] = {}  # per image: the tower's output, flattened
         self.meta: dict[int, dict[str, torch.Tensor]] = {}  # per image: what else the model wants to know of it
         self._spec = None
+        self._one_row_an_image = True  # until the tower's output shows otherwise
         self._recording: list | None = None
         self._serving: list[int] | None = None
         self._original = tower.forward
@@ -108,6 +109,7 @@ class FrozenTower:
         inputs = self._inputs_alike(image)
         parts = self._record(backbone, stack_inputs(list(inputs.values()), device), len(inputs))
         if parts is None:  # the tower's output is not one row an image: this model's images go through it one by one
+            self._one_row_an_image = False
             inputs = {image: inputs[image]}
             parts = self._record(backbone, stack_inputs(list(inputs.values()), device), 1)
         for number, part in zip(inputs, parts, strict=True):
@@ -121,7 +123,7 @@ class FrozenTower:
         """The inputs of `image` and of the images of its group whose pixels, and nothing else, have the same shape."""
         own = self.data.image_inputs(image)
         shape = own["pixel_values"].shape
-        if set(own) != {"pixel_values"} or len(shape) != 4 or shape[0] != 1:
+        if not self._one_row_an_image or set(own) != {"pixel_values"} or len(shape) != 4 or shape[0] != 1:
             return {image: own}
         first = image - image % GROUP
         group = range(first, min(first + GROUP, len(self.data.prompts)))

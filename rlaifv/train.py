@@ -24,7 +24,7 @@ import torch
 from rlaifv import ROOT
 from rlaifv.params import TrainParams, check_train
 from rlaifv.preferences import read_pairs
-from rlaifv.records import digest_files
+from rlaifv.records import digest_modules
 from rlaifv.vlm import fingerprint_checkpoint
 
 SOURCES = (
@@ -81,7 +81,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         "pairs": read_pairs(pairs)[1],
         "params": {k: v for k, v in dataclasses.asdict(params).items() if k != "collapse_nats"},
         "seed": seed,
-        "source": digest_files(*(ROOT / "rlaifv" / name for name in SOURCES)),
+        "source": digest_modules(*SOURCES),
     }
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     run = scratch / f"train-{key}"

@@ -13,7 +13,7 @@ from rlaifv.vlm import load_vlm
 
 
 class Shapes:
-    """Images of given (height, width), and how often each was preprocessed."""
+    """Images of given (height, width), and which of them are not needed any more."""
 
     def __init__(self, sizes: list[tuple[int, int]]):
         generator = torch.Generator().manual_seed(0)
@@ -76,8 +76,9 @@ def test_groups_do_not_depend_on_which_image_is_asked_for_first():
 
 def test_a_tower_whose_rows_are_not_images_reads_them_one_by_one():
     data, tower = Shapes([(4, 4), (4, 4), (4, 4)]), Sums()
-    kept, backbone, _ = make_tower(data, tower)
+    kept, backbone, sizes = make_tower(data, tower)
     features = served(kept, backbone, tower, [2, 1])
+    assert sizes[:3] == [3, 1, 1], "together once, to find out"
     assert torch.equal(features, torch.cat([tower.__class__.forward(tower, data.pixels[i]) for i in (2, 1)]))
 
 

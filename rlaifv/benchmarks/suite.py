@@ -31,7 +31,18 @@ from rlaifv.benchmarks.statistics import intervals
 from rlaifv.evaluate import best_answers
 from rlaifv.images import decode_image, open_image
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
-from rlaifv.records import Reject, Store, batched, digest, digest_files, read_jsonl, to_json, write_atomic, write_jsonl
+from rlaifv.records import (
+    Reject,
+    Store,
+    batched,
+    digest,
+    digest_files,
+    digest_modules,
+    read_jsonl,
+    to_json,
+    write_atomic,
+    write_jsonl,
+)
 from rlaifv.sampling import Prompt
 from rlaifv.stage import ANSWERING
 from rlaifv.vlm import VLM
@@ -101,7 +112,7 @@ def answer(
             "questions": digest_files(*files),
             "images": digest([str(question.image) for question in questions]),
             "model": vlm.fingerprint,
-            "source": digest_files(Path(__file__), *(ROOT / "rlaifv" / n for n in ("evaluate.py", *ANSWERING))),
+            "source": digest_modules("benchmarks/suite.py", "evaluate.py", *ANSWERING),
         }
         store = Store(f"benchmark_{name}@{iteration}", key, scratch)
         for index, chunk in store.pending(batched(questions, params.batch_size)):
