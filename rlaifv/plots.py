@@ -246,7 +246,7 @@ def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping
 def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Response hallucination and recall against N (left, middle) and against each other (right); `curves` are the rows
     of `self_feedback.curve` per policy. The first policy is dashed."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
     for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
         for method, color in colors.items():
@@ -270,6 +270,7 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set(xlabel="N, best of", xticks=at, xticklabels=at)
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=6.5, ncols=2)
+    # below the panels: within one it would hide curves
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     axes[2].set(xlabel="response hallucination (%)", ylabel="recall (%)")
     return figure
