@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
@@ -34,7 +34,7 @@ from rlaifv.preferences import PairData
 from rlaifv.records import write_atomic
 from rlaifv.reference import ReferenceStore
 from rlaifv.tower import vision_tower
-from rlaifv.vlm import VLM, load_vlm, resolve_checkpoint
+from rlaifv.vlm import VLM, load_vlm
 
 log = logging.getLogger(__name__)
 
@@ -127,26 +127,20 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
             "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
         )
     dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
-    vlm = load_vlm(policy, dtype=dtype, device="cpu")
     if not params.load_in_4bit:
-        return vlm
-    source, revision = resolve_checkpoint(policy)
-    quantized = AutoModelForImageTextToText.from_pretrained(
-        source,
-        revision=revision,
-        use_safetensors=True,
-        dtype=getattr(torch, dtype),
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        ),
-        device_map={"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"},
+        return load_vlm(policy, dtype=dtype, device="cpu")
+    vlm = load_vlm(
+        policy,
+        dtype=dtype,
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu",
+        quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     )
-    for module in quantized.modules():
+    for module in vlm.model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else bitsandbytes repacks the weights of a CPU in the first look at them without gradients (our check of
             # the layout) for a kernel that has none, and training goes on with that kernel
             module.support_avx512bf16_for_cpu = False
-    return dataclasses.replace(vlm, model=quantized.requires_grad_(False))
+    return vlm
 
 
 def sharded() -> str | None:

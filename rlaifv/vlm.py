@@ -21,6 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlaifv import ROOT
 from rlaifv.processors import load_processor
@@ -108,11 +109,13 @@ def load_vlm(
     device: str = "auto",
     adapter: str | None = None,
     attn_implementation: str = "sdpa",
+    quantization: QuantizationConfigMixin | None = None,
 ) -> VLM:
     """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
 
     A VLM is loaded with its processor, a plain language model with its tokenizer only. `device` is "auto" (all
-    visible accelerators, else CPU), "cpu" or "cuda". Only safetensors are read and no remote code runs.
+    visible accelerators, else CPU), "cpu", "cuda" or "cuda:K". `quantization` is how transformers should shrink the
+    weights while it loads them. Only safetensors are read and no remote code runs.
     """
     source, revision = resolve_checkpoint(path, revision)
     try:
@@ -130,7 +133,8 @@ def load_vlm(
         attn_implementation=attn_implementation,
         use_safetensors=True,
         trust_remote_code=False,
-        device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else None,
+        device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else quantization and {"": "cpu"},
+        quantization_config=quantization,
     )
     if adapter is not None:
         from peft import PeftModel
@@ -154,8 +158,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
 
 
-def prompt_text(vlm: VLM, question: str, *, image: bool = True, answer: str | None = None) -> str:
-    """The chat of one user turn, rendered by the checkpoint's own template.
+def prompt_text(
+    vlm: VLM, question: str, *, image: bool = True, answer: str | None = None, prompt: str | None = None
+) -> str:
+    """The chat of one user turn, rendered by the checkpoint's own template; `prompt` is its text without the answer,
+    for callers who have it.
 
     Without `answer` the text ends where the model's answer begins. With `answer` it goes on with the answer as the
     template renders it and ends with exactly one end token: the one of the model's that the template ends a turn with
@@ -167,7 +174,8 @@ def prompt_text(vlm: VLM, question: str, *, image: bool = True, answer: str | No
     if not vlm.sees_images:
         messages = [{"role": "user", "content": question}]
     templated = vlm.processor or vlm.tokenizer
-    prompt = templated.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if prompt is None:
+        prompt = templated.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if answer is None:
         return prompt
     reply = [{"type": "text", "text": answer}] if vlm.sees_images else answer
@@ -218,7 +226,7 @@ def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str
     head, kept = expanded_head(plain, expanded)
     rows, starts = [], []
     for answer in answers or []:
-        text = prompt_text(vlm, question, image=image is not None, answer=answer)
+        text = prompt_text(vlm, question, image=image is not None, answer=answer, prompt=prompt)
         ids = vlm.tokenizer(text, add_special_tokens=special)["input_ids"]
         if ids[:kept] != plain[:kept]:
             raise ValueError(f"{vlm.name}: the answer {answer[:40]!r} changes tokens before the image")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -161,6 +162,25 @@ def test_pairs_of_one_question_about_one_image_share_its_encoding(folder):
     pq.write_table(pa.Table.from_pylist(rows), folder / "same.parquet")
     data = PairData(load_vlm(str(folder / "model"), device="cpu"), folder / "same.parquet")
     assert {p.image for p in data.pairs[:6]} == {0}
+
+
+def test_tokenizing_many_pairs_says_how_far_it_is_and_renders_each_prompt_once(folder, caplog, monkeypatch):
+    vlm = load_vlm(str(folder / "model"), device="cpu")
+    save_pairs(folder / "many.parquet", 4)
+    clock = itertools.count(step=10)
+    monkeypatch.setattr("rlaifv.preferences.time.monotonic", lambda: next(clock))
+    rendered = []
+    render = type(vlm.processor).apply_chat_template
+
+    def count(self, messages, **kwargs):
+        rendered.append(len(messages))
+        return render(self, messages, **kwargs)
+
+    monkeypatch.setattr(type(vlm.processor), "apply_chat_template", count)
+    with caplog.at_level("INFO", logger="rlaifv"):
+        data = PairData(vlm, folder / "many.parquet")
+    assert "train: 4 of 4 pairs tokenized" in caplog.text
+    assert rendered.count(1) == len(data.prompts) and rendered.count(2) == 2 * len(data.pairs)
 
 
 def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folder, tmp_path):
