@@ -11,7 +11,7 @@ from rlaifv.pairs import Pair, write_pairs
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, write_jsonl
 from rlaifv.tinyworld.coco import write_world
 from rlaifv.tinyworld.language import claims, imagined_caption, is_true
-from rlaifv.tinyworld.scenes import make_scene
+from rlaifv.tinyworld.scenes import Group, Scene, make_scene
 from rlaifv.tinyworld.truth import claim_accuracy, false_claims, holds, interval, pair_agreement, score_round
 
 SCENES = {i: make_scene(7, i) for i in range(1, 60)}
@@ -48,6 +48,22 @@ def test_a_labeler_that_accepts_everything_is_right_about_the_true_claims_only()
     assert found["false_accepted"] == 1.0 and found["true_rejected"] == 0.0
     low, high = found["accuracy_interval"]
     assert 0.5 < low < found["accuracy"] < high < 1.0
+
+
+def test_an_error_is_the_dividers_when_the_question_asks_something_else():
+    scene = Scene(1, "kitchen", (Group("cup", "red", 1, 0), Group("fork", "blue", 1, 4)))
+    rows = [  # claim, question, accepted
+        ("The cup is red.", "Is the cup red?", True),
+        ("The fork is blue.", "Is the fork red?", False),  # the divider's error
+        ("The fork is at the center.", "Is the fork at the center?", False),  # the labeler's
+        ("What a picture of a cup.", "Is it?", True),  # no atomic claim: nobody's
+    ]
+    judged = [
+        (Claim(str(k), "1", claim, question), Judgement(str(k), float(accepted), float(not accepted), accepted, "l"))
+        for k, (claim, question, accepted) in enumerate(rows)
+    ]
+    found = claim_accuracy(judged, lambda _: scene)
+    assert (found["accuracy"], found["misquoted"], found["wrong_misquoted"]) == (0.5, 0.25, 0.5)
 
 
 def test_a_coin_is_right_half_the_time():

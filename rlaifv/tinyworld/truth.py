@@ -20,7 +20,7 @@ from rlaifv.params import ParamsError, load_params
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records
 from rlaifv.stage import PREPARED, Paths
 from rlaifv.tinyworld.coco import read_scenes
-from rlaifv.tinyworld.language import claim_type, claims, is_true
+from rlaifv.tinyworld.language import claim_type, claims, is_true, to_question
 from rlaifv.tinyworld.scenes import Scene
 
 
@@ -37,6 +37,15 @@ def holds(claim: str, scene: Scene) -> bool:
         return false_claims(claim, scene) == 0
 
 
+def misquoted(claim: Claim) -> bool:
+    """Whether the claim's question is another text than this world's question for it: the labeler is then asked about
+    something else, which is the divider's error. A text that is no atomic claim has no such question."""
+    try:
+        return claim.question != to_question(claim.claim)
+    except ValueError:
+        return False
+
+
 def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable[[str], Scene]) -> dict[str, object]:
     """Share of judgements that agree with the truth, overall and per type of claim, and the two kinds of error.
 
@@ -49,12 +58,15 @@ def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable
     truth = np.array([holds(claim.claim, scene) for (claim, _), scene in zip(judged, scenes, strict=True)])
     said = np.array([judgement.accepted for _, judgement in judged])
     right, types = truth == said, np.array([_type(claim.claim) for claim, _ in judged])
+    other = np.array([misquoted(claim) for claim, _ in judged])
     return {
         "accuracy": float(right.mean()),
         "accuracy_interval": interval(right, np.array([scene.image_id for scene in scenes])),
         "per_type": {str(kind): float(right[types == kind].mean()) for kind in sorted(set(types))},
         "false_accepted": float(said[~truth].mean()) if (~truth).any() else 0.0,
         "true_rejected": float((~said[truth]).mean()) if truth.any() else 0.0,
+        "misquoted": float(other.mean()),
+        "wrong_misquoted": float(other[~right].mean()) if (~right).any() else 0.0,
         "n": len(judged),
     }
 
