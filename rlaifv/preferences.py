@@ -6,8 +6,6 @@ answer longer than the context, a broken image) is rejected by its id and never 
 """
 
 import hashlib
-import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,8 @@ import pyarrow.parquet as pq
 import torch
 
 from rlaifv.images import decode_image
-from rlaifv.records import Reject
+from rlaifv.records import Reject, progress
 from rlaifv.vlm import VLM, encode
-
-log = logging.getLogger(__name__)
 
 KEPT_INPUTS = 512 << 20
 """Bytes of preprocessed images that stay in memory between tokenizing a prompt and encoding its image, so that those
@@ -71,12 +67,8 @@ class PairData:
         self._room = KEPT_INPUTS
         limit = max_length or context_length(vlm)
         encoded: list[tuple[int, EncodedPair]] = []
-        said = time.monotonic()
-        for rows in self._by_prompt().values():
+        for rows in progress(list(self._by_prompt().values()), "tokenize"):
             encoded += self._encode_prompt(rows, limit)
-            if time.monotonic() - said >= 5:
-                said = time.monotonic()
-                log.info("train: %d of %d pairs tokenized", len(encoded) + len(self.rejects), len(self.table))
         self.pairs = [pair for _, pair in sorted(encoded, key=lambda item: item[0])]
 
     def _by_prompt(self) -> dict[tuple[bytes, str], list[int]]:

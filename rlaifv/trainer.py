@@ -69,8 +69,8 @@ def train_pairs(job: dict, main: bool) -> None:
     if not data.pairs:
         raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
     freeze(vlm.model, params)
-    if torch.cuda.is_available() and not sharded() and not params.load_in_4bit:
-        vlm.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if not sharded() and not params.load_in_4bit:
+        vlm.model.to(own_device())
     if sharded():
         # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
         params = dataclasses.replace(params, feature_cache_gb=0)
@@ -132,7 +132,7 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     vlm = load_vlm(
         policy,
         dtype=dtype,
-        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu",
+        device=own_device(),
         quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     )
     for module in vlm.model.modules():
@@ -141,6 +141,11 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
             # the layout) for a kernel that has none, and training goes on with that kernel
             module.support_avx512bf16_for_cpu = False
     return vlm
+
+
+def own_device() -> str:
+    """This process's GPU, or "cpu" where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def sharded() -> str | None:

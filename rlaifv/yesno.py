@@ -53,7 +53,7 @@ def first_answer_token(vlm: VLM, word: str) -> int | None:
     """
     image = vlm.sees_images
     prompt = prompt_text(vlm, PROBE, image=image)
-    answered = prompt_text(vlm, PROBE, image=image, answer=word)
+    answered = prompt_text(vlm, PROBE, image=image, answer=word, prompt=prompt)
     special = special_tokens_needed(vlm, prompt)
     before, after = (vlm.tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prompt, answered))
     *beginning, token, _end = after

@@ -168,7 +168,7 @@ def test_tokenizing_many_pairs_says_how_far_it_is_and_renders_each_prompt_once(f
     vlm = load_vlm(str(folder / "model"), device="cpu")
     save_pairs(folder / "many.parquet", 4)
     clock = itertools.count(step=10)
-    monkeypatch.setattr("rlaifv.preferences.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("rlaifv.records.time.monotonic", lambda: next(clock))
     rendered = []
     render = type(vlm.processor).apply_chat_template
 
@@ -179,7 +179,7 @@ def test_tokenizing_many_pairs_says_how_far_it_is_and_renders_each_prompt_once(f
     monkeypatch.setattr(type(vlm.processor), "apply_chat_template", count)
     with caplog.at_level("INFO", logger="rlaifv"):
         data = PairData(vlm, folder / "many.parquet")
-    assert "train: 4 of 4 pairs tokenized" in caplog.text
+    assert "tokenize: 1/3, 0.05/s, 40 s left" in caplog.text and "tokenize: 3 done" in caplog.text
     assert rendered.count(1) == len(data.prompts) and rendered.count(2) == 2 * len(data.pairs)
 
 
