@@ -9,7 +9,7 @@ import csv
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +68,16 @@ class EpochOrder(Sampler[int]):
     """A new permutation of the pairs each epoch, from (seed, epoch) alone; the incomplete last batch is left out.
 
     The epoch is read off the trainer's step, so an interrupted epoch goes on in its own order, and every step sees
-    the same pairs on any number of processes.
+    the same pairs on any number of processes. Within a step the longest pairs come first, so that a micro-batch holds
+    rows of like length and little padding; which pairs make a step is left to chance.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, step: Callable[[], int]):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, step: Callable[[], int]):
+        n = len(lengths)
         if n < batch_size:
             raise ValueError(f"{n} pairs do not fill one batch: set train.batch_size (now {batch_size}) to {n} or less")
-        self.n, self.seed, self.step = n, seed, step
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.seed, self.step = batch_size, seed, step
         self.steps_per_epoch = n // batch_size
         self.length = self.steps_per_epoch * batch_size
 
@@ -84,7 +87,9 @@ class EpochOrder(Sampler[int]):
     def __iter__(self):
         epoch = self.step() // self.steps_per_epoch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        yield from torch.randperm(self.n, generator=generator)[: self.length].tolist()
+        steps = torch.randperm(len(self.lengths), generator=generator)[: self.length].view(-1, self.batch_size)
+        by_length = self.lengths[steps].argsort(dim=1, descending=True, stable=True)
+        yield from steps.gather(1, by_length).flatten().tolist()
 
 
 class PairTrainer(DPOTrainer):
@@ -103,9 +108,7 @@ class PairTrainer(DPOTrainer):
         self._signature_columns = ["pair", *COLUMNS]
 
     def _get_train_sampler(self, train_dataset=None):
-        args = self.args
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return EpochOrder(len(self.train_dataset), batch, args.seed, lambda: self.state.global_step)
+        return EpochOrder(self._lengths(), pairs_per_step(self.args), self.args.seed, lambda: self.state.global_step)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         stored = self.reference.load()
@@ -125,8 +128,7 @@ class PairTrainer(DPOTrainer):
             # TRL has loaded a second model, which cannot read our rows; the policy itself is not sharded yet
             self.ref_model = None
             self.model.to(self.accelerator.device)
-        lengths = np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) for p in self.pair_data.pairs])
-        order = np.argsort(-lengths, kind="stable")
+        order = np.argsort(-np.array(self._lengths()), kind="stable")
         # TRL caches what it computes under the dataset's fingerprint: ours says everything that determines it
         by_length = dataset.select(order, new_fingerprint=self.reference.fingerprint)
         # ZeRO-3 records the order of modules in the first pass and fails in training when there was no second one
@@ -136,6 +138,9 @@ class PairTrainer(DPOTrainer):
             self.model.to("cpu")
         place = np.argsort(order)
         return {key: np.asarray(with_logps[key], np.float32)[place] for key in COLUMNS}
+
+    def _lengths(self) -> list[int]:
+        return [pair.row_length for pair in self.pair_data.pairs]
 
     def compute_ref_log_probs(self, model, inputs):
         model, inputs = self._model_and_inputs(model, inputs)

@@ -31,7 +31,7 @@ def choose_layout(vlm: VLM, data: PairData, params: TrainParams) -> str:
 
 
 def _choose(vlm: VLM, data: PairData, params: TrainParams) -> str:
-    by_length = sorted(data.pairs, key=lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
+    by_length = sorted(data.pairs, key=lambda pair: pair.row_length)
     sample, pad = [by_length[0], by_length[-1]], vlm.tokenizer.pad_token_id
     anew, kept = ImageInputs(data), None
     tower = vision_tower(vlm.model)

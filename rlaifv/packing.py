@@ -1,4 +1,5 @@
 """One row per pair: `[prompt | chosen | rejected]`, the image's features once, hidden states at answer positions only.
+What both answers begin with alike is part of what they share, like the prompt: it goes through the model once.
 
 `build_batch` lays out a batch of pairs, `RowReader` teaches a model to read it. TRL's loss sees neither: it gets
 `input_ids` that hold only the answers, and hidden states that stand exactly where the answers' predictions are, so
@@ -28,7 +29,8 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     `rows`, what the model really reads:
 
     - `input_ids` [R, n], right-padded; R = B packed, 2B plain
-    - `branch` [R, n] int8: 0 prompt, 1 chosen, 2 rejected, -1 padding
+    - `branch` [R, n] int8: 0 what both share (the prompt, and in packed rows the tokens that both answers begin with),
+      1 chosen, 2 rejected, -1 padding
     - `position_ids` [R, n]: the second branch starts where the first did (packed only)
     - `gather` [2B, 1 + A]: index into the flattened [R * n] of the position that predicts each column's next token
     - `images` [R]: which image each row is about
@@ -41,30 +43,34 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     gather = np.zeros((len(answers), width), np.int64)
     branches = [[p.chosen, p.rejected] for p in pairs] if packed else [[ids] for ids, _ in answers]
     prompts = list(pairs) if packed else [*pairs, *pairs]
-    lengths = [len(p.prompt) + sum(map(len, b)) for p, b in zip(prompts, branches, strict=True)]
+    common = [p.common if packed else 0 for p in prompts]
+    lengths = [
+        len(p.prompt) + k + sum(len(ids) - k for ids in b) for p, b, k in zip(prompts, branches, common, strict=True)
+    ]
     n = max(lengths)
     ids = np.full((len(prompts), n), pad_token_id, np.int64)
     branch = np.full((len(prompts), n), PAD_BRANCH, np.int8)
     positions = np.zeros((len(prompts), n), np.int64)
     types = {key: np.zeros((len(prompts), n), np.int64) for key in pairs[0].token_types}
-    for row, (pair, row_branches) in enumerate(zip(prompts, branches, strict=True)):
-        shared = len(pair.prompt)
-        ids[row, :shared], branch[row, :shared], positions[row, :shared] = pair.prompt, 0, np.arange(shared)
+    for row, (pair, row_branches, k) in enumerate(zip(prompts, branches, common, strict=True)):
+        prompt, shared = len(pair.prompt), len(pair.prompt) + k
+        ids[row, :prompt], ids[row, prompt:shared] = pair.prompt, pair.chosen[:k]
+        branch[row, :shared], positions[row, :shared] = 0, np.arange(shared)
         for key, values in pair.token_types.items():
-            types[key][row, :shared] = values
+            types[key][row, :prompt] = values
         start = shared
         for number, answer in enumerate(row_branches):
-            stop = start + len(answer)
-            ids[row, start:stop] = answer
+            stop = start + len(answer) - k
+            ids[row, start:stop] = answer[k:]
             branch[row, start:stop] = number + 1
-            positions[row, start:stop] = shared + np.arange(len(answer))
+            positions[row, start:stop] = shared + np.arange(stop - start)
             out = row + number * len(pairs)  # chosen rows first, rejected rows behind them
             labels[out, 1 : 1 + len(answer)] = answer
             completion[out, 1 + answers[out][1] : 1 + len(answer)] = 1
-            tokens[out, 0], tokens[out, 1 : 1 + len(answer)] = shared, 1
-            # the last prompt token predicts a branch's first token, then each token the one behind it
-            gather[out, 0] = row * n + shared - 1
-            gather[out, 1 : 1 + len(answer)] = row * n + np.arange(start, stop)
+            tokens[out, 0], tokens[out, 1 : 1 + len(answer)] = prompt, 1
+            # the last prompt token predicts an answer's first token, then each token the one behind it
+            gather[out, : 1 + k] = row * n + np.arange(prompt - 1, shared)
+            gather[out, 1 + k : 1 + len(answer)] = row * n + np.arange(start, stop)
             start = stop
     as_tensor = torch.from_numpy
     return {

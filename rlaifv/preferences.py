@@ -49,6 +49,18 @@ class EncodedPair:
     rejected_start: int
     token_types: dict[str, np.ndarray]
 
+    @property
+    def common(self) -> int:
+        """How many tokens `chosen` and `rejected` begin with alike: two samples of one model often begin the same."""
+        n = min(len(self.chosen), len(self.rejected))
+        differ = np.flatnonzero(self.chosen[:n] != self.rejected[:n])
+        return int(differ[0]) if len(differ) else n
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of its packed row: what both answers begin with once, then the rest of each."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected) - self.common
+
 
 class PairData:
     """All pairs of a parquet file (or of a folder of them), tokenized; image bytes stay in the memory-mapped table.

@@ -243,7 +243,7 @@ def test_chosen_answers_that_lose_their_likelihood_are_warned_about_once(caplog)
 
 def test_every_epoch_has_its_own_order_and_an_interrupted_one_goes_on_in_it():
     step = 0
-    order = EpochOrder(10, 4, seed=1, step=lambda: step)
+    order = EpochOrder([7] * 10, 4, seed=1, step=lambda: step)
     first = list(order)
     assert len(first) == len(order) == 8 and len(set(first)) == 8
     step = 1
@@ -251,7 +251,16 @@ def test_every_epoch_has_its_own_order_and_an_interrupted_one_goes_on_in_it():
     step = 2
     assert list(order) != first
     with pytest.raises(ValueError, match=r"set train\.batch_size"):
-        EpochOrder(3, 4, seed=1, step=lambda: 0)
+        EpochOrder([7] * 3, 4, seed=1, step=lambda: 0)
+
+
+def test_a_step_starts_with_its_longest_pairs_and_which_pairs_it_has_is_left_to_chance():
+    lengths = [3, 9, 5, 5, 8, 1, 2, 9, 4, 6]
+    sorted_steps, plain_steps = (
+        torch.tensor(list(EpochOrder(of, 4, seed=5, step=lambda: 0))).view(-1, 4).tolist() for of in (lengths, [0] * 10)
+    )
+    for longest_first, as_drawn in zip(sorted_steps, plain_steps, strict=True):
+        assert longest_first == sorted(as_drawn, key=lambda pair: -lengths[pair])
 
 
 @pytest.mark.parametrize(

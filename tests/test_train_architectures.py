@@ -30,8 +30,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Four pairs about images of three shapes, with answers of different lengths."""
-    rows = []
+    """Four pairs about images of three shapes, with answers of different lengths; those of the last begin alike."""
+    rows, said = [], architectures.ANSWERS
+    begun = max(said, key=len)
     for i, (width, height) in enumerate([(40, 40), (64, 40), (40, 80), (40, 40)]):
         buffer = io.BytesIO()
         architectures.picture(width, height, i).save(buffer, "PNG")
@@ -39,8 +40,8 @@ def pairs(tmp_path_factory) -> Path:
             {
                 "image": {"bytes": buffer.getvalue(), "path": ""},
                 "question": architectures.QUESTIONS[i],
-                "chosen": architectures.ANSWERS[i % 3],
-                "rejected": architectures.ANSWERS[(i + 1) % 3],
+                "chosen": said[i % 3] if i < 3 else begun,
+                "rejected": said[(i + 1) % 3] if i < 3 else f"{begun[: len(begun) // 2]} {said[0]}",
                 "idx": i,
             }
         )
@@ -56,6 +57,7 @@ def test_layout_is_exact_and_trained_tokens_are_the_answer_and_the_end_token(nam
     assert not data.rejects
     freeze(vlm.model, TrainParams())
     pad = vlm.tokenizer.pad_token_id
+    assert data.pairs[3].common > 1
     assert choose_layout(vlm, data, TrainParams()) == LAYOUTS[name]
     batch = build_batch(data.pairs, pad, packed=LAYOUTS[name].startswith("packed"))
     answers = [*data.table["chosen"].to_pylist(), *data.table["rejected"].to_pylist()]

@@ -191,10 +191,19 @@ def test_batches_of_any_pairs_predict_every_branch_token_from_its_predecessor(dr
             predictors = rows["gather"][out, :length]
             assert flat[predictors].tolist() == [pair.prompt[-1], *answer[:-1]]
             if packed:
+                assert (rows["branch"][out % len(pairs)] >= 0).sum() == pair.row_length
                 positions = rows["position_ids"].flatten()[predictors].tolist()
                 assert positions == list(range(len(pair.prompt) - 1, len(pair.prompt) - 1 + length))
             assert {int(p) // n for p in predictors} == {out % len(pairs) if packed else out}
         assert batch["attention_mask"].sum() == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+
+
+def test_what_both_answers_begin_with_is_in_a_row_once():
+    pair = EncodedPair("0", 0, np.array([1, 2]), np.array([5, 6, 7, 3]), np.array([5, 6, 8]), 0, 0, {})
+    rows = build_batch([pair], 0, packed=True)["rows"]
+    assert rows["input_ids"].tolist() == [[1, 2, 5, 6, 7, 3, 8]] and rows["branch"].tolist() == [[0, 0, 0, 0, 1, 1, 2]]
+    assert rows["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 4]]
+    assert rows["gather"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0]]
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
