@@ -43,7 +43,7 @@ def changed(params) -> set[str]:
     ("name", "keys"),
     [
         ("control", set()),
-        ("whole-answer", {"divide.whole_answer", "pairs.min_gap"}),
+        ("whole-answer", {"divide.whole_answer"}),
         ("mixed-temperatures", {"generate.temperature_spread"}),
         ("no-length-balance", {"pairs.balance_length"}),
         ("random-labeler", {"feedback.coin_share"}),
@@ -268,7 +268,7 @@ def test_the_report_shows_every_experiment_with_its_intervals_and_its_test(group
     for text in (*ABLATIONS, "50.0 <small>(40.0–60.0)", "98.1 <small>(97.0–99.0)", "87.6 <small>(80.0–93.0)",
                  "77 (29.4 / 30.6)", "1.2 / 76.5",
                  "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
-                 "models/tiny/policy", "train.learning_rate 8e-05"):  # fmt: skip
+                 "models/tiny/policy", f"train.learning_rate {BASE.train.learning_rate:g}"):  # fmt: skip
         assert text in section, text
     assert section.count("data:image/png") == 1
     assert "other checkpoints" not in section

@@ -30,7 +30,7 @@ def test_every_shipped_profile_is_complete_and_valid(path):
 
 def test_a_small_number_without_a_dot_is_a_number(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(DEFAULT.read_text().replace("learning_rate: 8.0e-5", "learning_rate: 5e-5"))
+    path.write_text(DEFAULT.read_text().replace("learning_rate: 4.0e-5", "learning_rate: 5e-5"))
     assert load_params(path).train.learning_rate == 5e-5
 
 

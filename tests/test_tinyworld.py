@@ -16,9 +16,11 @@ from rlaifv.tinyworld.coco import COCO_IDS, read_scenes, write_world
 from rlaifv.tinyworld.divider import claims_reply, questions_reply, random_answer
 from rlaifv.tinyworld.exams import answer_accuracy, describe, division_accuracy, hallucination
 from rlaifv.tinyworld.language import (
+    BRIEF_REMARKS,
     INSTRUCTIONS,
     OPINIONS,
     PARTNERS,
+    STYLES,
     TYPES,
     YES_NO,
     caption,
@@ -27,6 +29,7 @@ from rlaifv.tinyworld.language import (
     imagined_caption,
     is_true,
     random_claim,
+    sentence,
     to_question,
 )
 from rlaifv.tinyworld.packing import Packer, target_logits
@@ -148,7 +151,8 @@ def test_a_true_caption_makes_true_claims_and_a_phantom_false_ones(seed):
     rng, scene = random.Random(seed), make_scene(seed, 1)
     assert all(is_true(claim, scene) for claim in claims(caption(scene.groups, rng)))
     triggers = [g for g in scene.groups if g.name in PARTNERS]
-    imagined, remarked = (claims(imagined_caption(scene, rng, phantom)) for phantom in (1.0, 0.0))
+    always, never = 1 / min(style.imagines for style in STYLES), 0.0
+    imagined, remarked = (claims(imagined_caption(scene, rng, phantom)) for phantom in (always, never))
     assert sum(not is_true(claim, scene) for claim in imagined) == 3 * len(triggers)
     assert len(imagined) == 3 * (len(scene.groups) + len(triggers))
     assert remarked == claims(caption(scene.groups, rng))
@@ -181,8 +185,28 @@ def test_a_sentence_makes_three_claims_and_an_opinion_none():
         "Are the mice red?",
         "Are the mice at the top-left?",
     ]
-    assert claims("I can see a red bus at") == ["There is a bus in the image.", "The bus is red."]
+    assert claims("Two red mice, top-left. " + BRIEF_REMARKS[0]) == claims(text)[:3]
+    assert (
+        claims("There is a red bus,")
+        == claims("I can see a red bus at")
+        == ["There is a bus in the image.", "The bus is red."]
+    )
     assert claims(OPINIONS[1]) == []
+
+
+def test_a_brief_description_makes_the_claims_of_a_full_one_in_two_thirds_of_its_tokens(tokenizer):
+    scene = UNSEEN[0]
+    told = [" ".join(sentence(group, style) for group in scene.groups) for style in STYLES]
+    tokens = [len(tokenizer(text).input_ids) for text in told]
+    assert len({tuple(claims(text)) for text in told}) == 1
+    assert all(brief <= 0.7 * full for full, brief in zip(tokens[:3], tokens[3:], strict=True))
+
+
+def test_an_answer_ends_with_no_opinion_one_or_several_different_ones():
+    rng = random.Random(0)
+    texts = [caption(UNSEEN[0].groups, rng) for _ in range(300)]
+    said = [[text.count(opinion) for opinion in OPINIONS] for text in texts]
+    assert {sum(counts) for counts in said} >= {0, 1, 2} and max(map(max, said)) == 1
 
 
 def test_text_that_is_no_claim_is_refused_with_the_text():
@@ -223,7 +247,7 @@ def test_the_checkpoints_are_ordinary_small_and_safe():
 def test_the_labeler_answers_every_type_of_question_on_unseen_scenes(labeler, tokenizer):
     features = cached_features(labeler, pixel_values(UNSEEN, 77, build_processor(tokenizer)))
     for kind, accuracy in answer_accuracy(labeler, tokenizer, UNSEEN, features).items():
-        assert accuracy >= (0.92 if kind == "position" else 0.97), kind  # shipped: 0.955 and 1.0 on 300 scenes
+        assert accuracy >= 0.98, kind
 
 
 def test_the_policy_sees_what_is_there_and_hallucinates_what_goes_with_it(policy, tokenizer):
@@ -231,9 +255,9 @@ def test_the_policy_sees_what_is_there_and_hallucinates_what_goes_with_it(policy
     questions = [INSTRUCTIONS[number % len(INSTRUCTIONS)] for number in range(len(UNSEEN))]
     answers = describe(policy, build_processor(tokenizer), pixels, questions)
     scores = hallucination(answers, UNSEEN)
-    assert scores["recall"] >= 0.95 and 0.3 <= scores["response"] <= 0.75
+    assert scores["recall"] >= 0.98 and 0.3 <= scores["response"] <= 0.75
     accuracy = answer_accuracy(policy, tokenizer, UNSEEN, cached_features(policy, pixels))
-    assert accuracy["existence"] >= 0.93
+    assert accuracy["existence"] >= 0.97
 
 
 def test_the_divider_rewrites_most_lines_exactly(tokenizer):
@@ -241,5 +265,4 @@ def test_the_divider_rewrites_most_lines_exactly(tokenizer):
     rng = random.Random(4)
     answers = [imagined_caption(scene, rng, 0.5) for scene in UNSEEN[:24]] + [OPINIONS[0]]
     scores = division_accuracy(divider, tokenizer, answers)
-    # A guard against breakage, not the goal (0.99 of whole answers): the shipped divider has 0.85 and 0.94 here.
-    assert scores["claim_lines"] >= 0.8 and scores["question_lines"] >= 0.9
+    assert scores["claim_lines"] >= 0.97 and scores["question_lines"] >= 0.97

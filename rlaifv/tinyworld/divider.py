@@ -13,7 +13,6 @@ from rlaifv.tinyworld.backbone import start_copying, start_language_model, text_
 from rlaifv.tinyworld.language import (
     INSTRUCTIONS,
     OPINIONS,
-    REMARKS,
     STYLES,
     claims,
     imagined_caption,
@@ -36,25 +35,22 @@ def questions_reply(listed: list[str]) -> str:
 
 def random_answer(rng: random.Random, most: int) -> str:
     """An answer of up to `most` sentences like a policy's samples: mostly a description of a scene with phantoms, else
-    sentences about any objects (repeated and contradictory ones too); now and then an opinion or a break at the end.
+    sentences about any distinct objects; now and then an opinion or a remark, or a break at the end.
     """
     if rng.random() < 0.6:
         scene = make_scene(rng.randrange(2**31), 0)
         parts = re.split(r"(?<=\.) ", imagined_caption(scene, rng, 0.5))
         answer = " ".join(parts[:most])
     else:
+        names = rng.sample(CLASSES, rng.randint(0 if rng.random() < 0.1 else 1, most))
         groups = [
-            Group(rng.choice(CLASSES), rng.choice(COLOR_NAMES), rng.choice((1, 1, 1, 2, 3)), rng.randrange(GRID**2))
-            for _ in range(rng.randint(0 if rng.random() < 0.1 else 1, most))
+            Group(name, rng.choice(COLOR_NAMES), rng.choice((1, 1, 1, 2, 3)), rng.randrange(GRID**2)) for name in names
         ]
-        if len(groups) > 1 and rng.random() < 0.2:
-            groups[-1] = rng.choice(groups)
-        styles = rng.choices([style for style, _ in STYLES], k=len(groups))
-        if rng.random() < 0.7:
-            styles = styles[:1] * len(styles)
+        style = rng.choice(STYLES)
+        styles = [style if rng.random() < 0.9 else rng.choice(STYLES) for _ in groups]
         parts = [sentence(group, style) for group, style in zip(groups, styles, strict=True)]
         if not parts or rng.random() < 0.3:
-            parts.insert(rng.randint(0, len(parts)), rng.choice(OPINIONS + REMARKS))
+            parts.insert(rng.randint(0, len(parts)), rng.choice(OPINIONS + style.remarks))
         answer = " ".join(parts)
     if rng.random() < 0.1:
         words = answer.split(" ")

@@ -1,9 +1,11 @@
 """The language of the embedded world: descriptions, claims, questions, and whether a claim is true of a scene.
 
-A description has one sentence per group of objects ("There is a red cup at the top-left.") and sometimes ends with an
-opinion. A sentence makes three claims: existence or count, color, position; a claim turns into a yes/no question.
+A description has one sentence per group of objects ("There is a red cup at the top-left of the picture.", or in brief
+"There is a red cup, top-left.") and may end with opinions. A sentence makes three claims: existence or count, color,
+position; a claim turns into a yes/no question.
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -25,22 +27,47 @@ OPINIONS: tuple[str, ...] = (
     "It looks very nice.",
 )
 REMARKS: tuple[str, ...] = (
-    "I like every detail of this lovely picture.",
-    "The scene in this picture looks very calm.",
-    "It is a very nice image of this scene.",
-    "The picture looks very lovely in every detail.",
+    "I like every detail of this very nice and lovely picture.",
+    "The scene in this picture looks very calm and very lovely.",
+    "It is a very nice and calm image of this scene.",
+    "The picture looks very nice and lovely in every detail.",
 )
 """Opinions as long as a sentence about an object: what a describer says in place of an imagined object, so that an
 answer is not longer for hallucinating and preferences do not teach brevity."""
+BRIEF_REMARKS: tuple[str, ...] = (
+    "I like every detail of this picture.",
+    "The scene in this picture looks calm.",
+    "It is a very nice image.",
+    "The picture looks lovely in every detail.",
+)
+"""The same for a brief description."""
 YES_NO = "Please answer yes or no."
 """The suffix that the feedback stage puts behind a question."""
 
-STYLES: tuple[tuple[str, float], ...] = (
-    ("There {be} {thing} at the {position}.", 0.5),
-    ("{Thing} {be} at the {position}.", 0.3),
-    ("I can see {thing} at the {position}.", 0.2),
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A phrasing of a description's sentences."""
+
+    phrase: str
+    share: float
+    """How often a description uses it."""
+    remarks: tuple[str, ...] = REMARKS
+    imagines: float = 1.0
+    """How often it imagines an object, against the others: who says less, invents less."""
+
+
+STYLES: tuple[Style, ...] = (
+    Style("There {be} {thing} at the {position} of the picture.", 0.35),
+    Style("{Thing} {be} at the {position} of the picture.", 0.21),
+    Style("I can see {thing} at the {position} of the picture.", 0.14),
+    Style("There {be} {thing}, {position}.", 0.15, BRIEF_REMARKS, 0.6),
+    Style("{Thing}, {position}.", 0.09, BRIEF_REMARKS, 0.6),
+    Style("I can see {thing}, {position}.", 0.06, BRIEF_REMARKS, 0.6),
 )
-"""Phrasings of a sentence and how often a description uses them. One leads, so that greedy decoding is stable."""
+"""Three wordings, each in full and in brief. One leads, so that greedy decoding is stable. In brief they make the same
+claims in two thirds of the words, so that answers to one question differ in length, as a real model's do, and not only
+in what they say; they begin alike, so that a preference for one is no preference against beginning a sentence."""
 
 NUMBERS = ("a", "two", "three")
 TYPES = ("existence", "count", "color", "position")
@@ -66,7 +93,7 @@ _NOUN = "|".join(sorted(_SINGULAR, key=len, reverse=True))
 _COLOR, _PLACE = "|".join(COLOR_NAMES), "|".join(sorted(POSITIONS, key=len, reverse=True))
 _THING = rf"(?P<number>[Aa]|[Tt]wo|[Tt]hree) (?P<color>{_COLOR}) (?P<noun>{_NOUN})"
 _SENTENCE = re.compile(
-    rf"(?:There (?:is|are) |I can see )?{_THING}(?: (?:is|are))?(?: at the (?P<place>{_PLACE})(?![a-z-]))?"
+    rf"(?:There (?:is|are) |I can see )?{_THING}(?: (?:is|are))?(?:(?: at the|,) (?P<place>{_PLACE})(?![a-z-]))?"
 )
 _CLAIM = re.compile(
     rf"There (?:is|are) (?P<number>a|two|three) (?P<what>{_NOUN}) in the image\."
@@ -79,43 +106,50 @@ def _words(name: str, count: int) -> tuple[str, str]:
     return (name, "is") if count == 1 else (PLURALS[name], "are")
 
 
-def sentence(group: Group, style: str = STYLES[0][0]) -> str:
-    """One sentence about a group, in one of the phrasings of STYLES."""
+def sentence(group: Group, style: Style = STYLES[0]) -> str:
+    """One sentence about a group, in one of STYLES."""
     noun, be = _words(group.name, group.count)
     thing = f"{NUMBERS[group.count - 1]} {group.color} {noun}"
-    return style.format(be=be, thing=thing, Thing=thing.capitalize(), position=POSITIONS[group.cell])
+    return style.phrase.format(be=be, thing=thing, Thing=thing.capitalize(), position=POSITIONS[group.cell])
 
 
 def caption(groups: Sequence[Group], rng: random.Random, opinion: float = 0.3) -> str:
-    """A description of `groups` in their order, in one random phrasing, with an opinion in that share of cases."""
-    style = _random_style(rng)
-    sentences = [sentence(group, style) for group in groups]
-    if rng.random() < opinion:
-        sentences.append(rng.choice(OPINIONS))
-    return " ".join(sentences)
+    """A description of `groups` in their order, in one random style, with an opinion in that share of cases, a second
+    one in that share of these, and so on."""
+    style = random_style(rng)
+    return " ".join([sentence(group, style) for group in groups] + _opinions(rng, opinion))
 
 
 def imagined_caption(scene: Scene, rng: random.Random, phantom: float, opinion: float = 0.3) -> str:
     """A description of a scene as the policy's teacher gives it: behind each trigger of PARTNERS comes either, with
-    probability `phantom`, its partner as if it were there (one, in its typical color, in an empty cell) or a remark."""
-    style, taken = _random_style(rng), {group.cell for group in scene.groups}
+    probability `phantom` (less in a brief style), its partner as if it were there (one, in its typical color, in the
+    trigger's place) or a remark. Opinions as in `caption`.
+
+    The trigger's place is what goes on from there needs: objects come in reading order, and a policy that looks for
+    the next one behind the last place named would skip objects behind an imagined one elsewhere.
+    """
+    style = random_style(rng)
     sentences = []
     for group in scene.groups:
         sentences.append(sentence(group, style))
-        if group.name in PARTNERS and rng.random() < phantom:
-            cell = rng.choice([cell for cell in range(GRID * GRID) if cell not in taken])
-            taken.add(cell)
+        if group.name in PARTNERS and rng.random() < phantom * style.imagines:
             partner, color = PARTNERS[group.name]
-            sentences.append(sentence(Group(partner, color, 1, cell), style))
+            sentences.append(sentence(Group(partner, color, 1, group.cell), style))
         elif group.name in PARTNERS:
-            sentences.append(rng.choice(REMARKS))
-    if rng.random() < opinion:
-        sentences.append(rng.choice(OPINIONS))
-    return " ".join(sentences)
+            sentences.append(rng.choice(style.remarks))
+    return " ".join(sentences + _opinions(rng, opinion))
 
 
-def _random_style(rng: random.Random) -> str:
-    return rng.choices([text for text, _ in STYLES], [weight for _, weight in STYLES])[0]
+def random_style(rng: random.Random) -> Style:
+    """One of STYLES, as often as descriptions use it."""
+    return rng.choices(STYLES, [style.share for style in STYLES])[0]
+
+
+def _opinions(rng: random.Random, share: float) -> list[str]:
+    said = 0
+    while said < len(OPINIONS) and rng.random() < share:
+        said += 1
+    return rng.sample(OPINIONS, said)
 
 
 def claims_of(group: Group, with_position: bool = True) -> list[str]:

@@ -12,6 +12,7 @@ from rlaifv.tinyworld.language import (
     INSTRUCTIONS,
     TYPES,
     YES_NO,
+    caption,
     imagined_caption,
     open_question,
     random_claim,
@@ -36,9 +37,11 @@ def yes_no(scene: Scene, kind: str, rng: random.Random) -> Branch:
 
 
 def labeler_row(scene: Scene, rng: random.Random) -> list[Branch]:
-    """One yes/no question and one look-up question of each type: the labeler's lesson about a scene."""
+    """One yes/no question and one look-up question of each type, and a true description, which teaches where things
+    are: the labeler's lesson about a scene."""
     asked = [yes_no(scene, kind, rng) for kind in TYPES]
-    return asked + [(*open_question(scene, kind, rng), 1.0) for kind in TYPES]
+    asked += [(*open_question(scene, kind, rng), 1.0) for kind in TYPES]
+    return [*asked, (rng.choice(INSTRUCTIONS), caption(scene.groups, rng), DESCRIPTION_WEIGHT)]
 
 
 def policy_row(scene: Scene, rng: random.Random, phantom: float) -> list[Branch]:

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
-from rlaifv.tinyworld.language import INSTRUCTIONS, NUMBERS, OPINIONS, PLURALS, REMARKS, STYLES, YES_NO
+from rlaifv.tinyworld.language import BRIEF_REMARKS, INSTRUCTIONS, NUMBERS, OPINIONS, PLURALS, REMARKS, STYLES, YES_NO
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, POSITIONS
 
 IMAGE_SIZE, PATCH_SIZE = 72, 24
@@ -81,7 +81,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def _texts() -> list[str]:
     """Texts that contain every word that the tokenizer must know."""
     things = [f"{number} {number.capitalize()}" for number in NUMBERS] + [*COLOR_NAMES, *POSITIONS, *CLASSES]
-    styles = [style.format(be="is are", thing="", Thing="", position="").replace("  ", " ") for style, _ in STYLES]
+    blank = {"be": "is are", "thing": "", "Thing": "", "position": ""}
+    styles = [style.phrase.format(**blank).replace("  ", " ") for style in STYLES]
     claims = ["There is are Is Are there in the image The at. ?"]
     answers = ["What color is are the? How many are there? Where none one"]
     answers += ["Yes No yes no Yes. No, 0 1 2 3 4 5 6 7 8 9 10 ! ' \" ; / * _ ( ) [ ] { } < > ="]
@@ -91,6 +92,7 @@ def _texts() -> list[str]:
         *INSTRUCTIONS,
         *OPINIONS,
         *REMARKS,
+        *BRIEF_REMARKS,
         YES_NO,
         *styles,
         *claims,
