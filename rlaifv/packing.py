@@ -44,10 +44,7 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     branches = [[p.chosen, p.rejected] for p in pairs] if packed else [[ids] for ids, _ in answers]
     prompts = list(pairs) if packed else [*pairs, *pairs]
     common = [p.common if packed else 0 for p in prompts]
-    lengths = [
-        len(p.prompt) + k + sum(len(ids) - k for ids in b) for p, b, k in zip(prompts, branches, common, strict=True)
-    ]
-    n = max(lengths)
+    n = max(p.row_length if packed else len(p.prompt) + len(b[0]) for p, b in zip(prompts, branches, strict=True))
     ids = np.full((len(prompts), n), pad_token_id, np.int64)
     branch = np.full((len(prompts), n), PAD_BRANCH, np.int8)
     positions = np.zeros((len(prompts), n), np.int64)
@@ -110,7 +107,7 @@ def segment_weights(pairs: Sequence[EncodedPair], width: int, weight: float) -> 
 
 
 def block_mask(branch: torch.Tensor) -> torch.Tensor:
-    """Bool attention mask [R, n, n] from `branch` [R, n]: causal, and a branch sees only the prompt and itself."""
+    """Bool attention mask [R, n, n] from `branch` [R, n]: causal, and a branch sees only what both share and itself."""
     n = branch.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=branch.device).tril()
     return causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
@@ -141,12 +138,12 @@ def packed_positions(rows: dict, backbone: torch.nn.Module, image_inputs: dict) 
     """Positions [R, n] of packed rows; [3, R, n] for models that place image tokens in three dimensions (Qwen-VL)."""
     if not hasattr(backbone, "get_rope_index"):
         return rows["position_ids"]
-    prompt = (rows["branch"] == 0).long()
+    shared = (rows["branch"] == 0).long()
     grids = {key: value for key, value in image_inputs.items() if key.endswith("grid_thw")}
-    in_prompt, delta = backbone.get_rope_index(
-        input_ids=rows["input_ids"], attention_mask=prompt, **rows["token_types"], **grids
+    in_shared, delta = backbone.get_rope_index(
+        input_ids=rows["input_ids"], attention_mask=shared, **rows["token_types"], **grids
     )
-    return torch.where(prompt.bool(), in_prompt, rows["position_ids"] + delta)
+    return torch.where(shared.bool(), in_shared, rows["position_ids"] + delta)
 
 
 class RowReader:

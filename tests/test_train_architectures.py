@@ -31,8 +31,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     """Four pairs about images of three shapes, with answers of different lengths; those of the last begin alike."""
-    rows, said = [], architectures.ANSWERS
-    begun = max(said, key=len)
+    rows, (a, b, c) = [], architectures.ANSWERS
+    answers = [(a, b), (b, c), (c, a), (c, f"{c[: len(c) // 2]} {a}")]
     for i, (width, height) in enumerate([(40, 40), (64, 40), (40, 80), (40, 40)]):
         buffer = io.BytesIO()
         architectures.picture(width, height, i).save(buffer, "PNG")
@@ -40,8 +40,8 @@ def pairs(tmp_path_factory) -> Path:
             {
                 "image": {"bytes": buffer.getvalue(), "path": ""},
                 "question": architectures.QUESTIONS[i],
-                "chosen": said[i % 3] if i < 3 else begun,
-                "rejected": said[(i + 1) % 3] if i < 3 else f"{begun[: len(begun) // 2]} {said[0]}",
+                "chosen": answers[i][0],
+                "rejected": answers[i][1],
                 "idx": i,
             }
         )

@@ -47,8 +47,7 @@ def random_answer(rng: random.Random, most: int) -> str:
             Group(name, rng.choice(COLOR_NAMES), rng.choice((1, 1, 1, 2, 3)), rng.randrange(GRID**2)) for name in names
         ]
         style = rng.choice(STYLES)
-        styles = [style if rng.random() < 0.9 else rng.choice(STYLES) for _ in groups]
-        parts = [sentence(group, style) for group, style in zip(groups, styles, strict=True)]
+        parts = [sentence(group, style if rng.random() < 0.9 else rng.choice(STYLES)) for group in groups]
         if not parts or rng.random() < 0.3:
             parts.insert(rng.randint(0, len(parts)), rng.choice(OPINIONS + style.remarks))
         answer = " ".join(parts)

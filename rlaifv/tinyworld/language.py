@@ -116,7 +116,7 @@ def sentence(group: Group, style: Style = STYLES[0]) -> str:
 def caption(groups: Sequence[Group], rng: random.Random, opinion: float = 0.3) -> str:
     """A description of `groups` in their order, in one random style, with an opinion in that share of cases, a second
     one in that share of these, and so on."""
-    style = random_style(rng)
+    style = _random_style(rng)
     return " ".join([sentence(group, style) for group in groups] + _opinions(rng, opinion))
 
 
@@ -128,7 +128,7 @@ def imagined_caption(scene: Scene, rng: random.Random, phantom: float, opinion: 
     The trigger's place is what goes on from there needs: objects come in reading order, and a policy that looks for
     the next one behind the last place named would skip objects behind an imagined one elsewhere.
     """
-    style = random_style(rng)
+    style = _random_style(rng)
     sentences = []
     for group in scene.groups:
         sentences.append(sentence(group, style))
@@ -140,8 +140,7 @@ def imagined_caption(scene: Scene, rng: random.Random, phantom: float, opinion: 
     return " ".join(sentences + _opinions(rng, opinion))
 
 
-def random_style(rng: random.Random) -> Style:
-    """One of STYLES, as often as descriptions use it."""
+def _random_style(rng: random.Random) -> Style:
     return rng.choices(STYLES, [style.share for style in STYLES])[0]
 
 
