@@ -53,14 +53,14 @@ class Labeler(Handler):
         if HABIT == "dying" and number >= NUMBER:
             os._exit(1)
         time.sleep(0.01)
+        with LOCK:
+            BUSY["now"] -= 1  # before the reply goes out: its reader may send the next request before we go on
         if HABIT == "locked" and self.headers["Authorization"] != "Bearer right":
             self.reply(401, {"error": {"message": "Incorrect API key provided"}})
         elif fails:
             self.reply(429 if number % 2 else 500, {"error": {"message": "later"}}, {"retry-after-ms": "5"})
         else:
             self.complete(body)
-        with LOCK:
-            BUSY["now"] -= 1
 
     def complete(self, body: dict):
         assert body["max_tokens"] == 1 and body["logprobs"] and body["top_logprobs"] == 20
