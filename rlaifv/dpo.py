@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from rlaifv.packing import build_batch, segment_weights
+from rlaifv.packing import build_batch, score_logits, segment_weights
 from rlaifv.preferences import PairData
 from rlaifv.reference import COLUMNS, ReferenceStore
 
@@ -43,6 +43,9 @@ LOG_COLUMNS = (
     "entropy",
     "mean_token_accuracy",
 )
+
+SMALL_VOCABULARY = 4096
+"""Up to so many tokens a CPU holds all logits of a batch at once (`packing.score_logits`)."""
 
 
 class PairCollator:
@@ -148,19 +151,29 @@ class PairTrainer(DPOTrainer):
         return super().compute_ref_log_probs(model, inputs)
 
     def _model_and_inputs(self, model, inputs):
-        """Take out of a batch what is not for TRL, and make the model weigh its log-probs where weights are given."""
+        """Take out of a batch what is not for TRL; the model then scores answers in the way that suits it, and weighs
+        its log-probs where weights are given."""
         inputs = dict(inputs)
         self.now_training_on = [self.pair_data.pairs[i].pair_id for i in inputs.pop("pairs")]
         weights = inputs.pop("weights", None)
-        if weights is None:
-            return model, inputs
+        at_once = self._scores_at_once()
 
-        def weighted(**kwargs):
-            outputs = model(**kwargs)
-            outputs.log_probs = outputs.log_probs * weights
+        def scored(*, labels, **kwargs):
+            outputs = model(labels=None if at_once else labels, **kwargs | {"fused_lm_head": not at_once})
+            if at_once:
+                for key, value in score_logits(outputs.logits, labels).items():
+                    setattr(outputs, key, value)
+            if weights is not None:
+                outputs.log_probs = outputs.log_probs * weights
             return outputs
 
-        return weighted, inputs
+        return scored, inputs
+
+    def _scores_at_once(self) -> bool:
+        """Whether the model's own head is faster than TRL's; a sharded model takes the way that it takes on GPUs."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        small = self.model.config.get_text_config().vocab_size <= SMALL_VOCABULARY
+        return small and self.accelerator.device.type == "cpu" and not (sharded or self.use_weighting)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model, inputs = self._model_and_inputs(model, inputs)

@@ -163,8 +163,6 @@ class RowReader:
     def _forward(self, backbone: torch.nn.Module, *args, rows: dict | None = None, **kwargs):
         if rows is None:
             return self._original(*args, **kwargs)
-        for key in ("input_ids", "attention_mask", "inputs_embeds"):
-            kwargs.pop(key, None)
         branch = rows["branch"]
         with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
             if rows["position_ids"] is not None:
@@ -172,9 +170,9 @@ class RowReader:
                 kwargs["position_ids"] = packed_positions(rows, backbone, image_inputs)
             else:
                 mask = (branch != PAD_BRANCH).long()
-            out = self._original(
-                input_ids=rows["input_ids"], attention_mask=mask, **rows["token_types"], **image_inputs, **kwargs
-            )
+            kwargs.pop("inputs_embeds", None)
+            read = {"input_ids": rows["input_ids"], "attention_mask": mask, **rows["token_types"], **image_inputs}
+            out = self._original(**kwargs | read)
         hidden = out.last_hidden_state
         out.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[rows["gather"]]
         return out
@@ -186,3 +184,23 @@ def answer_logps(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     logits = model.get_output_embeddings()(hidden).float()
     chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     return chosen * batch["completion_mask"][:, 1:]
+
+
+def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What TRL's fused head says of every answer token, [2B, A] each and 0 where `labels` [2B, 1 + A] are -100.
+
+    From all the `logits` [2B, 1 + A, V] at once: the fused head projects in tiles, on a CPU at padding too, and a
+    second time for the gradient. That saves the memory of a large vocabulary; for a small one it is the slower way.
+    """
+    seen = labels[:, 1:] != -100
+    logits = logits[:, :-1][seen].float()
+    targets = labels[:, 1:][seen]
+    logps = logits.log_softmax(-1)
+    with torch.no_grad():
+        watched = {
+            "entropy": -(logps.exp() * logps).sum(-1),
+            "mean_logits": logits.mean(-1),
+            "is_top1": logits.argmax(-1) == targets,
+        }
+    scores = {"log_probs": logps.gather(-1, targets[:, None])[:, 0], **watched}
+    return {key: value.new_zeros(seen.shape).masked_scatter(seen, value) for key, value in scores.items()}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llava import save_pairs, save_tiny_llava
 
+from rlaifv import dpo
 from rlaifv.dpo import PairCollator, PairTrainer
 from rlaifv.layout import choose_layout, move
 from rlaifv.packing import block_mask, build_batch, changed_tokens
@@ -115,6 +116,27 @@ def test_loss_and_gradient_equal_the_formula_on_two_plain_rows(folder, loss_type
     assert off / sum(g.square().sum() for g in plain.values()).sqrt() < 1e-5
     assert any("projector" in name and grad.abs().sum() > 0 for name, grad in ours.items())
     assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if "vision_tower" in n)
+
+
+@pytest.mark.parametrize("segment_weight", [1.0, 3.0])
+def test_a_small_vocabulary_is_scored_as_trls_own_head_scores_it(folder, monkeypatch, segment_weight):
+    seen = []
+    for limit in (dpo.SMALL_VOCABULARY, 0):
+        monkeypatch.setattr(dpo, "SMALL_VOCABULARY", limit)
+        trainer, _ = make_trainer(folder, dataclasses.replace(PARAMS, segment_weight=segment_weight))
+        assert trainer._scores_at_once() == (limit > 0)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in [0, 3, 5, 6]])
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+        seen.append((batch, dict(trainer._metrics["train"]), gradient))
+    (batch, metrics, gradient), (trl_batch, trl_metrics, trl_gradient) = seen
+    for key in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert torch.allclose(batch[key], trl_batch[key], rtol=1e-6)
+    assert metrics.keys() == trl_metrics.keys() >= {"entropy", "logits/chosen", "mean_token_accuracy"}
+    for key in metrics:
+        assert metrics[key] == pytest.approx(trl_metrics[key], rel=1e-5), key
+    assert (gradient - trl_gradient).norm() < 1e-5 * trl_gradient.norm()
 
 
 def test_weighted_combination_of_losses_is_their_weighted_sum(folder):
