@@ -1,4 +1,4 @@
-"""The embedded default's two slow stages, plain and ours: python bench/default.py [--iteration 1] [--json] [--keep]
+"""The embedded default's two slow stages, plain and ours: python bench/default.py [--seeds 5] [--json] [--keep]
 
 Reads what `make repro` left in data/ and does a round's feedback and training again, on the same claims and pairs:
 `single` asks every claim alone and `plain` in padded batches, image and all (transformers' own forward, nothing asked
@@ -7,6 +7,8 @@ policies do on dev. Stage times include what a stage does beside (images, self-c
 """
 
 import argparse
+import dataclasses
+import statistics
 import sys
 import tempfile
 import time
@@ -112,28 +114,35 @@ def train_trl(policy: str, params: Params, rows: list[dict], folder: Path) -> VL
     return vlm
 
 
-def compare_training(params: Params, paths: Paths, prev: Paths) -> dict:
-    """Seconds of a round's training by TRL and by us, and what the last weights of each do on dev."""
+def compare_training(params: Params, paths: Paths, prev: Paths, seeds: int) -> dict:
+    """Seconds of a round's training by TRL and by us, and what the last weights of each do on dev; medians of seconds
+    and means of rates over `seeds` seeds."""
     be_quiet()
     dev = load_split("dev", params.prepare.dev, PREPARED, ROOT / params.prepare.image_root, ROOT)
     rows = pq.read_table(paths.pairs).to_pylist()
-    seconds, trained = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        start = time.perf_counter()
-        trained["trl"] = train_trl(str(prev.policy), params, rows, out / "trl")
-        seconds["trl"] = time.perf_counter() - start
-        start = time.perf_counter()
-        result = train(str(prev.policy), paths.pairs, params.train, out / "ours", out, params.seed)
-        seconds["ours"] = time.perf_counter() - start
-        trained["ours"] = load_vlm(result.checkpoints[-1], dtype=params.policy.dtype)
-    dev_rates = {name: evaluate(vlm, dev, params.evaluate, params.feedback.suffix)[0] for name, vlm in trained.items()}
+    seconds, rates, steps = {"trl": [], "ours": []}, {"trl": [], "ours": []}, 0
+    for seed in range(params.seed, params.seed + seeds):
+        seeded, trained = dataclasses.replace(params, seed=seed), {}
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder)
+            start = time.perf_counter()
+            trained["trl"] = train_trl(str(prev.policy), seeded, rows, out / "trl")
+            seconds["trl"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            result = train(str(prev.policy), paths.pairs, params.train, out / "ours", out, seed)
+            seconds["ours"].append(time.perf_counter() - start)
+            trained["ours"], steps = load_vlm(result.checkpoints[-1], dtype=params.policy.dtype), result.steps
+        for name, vlm in trained.items():
+            rates[name].append(evaluate(vlm, dev, params.evaluate, params.feedback.suffix)[0])
+    speedups = [trl / ours for trl, ours in zip(seconds["trl"], seconds["ours"], strict=True)]
     return {
         "pairs": len(rows),
-        "steps": result.steps,
-        **{f"train_seconds_{name}": value for name, value in seconds.items()},
-        "train_speedup_vs_trl": seconds["trl"] / seconds["ours"],
-        **{f"dev_{rate}_{name}": rates[rate] for name, rates in dev_rates.items() for rate in RATES},
+        "steps": steps,
+        "seeds": seeds,
+        **{f"train_seconds_{name}": statistics.median(values) for name, values in seconds.items()},
+        "train_speedup_vs_trl": statistics.median(speedups),
+        "train_speedup_vs_trl_least": min(speedups),
+        **{f"dev_{rate}_{name}": statistics.mean(r[rate] for r in rates[name]) for name in rates for rate in RATES},
     }
 
 
@@ -143,6 +152,7 @@ def main() -> None:
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--batch", type=int, default=32, help="claims in a padded batch of the plain way")
     parser.add_argument("--share", type=float, default=1.0, help="of the round's images, for feedback")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings each by TRL and by us")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--keep", action="store_true", help="write bench/results/")
     options = parser.parse_args()
@@ -152,7 +162,7 @@ def main() -> None:
         sys.exit(f"{paths.pairs} is absent: run `make repro` first")
     prev = Paths(params.iterations[options.iteration].prev)
     result = compare_feedback(params, paths, options.batch, options.share)
-    result |= compare_training(params, paths, prev)
+    result |= compare_training(params, paths, prev, options.seeds)
     report("default", "tiny", "cpu", result, options.json, options.keep)
 
 
