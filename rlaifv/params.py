@@ -266,10 +266,10 @@ class SelfFeedbackParams:
     reference: str | None
     # the first so many test instructions
     instructions: int = _at_least(1)
-    # the largest N; smaller ones are sub-sampled from its answers
+    # the largest N; smaller ones are drawn from its answers
     candidates: int = _at_least(2)
-    # sub-samples that means and intervals are taken over
-    seeds: int = _at_least(20)
+    # resamples of the instructions that intervals are taken over
+    resamples: int = _at_least(20)
     # instructions at a time
     batch_size: int = _at_least(1)
 

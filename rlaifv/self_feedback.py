@@ -1,14 +1,17 @@
 """Best-of-N at inference time: what choosing by the model's own reward does to hallucination and recall.
 
-The candidates of the largest N are sampled and scored once. A curve then draws, with many seeds, the first N of a
-random order of every instruction's candidates and lets each method choose one of them:
+The candidates of the largest N are sampled and scored once. For a smaller N, every N of an instruction's candidates are
+as likely as any others, and each method chooses one of them:
 
 - normalized: the highest r(y) = β/|y| (log π_θ − log π_ref) (RLAIF-V, section 2.4); β does not change the choice
 - summed: the same without 1/|y|
-- random: the first, whatever N is
+- random: any
 - oracle: the fewest hallucinated objects, then the most covered ones: what a perfect judge would reach
+
+Rates are expectations over all draws of N, computed exactly, not by drawing; their intervals are over instructions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +43,7 @@ class Pool:
     tokens: np.ndarray
 
     def value(self, method: str) -> np.ndarray:
-        """(I, S) numbers of which `method` takes the highest; for "random" they are all equal: the first is taken."""
+        """(I, S) numbers of which `method` takes the highest; for "random" they are all equal."""
         if method == "normalized":
             return self.log_ratio / self.tokens
         if method == "summed":
@@ -92,79 +95,82 @@ def sizes(candidates: int) -> list[int]:
     return [1 << k for k in range(candidates.bit_length()) if 1 << k <= candidates]
 
 
-def rates_of(pool: Pool, chosen: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-    """The rates of one chosen candidate (I,) per instruction, over instructions `rows` (repeats allowed)."""
-    at = (rows, chosen[rows])
-    wrong, mentions = pool.hallucinated[at], pool.mentions[at]
+def chances(values: np.ndarray, n: int) -> np.ndarray:
+    """Probability (I, S) that a candidate is the one of highest `values` (I, S) among `n` drawn without replacement.
+
+    Equal values share theirs. With k of the S values at most v, the highest of n is at most v with C(k, n) / C(S, n).
+    """
+    size = values.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"cannot draw {n} of {size} candidates")
+    below = (values[:, None, :] < values[:, :, None]).sum(-1)
+    equal = (values[:, None, :] == values[:, :, None]).sum(-1)
+    up_to = np.array([math.comb(k, n) / math.comb(size, n) for k in range(size + 1)])
+    return (up_to[below + equal] - up_to[below]) / equal
+
+
+def expected_rates(pool: Pool, method: str, n: int, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Rates (R,) of the best of `n` by `method`, each over the instructions with one row of `weights` (R, I)."""
+    chance = chances(pool.value(method), n)
+
+    def expected(what: np.ndarray) -> np.ndarray:
+        return weights @ (chance * what).sum(1)
+
+    mentions, truth = expected(pool.mentions), weights @ pool.truth
     return {
-        "response_hallucination": (wrong > 0).sum() / max((mentions > 0).sum(), 1),
-        "mention_hallucination": wrong.sum() / max(mentions.sum(), 1),
-        "recall": pool.covered[at].sum() / max(pool.truth[rows].sum(), 1),
-        "mean_words": pool.words[at].mean(),
+        "response_hallucination": expected(pool.hallucinated > 0) / np.maximum(expected(pool.mentions > 0), 1e-12),
+        "mention_hallucination": expected(pool.hallucinated) / np.maximum(mentions, 1e-12),
+        "recall": expected(pool.covered) / np.maximum(truth, 1),
+        "mean_words": expected(pool.words) / weights.sum(1),
     }
 
 
-def draw(pool: Pool, seeds: int) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """Rates of every (method, N) with every seed: for each rate (seeds, 2), over all instructions and a resample.
+def resample(pool: Pool, resamples: int) -> np.ndarray:
+    """Weights (1 + resamples, I): every instruction once, then how often each is in a bootstrap sample of them.
 
-    The candidates of a seed are the same for all methods and nested over N, so methods can be compared seed by seed.
+    The same for all methods and every N, so that what is compared is compared on the same images.
     """
-    count, size = pool.mentions.shape
-    drawn: dict[tuple[str, int], dict[str, np.ndarray]] = {
-        (method, n): {rate: np.empty((seeds, 2)) for rate in MEASURES} for method in METHODS for n in sizes(size)
-    }
-    values = {method: pool.value(method) for method in METHODS}
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        order = rng.permuted(np.tile(np.arange(size), (count, 1)), axis=1)
-        resample = rng.integers(count, size=count)
-        for (method, n), rates in drawn.items():
-            best = np.take_along_axis(values[method], order[:, :n], 1).argmax(1)
-            chosen = order[np.arange(count), best]
-            for column, rows in enumerate((np.arange(count), resample)):
-                for rate, value in rates_of(pool, chosen, rows).items():
-                    rates[rate][seed, column] = value
-    return drawn
+    count = len(pool.truth)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.concatenate([np.ones((1, count), int), drawn])
 
 
-def curve(pool: Pool, seeds: int) -> list[dict]:
-    """One row per method and N: `method`, `n`, and for every rate its mean over seeds and its 95 % interval.
+def curve(pool: Pool, resamples: int) -> list[dict]:
+    """One row per method and N: `method`, `n`, and for every rate its value and its 95 % interval.
 
-    The interval covers both which candidates are drawn and which images are asked about (instructions resampled).
+    The interval says how the rate would vary with other images and other answers to them: an instruction and its
+    candidates are resampled together.
     """
-    rows = []
-    for (method, n), rates in draw(pool, seeds).items():
-        row: dict[str, object] = {"method": method, "n": n}
-        for rate, values in rates.items():
-            row[rate] = float(values[:, 0].mean())
-            row[f"{rate}_interval"] = percentile_interval(values[:, 1])
-        rows.append(row)
+    rows, weights = [], resample(pool, resamples)
+    for method in METHODS:
+        for n in sizes(pool.mentions.shape[1]):
+            row: dict[str, object] = {"method": method, "n": n}
+            for rate, values in expected_rates(pool, method, n, weights).items():
+                row[rate] = float(values[0])
+                row[f"{rate}_interval"] = percentile_interval(values[1:])
+            rows.append(row)
     return rows
 
 
-def compare(pool: Pool, seeds: int, n: int) -> dict[str, object]:
-    """Best of `n` by the normalized reward against one random answer and against the summed reward, seed by seed.
+def compare(pool: Pool, resamples: int, n: int) -> dict[str, object]:
+    """Best of `n` by the normalized reward against a random answer and against the summed reward, on the same images.
 
     `relative_reduction` is 1 − response hallucination / that of a random answer; `recall_change` and the two
     `against_summed` are differences of rates (negative hallucination and positive recall are better).
     """
-    drawn = draw(pool, seeds)
-    ours, one, other = drawn["normalized", n], drawn["random", n], drawn["summed", n]
+    weights = resample(pool, resamples)
+    ours, one, other = (expected_rates(pool, method, n, weights) for method in ("normalized", "random", "summed"))
     response, recall = "response_hallucination", "recall"
-    # a ratio of means; a resample (column 1) in which no random answer hallucinates has no ratio
-    mean = one[response][:, 0].mean()
-    resampled = one[response][:, 1]
-    reductions = 1 - ours[response][resampled > 0, 1] / resampled[resampled > 0]
-    result: dict[str, object] = {
-        "n": n,
-        "relative_reduction": float(1 - ours[response][:, 0].mean() / mean) if mean else 0.0,
-        "relative_reduction_interval": percentile_interval(reductions),
-    }
+    # a resample in which no answer hallucinates has no ratio
+    reduction = np.full(len(weights), np.nan)
+    np.divide(ours[response], one[response], out=reduction, where=one[response] > 0)
+    result: dict[str, object] = {"n": n}
     for name, values in {
+        "relative_reduction": 1 - reduction,
         "recall_change": ours[recall] - one[recall],
         "hallucination_against_summed": ours[response] - other[response],
         "recall_against_summed": ours[recall] - other[recall],
     }.items():
-        result[name] = float(values[:, 0].mean())
-        result[f"{name}_interval"] = percentile_interval(values[:, 1])
+        result[name] = float(np.nan_to_num(values[0]))
+        result[f"{name}_interval"] = percentile_interval(values[1:])
     return result

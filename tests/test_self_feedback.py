@@ -1,6 +1,7 @@
 """Best-of-N curves: known pools give known rates, and better rewards give better choices."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rlaifv.evaluate import Split
 from rlaifv.records import Candidate, Instruction
 from rlaifv.rewards import CandidateLogps
-from rlaifv.self_feedback import METHODS, compare, curve, draw, make_pool, sizes
+from rlaifv.self_feedback import METHODS, chances, compare, curve, expected_rates, make_pool, resample, sizes
 
 
 def pool_of(candidates: int = 8, instructions: int = 60, noise: float = 0.0, seed: int = 0):
@@ -48,7 +49,7 @@ def test_counts_of_a_pool_are_those_of_chair():
 
 
 def test_a_perfect_reward_is_as_good_as_the_oracle_and_random_choice_stays_where_it_was():
-    rows = curve(make_pool(*pool_of(), 8)[0], seeds=20)
+    rows = curve(make_pool(*pool_of(), 8)[0], resamples=200)
     assert [row(rows, "random", n)["response_hallucination"] for n in sizes(8)] == [
         row(rows, "random", 1)["response_hallucination"]
     ] * 4
@@ -61,30 +62,53 @@ def test_a_reward_that_falls_with_length_is_mended_by_normalization():
     answers, logps, split = pool_of()
     # every token costs 5 on top of the phantom's price: the sum prefers to say less, the mean does not
     logps = [dataclasses.replace(v, policy_logp=v.policy_logp - 5.0 * v.tokens) for v in logps]
-    found = compare(make_pool(answers, logps, split, 8)[0], seeds=20, n=8)
+    found = compare(make_pool(answers, logps, split, 8)[0], resamples=200, n=8)
     assert found["recall_against_summed"] > 0.1
     assert found["recall_against_summed_interval"][0] > 0
     assert found["relative_reduction"] > 0.9
 
 
-def test_noise_makes_intervals_that_hold_the_mean_and_depend_on_nothing_but_the_seeds():
+def test_noise_makes_intervals_that_hold_the_value_and_are_the_same_every_time():
     pool, _ = make_pool(*pool_of(noise=10.0), 8)
-    rows = curve(pool, seeds=100)
+    rows = curve(pool, resamples=200)
     for r in rows:
         for rate in ("response_hallucination", "recall"):
             low, high = r[f"{rate}_interval"]
             assert low <= r[rate] <= high
-    assert rows == curve(pool, seeds=100)
+    assert rows == curve(pool, resamples=200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=7), st.data())
+def test_chances_are_those_of_all_draws_counted_one_by_one(values, data):
+    n = data.draw(st.integers(1, len(values)))
+    counted, draws = np.zeros(len(values)), list(itertools.combinations(range(len(values)), n))
+    for drawn in draws:
+        best = [i for i in drawn if values[i] == max(values[j] for j in drawn)]
+        counted[best] += 1 / len(best) / len(draws)
+    assert chances(np.array([values]), n)[0] == pytest.approx(counted)
+
+
+def test_more_candidates_cannot_be_drawn_than_there_are():
+    with pytest.raises(ValueError, match="cannot draw 3 of 2 candidates"):
+        chances(np.zeros((1, 2)), 3)
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    pool, _ = make_pool(*pool_of(candidates=8, instructions=400), 8)
+    low, high = row(curve(pool, resamples=4000), "random", 1)["recall_interval"]
+    per_image = pool.covered.mean(1) / 2
+    assert high - low == pytest.approx(2 * 1.96 * per_image.std() / 20, rel=0.06)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.integers(2, 9), st.floats(0, 30))
 def test_no_method_hallucinates_less_than_the_oracle(seed, candidates, noise):
-    drawn = draw(make_pool(*pool_of(candidates, 10, noise, seed), candidates)[0], seeds=20)
-    for method in METHODS:
-        for n in sizes(candidates):
-            ours, best = drawn[method, n]["response_hallucination"], drawn["oracle", n]["response_hallucination"]
-            assert (ours >= best - 1e-12).all()
+    pool, _ = make_pool(*pool_of(candidates, 10, noise, seed), candidates)
+    for n in sizes(candidates):
+        rates = {m: expected_rates(pool, m, n, resample(pool, 20))["response_hallucination"] for m in METHODS}
+        for method in METHODS:
+            assert (rates[method] >= rates["oracle"] - 1e-12).all()
 
 
 def test_instructions_with_too_few_candidates_are_left_out_and_counted():
@@ -98,9 +122,9 @@ def test_instructions_with_too_few_candidates_are_left_out_and_counted():
 def test_where_nothing_hallucinates_there_is_no_reduction_to_speak_of():
     pool, _ = make_pool(*pool_of(), 8)
     faithful = dataclasses.replace(pool, hallucinated=np.zeros_like(pool.hallucinated))
-    found = compare(faithful, seeds=20, n=8)
+    found = compare(faithful, resamples=200, n=8)
     assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, (0.0, 0.0))
     once = pool.hallucinated * 0
     once[0, 0] = 1  # in most resamples no random answer hallucinates
-    found = compare(dataclasses.replace(pool, hallucinated=once), seeds=50, n=8)
+    found = compare(dataclasses.replace(pool, hallucinated=once), resamples=50, n=8)
     assert np.abs(found["relative_reduction_interval"]).max() <= 20
