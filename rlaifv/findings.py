@@ -137,15 +137,15 @@ def self_feedback_html(result: Mapping, aligned: str) -> str:
 
 
 def _gain(row: Mapping) -> str:
-    def between(name: str, scale: float) -> str:
+    def between(name: str, scale: float, decimals: int) -> str:
         low, high = sorted(scale * bound for bound in row[f"{name}_interval"])
-        return f"{scale * row[name]:+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"{scale * row[name]:+.{decimals}f} ({low:+.{decimals}f} to {high:+.{decimals}f})"
 
     return (
-        f"N = {row['n']}: response hallucination {between('relative_reduction', -100)} % relative and recall "
-        f"{between('recall_change', 100)} points against one random answer; against the summed reward "
-        f"{between('hallucination_against_summed', 100)} points of hallucination, "
-        f"{between('recall_against_summed', 100)} points of recall"
+        f"N = {row['n']}: response hallucination {between('relative_reduction', -100, 0)} % relative and recall "
+        f"{between('recall_change', 100, 2)} points against one random answer; against the summed reward "
+        f"{between('hallucination_against_summed', 100, 2)} points of hallucination, "
+        f"{between('recall_against_summed', 100, 2)} points of recall"
     )
 
 
