@@ -327,7 +327,7 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
     section = self_feedback_html(best_of_n(), "aaaaaaaa")
     assert "<td>normalized</td><td>4</td><td>20.0 <small>(10.0–30.0)</small></td>" in section
     assert section.count("<td>random</td>") == 2, "a random answer is the same whatever N is"
-    assert "N = 4: response hallucination -25.0 (-30.0 to -20.0) % relative" in section
+    assert "N = 4: response hallucination -25 (-30 to -20) % relative" in section
     assert "another aligned policy" not in section
     assert "another aligned policy" in self_feedback_html(best_of_n(), "cccccccc")
 

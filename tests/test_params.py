@@ -30,8 +30,9 @@ def test_every_shipped_profile_is_complete_and_valid(path):
 
 def test_a_small_number_without_a_dot_is_a_number(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(DEFAULT.read_text().replace("learning_rate: 4.0e-5", "learning_rate: 5e-5"))
-    assert load_params(path).train.learning_rate == 5e-5
+    written, changed = re.subn(r"(learning_rate:) \S+", r"\1 7e-5", DEFAULT.read_text())
+    path.write_text(written)
+    assert changed == 1 and load_params(path).train.learning_rate == 7e-5
 
 
 def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
