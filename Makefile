@@ -26,7 +26,7 @@ repro: $(READY) ## run the whole pipeline of params.yaml (again: only what chang
 	dvc repro
 	@echo "report: plots/report.html, numbers: metrics/summary.json"
 
-self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (about a minute)
+self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (a few minutes)
 	dvc repro experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
@@ -62,4 +62,4 @@ tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothin
 	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results .dvc/cache .dvc/tmp
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/self_feedback .dvc/cache .dvc/tmp

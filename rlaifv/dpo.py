@@ -158,11 +158,13 @@ class PairTrainer(DPOTrainer):
         weights = inputs.pop("weights", None)
         at_once = self._scores_at_once()
 
-        def scored(*, labels, **kwargs):
-            outputs = model(labels=None if at_once else labels, **kwargs | {"fused_lm_head": not at_once})
+        def scored(*, labels, fused_lm_head, **kwargs):
             if at_once:
+                outputs = model(**kwargs)
                 for key, value in score_logits(outputs.logits, labels).items():
                     setattr(outputs, key, value)
+            else:
+                outputs = model(labels=labels, fused_lm_head=fused_lm_head, **kwargs)
             if weights is not None:
                 outputs.log_probs = outputs.log_probs * weights
             return outputs

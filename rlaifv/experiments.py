@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -192,7 +193,9 @@ def run_experiment(experiment: Experiment) -> bool:
     """Run it in a temporary copy of the repository; its output is shown as it comes. Returns whether it succeeded."""
     overrides = [f"--set-param={override}" for override in experiment.overrides]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", experiment.run_name, *overrides, STAGE]
-    return subprocess.run(command, cwd=ROOT).returncode == 0
+    # stages call `python`: let that be this one, whether or not its environment is activated
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}).returncode == 0
 
 
 def fetch(revision: str, paths: Sequence[str], folder: Path) -> None:

@@ -8,6 +8,7 @@ answer longer than the context, a broken image) is rejected by its id and never 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class EncodedPair:
     rejected_start: int
     token_types: dict[str, np.ndarray]
 
-    @property
+    @cached_property
     def common(self) -> int:
         """How many tokens `chosen` and `rejected` begin with alike: two samples of one model often begin the same."""
         n = min(len(self.chosen), len(self.rejected))

@@ -132,16 +132,17 @@ def resample(pool: Pool, resamples: int) -> np.ndarray:
     """
     count = len(pool.truth)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)
-    return np.concatenate([np.ones((1, count), int), drawn])
+    return np.concatenate([np.ones((1, count)), drawn])  # as floats, which multiply fast
 
 
-def curve(pool: Pool, resamples: int) -> list[dict]:
-    """One row per method and N: `method`, `n`, and for every rate its value and its 95 % interval.
+def curve(pool: Pool, weights: np.ndarray) -> list[dict]:
+    """One row per method and N: `method`, `n`, and for every rate its value and its 95 % interval over `resample`'s
+    `weights`.
 
     The interval says how the rate would vary with other images and other answers to them: an instruction and its
     candidates are resampled together.
     """
-    rows, weights = [], resample(pool, resamples)
+    rows = []
     for method in METHODS:
         for n in sizes(pool.mentions.shape[1]):
             row: dict[str, object] = {"method": method, "n": n}
@@ -152,13 +153,12 @@ def curve(pool: Pool, resamples: int) -> list[dict]:
     return rows
 
 
-def compare(pool: Pool, resamples: int, n: int) -> dict[str, object]:
+def compare(pool: Pool, weights: np.ndarray, n: int) -> dict[str, object]:
     """Best of `n` by the normalized reward against a random answer and against the summed reward, on the same images.
 
     `relative_reduction` is 1 − response hallucination / that of a random answer; `recall_change` and the two
     `against_summed` are differences of rates (negative hallucination and positive recall are better).
     """
-    weights = resample(pool, resamples)
     ours, one, other = (expected_rates(pool, method, n, weights) for method in ("normalized", "random", "summed"))
     response, recall = "response_hallucination", "recall"
     # a resample in which no answer hallucinates has no ratio

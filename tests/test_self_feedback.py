@@ -49,7 +49,8 @@ def test_counts_of_a_pool_are_those_of_chair():
 
 
 def test_a_perfect_reward_is_as_good_as_the_oracle_and_random_choice_stays_where_it_was():
-    rows = curve(make_pool(*pool_of(), 8)[0], resamples=200)
+    pool, _ = make_pool(*pool_of(), 8)
+    rows = curve(pool, resample(pool, 200))
     assert [row(rows, "random", n)["response_hallucination"] for n in sizes(8)] == [
         row(rows, "random", 1)["response_hallucination"]
     ] * 4
@@ -62,7 +63,8 @@ def test_a_reward_that_falls_with_length_is_mended_by_normalization():
     answers, logps, split = pool_of()
     # every token costs 5 on top of the phantom's price: the sum prefers to say less, the mean does not
     logps = [dataclasses.replace(v, policy_logp=v.policy_logp - 5.0 * v.tokens) for v in logps]
-    found = compare(make_pool(answers, logps, split, 8)[0], resamples=200, n=8)
+    pool, _ = make_pool(answers, logps, split, 8)
+    found = compare(pool, resample(pool, 200), 8)
     assert found["recall_against_summed"] > 0.1
     assert found["recall_against_summed_interval"][0] > 0
     assert found["relative_reduction"] > 0.9
@@ -70,12 +72,12 @@ def test_a_reward_that_falls_with_length_is_mended_by_normalization():
 
 def test_noise_makes_intervals_that_hold_the_value_and_are_the_same_every_time():
     pool, _ = make_pool(*pool_of(noise=10.0), 8)
-    rows = curve(pool, resamples=200)
+    rows = curve(pool, resample(pool, 200))
     for r in rows:
         for rate in ("response_hallucination", "recall"):
             low, high = r[f"{rate}_interval"]
             assert low <= r[rate] <= high
-    assert rows == curve(pool, resamples=200)
+    assert rows == curve(pool, resample(pool, 200))
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +98,7 @@ def test_more_candidates_cannot_be_drawn_than_there_are():
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     pool, _ = make_pool(*pool_of(candidates=8, instructions=400), 8)
-    low, high = row(curve(pool, resamples=4000), "random", 1)["recall_interval"]
+    low, high = row(curve(pool, resample(pool, 4000)), "random", 1)["recall_interval"]
     per_image = pool.covered.mean(1) / 2
     assert high - low == pytest.approx(2 * 1.96 * per_image.std() / 20, rel=0.06)
 
@@ -122,9 +124,9 @@ def test_instructions_with_too_few_candidates_are_left_out_and_counted():
 def test_where_nothing_hallucinates_there_is_no_reduction_to_speak_of():
     pool, _ = make_pool(*pool_of(), 8)
     faithful = dataclasses.replace(pool, hallucinated=np.zeros_like(pool.hallucinated))
-    found = compare(faithful, resamples=200, n=8)
+    found = compare(faithful, resample(pool, 200), 8)
     assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, (0.0, 0.0))
     once = pool.hallucinated * 0
     once[0, 0] = 1  # in most resamples no random answer hallucinates
-    found = compare(dataclasses.replace(pool, hallucinated=once), resamples=50, n=8)
+    found = compare(dataclasses.replace(pool, hallucinated=once), resample(pool, 50), 8)
     assert np.abs(found["relative_reduction_interval"]).max() <= 20
