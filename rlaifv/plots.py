@@ -274,3 +274,16 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     axes[2].set(xlabel="response hallucination (%)", ylabel="recall (%)")
     return figure
+
+
+def log_ratios(values: np.ndarray, hallucinated: np.ndarray) -> Figure:
+    """How often a sampled answer has which log-ratio log π_θ − log π_ref: `values` in nats, and whether each answer
+    hallucinates, two arrays of one shape. Counts are on a logarithmic axis: best-of-N lives in the right tail."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bins = np.linspace(values.min(), values.max(), 60)
+    for chosen, label, color in ((~hallucinated, "true to the image", GREEN), (hallucinated, "hallucinating", RED)):
+        axis.hist(values[chosen], bins, label=label, color=color, alpha=0.55)
+    axis.set(xlabel="log π_θ − log π_ref of an answer (nats)", ylabel="answers", yscale="log")
+    axis.set_title("What the reward separates, and what it does not")
+    axis.legend()
+    return figure

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from rlaifv.images import open_image
@@ -43,8 +44,10 @@ class Asked:
     cut: Sequence[bool] | None = None
 
 
-def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
-    """Log-probs of every answer under both models; equal answers to one question are computed once.
+def token_logps(
+    policy: VLM, reference: VLM | None, asked: Sequence[Asked]
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Log-probs of every token of every answer under both models; equal answers to one question are computed once.
 
     Args:
         policy: π_θ.
@@ -52,7 +55,8 @@ def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> 
         asked: prompts with their answers, several to a forward.
 
     Returns:
-        For each prompt, for each answer in order, its AnswerLogps.
+        For each prompt, for each answer in order, log π_θ and log π_ref of its tokens: two fp64 CPU tensors (tokens,),
+        the end token last, or left out where the answer was cut.
 
     Raises:
         ValueError: the two models do not read the same tokens, or there is neither reference nor adapter.
@@ -72,12 +76,22 @@ def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> 
     results = []
     for item, texts in zip(asked, distinct, strict=True):
         rows = dict(zip(texts, zip(next(of_policy), next(of_reference), strict=True), strict=True)) if texts else {}
-        scored = []
-        for answer, cut in zip(item.answers, item.cut or [False] * len(item.answers), strict=True):
-            ours, theirs = (row[:-1].double() if cut else row.double() for row in rows[answer])
-            scored.append(AnswerLogps(ours.sum().item(), theirs.sum().item(), max(len(ours), 1)))
-        results.append(scored)
+        cuts = item.cut or [False] * len(item.answers)
+        results.append(
+            [
+                tuple(row[: len(row) - cut].double() for row in rows[answer])
+                for answer, cut in zip(item.answers, cuts, strict=True)
+            ]
+        )
     return results
+
+
+def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
+    """`token_logps` summed over each answer's tokens."""
+    return [
+        [AnswerLogps(ours.sum().item(), theirs.sum().item(), max(len(ours), 1)) for ours, theirs in answers]
+        for answers in token_logps(policy, reference, asked)
+    ]
 
 
 def check_same_tokens(policy: VLM, reference: VLM) -> None:

@@ -32,8 +32,9 @@ MEASURES = (*RATES, "mean_words")
 class Pool:
     """What each of S candidates to each of I instructions says, and what it is worth. All arrays but `truth` (I,) are
     (I, S): counts of distinct mentions, of hallucinated ones and of covered classes, words, and the log-ratio
-    log π_θ − log π_ref with the number of its tokens."""
+    log π_θ − log π_ref with the number of its tokens. `ids` names the instructions."""
 
+    ids: tuple[str, ...]
     mentions: np.ndarray
     hallucinated: np.ndarray
     covered: np.ndarray
@@ -79,6 +80,7 @@ def make_pool(
     rows = [[row_of[key, c.answer] for c in group] for key, group in whole.items()]
     values = [[scored[c.id] for c in group] for group in whole.values()]
     pool = Pool(
+        ids=tuple(whole),
         mentions=np.array([[len(r["mentions"]) for r in group] for group in rows]),
         hallucinated=np.array([[len(r["hallucinated"]) for r in group] for group in rows]),
         covered=np.array([[len(r["covered"]) for r in group] for group in rows]),

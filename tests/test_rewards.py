@@ -20,6 +20,7 @@ from rlaifv.rewards import (
     best_of_n,
     load_with_adapter,
     score_candidates,
+    token_logps,
     without_adapter,
 )
 from rlaifv.vlm import load_vlm, prompt_text
@@ -79,6 +80,16 @@ def test_a_cut_answer_is_scored_without_the_end_token_that_it_never_said(models)
     ours = direct_logps(models[0], 0, "describe it .", "a red dog")
     assert (scored[0].tokens, scored[1].tokens) == (len(ours), len(ours) - 1)
     assert scored[1].policy == pytest.approx(ours[:-1].sum().item(), abs=1e-5)
+
+
+def test_the_log_probs_of_an_answer_are_those_of_its_tokens_added_up(models):
+    asked = [Asked(image(0), "describe it .", ANSWERS, [False, True, False, False])]
+    tokens, sums = token_logps(*models, asked)[0], answer_logps(*models, asked)[0]
+    assert [len(ours) for ours, _ in tokens] == [s.tokens for s in sums]
+    assert tokens[1][0].tolist() == pytest.approx(
+        direct_logps(models[0], 0, "describe it .", ANSWERS[1])[:-1].tolist(), abs=1e-5
+    )
+    assert [theirs.sum().item() for _, theirs in tokens] == [s.reference for s in sums]
 
 
 def test_one_model_with_and_without_its_adapter_is_both_models(folder, models):
