@@ -3,8 +3,8 @@
     r(y) = β/|y| · (log π_θ(y | image, x) − log π_ref(y | image, x))
 
 π_θ is the aligned policy, π_ref the model that it was aligned from, |y| the number of tokens. Without 1/|y| the sum
-favors one length; dividing by it is what makes best-of-N work. Many answers to one prompt share its image and text
-(rlaifv.prefix), and both models read the same tokens.
+favors one length, which is why the paper divides (how much it matters depends on the model: notebook 85 measures it).
+Many answers to one prompt share its image and text (rlaifv.prefix), and both models read the same tokens.
 """
 
 from collections.abc import Iterator, Sequence
