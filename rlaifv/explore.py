@@ -25,9 +25,7 @@ class Round:
 
     def show(self, index: int) -> None:
         """Display one instruction in a notebook."""
-        from IPython.display import HTML, display
-
-        display(HTML(self.page(self.instructions[index].id)))
+        show_html(self.page(self.instructions[index].id))
 
     def page(self, instruction_id: str) -> str:
         """HTML of one instruction: image, question, every candidate claim by claim, and its pairs."""
@@ -39,8 +37,7 @@ class Round:
             for p in self.pairs[instruction_id]
         )
         return (
-            f"<style>{STYLE}</style><h3>{html.escape(instruction.id)}: {html.escape(instruction.question)}</h3>"
-            f'<img src="{data_uri(self.image_root / instruction.image_path)}" width="216" alt="">'
+            f"{header_html(instruction, self.image_root / instruction.image_path)}"
             f"<h4>candidates</h4>{rows}<h4>pairs</h4>{pairs or 'none: every candidate has the same score'}"
         )
 
@@ -50,6 +47,21 @@ class Round:
         score = -sum(not j.accepted for _, j in judged)
         answer = f"<p>#{candidate.sample} (score {score}) {html.escape(candidate.answer)}</p>"
         return answer + "".join(spans)
+
+
+def header_html(instruction: Instruction, image: Path) -> str:
+    """The report's style, then an instruction's id, question and image."""
+    return (
+        f"<style>{STYLE}</style><h3>{html.escape(instruction.id)}: {html.escape(instruction.question)}</h3>"
+        f'<img src="{data_uri(image)}" width="216" alt="">'
+    )
+
+
+def show_html(page: str) -> None:
+    """Display HTML in a notebook."""
+    from IPython.display import HTML, display
+
+    display(HTML(page))
 
 
 def load_round(iteration: str, image_root: Path) -> Round:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from rlaifv.explore import header_html, show_html
 from rlaifv.images import open_image
 from rlaifv.records import Candidate, Instruction
-from rlaifv.report import STYLE, data_uri
 from rlaifv.rewards import Asked, token_logps
-from rlaifv.vlm import VLM, encode
+from rlaifv.vlm import VLM
 
 FULL_COLOR = 3.0
 """Nats at which the color of a token is full."""
@@ -32,9 +32,7 @@ class RewardView:
 
     def show(self, instruction_id: str) -> None:
         """Display one instruction in a notebook."""
-        from IPython.display import HTML, display
-
-        display(HTML(self.page(instruction_id)))
+        show_html(self.page(instruction_id))
 
     def page(self, instruction_id: str) -> str:
         """HTML of one instruction: its image and its `shown` distinct answers of the highest normalized reward."""
@@ -43,21 +41,19 @@ class RewardView:
         cut = {c.answer: c.finish_reason == "length" for c in self.candidates[instruction_id]}
         asked = Asked(open_image(path), instruction.question, list(cut), list(cut.values()))
         logps = token_logps(self.policy, self.reference, [asked])[0]
-        ratios = [ours - theirs for ours, theirs in logps]
+        ratios = [tokens.policy - tokens.reference for tokens in logps]
         order = sorted(range(len(ratios)), key=lambda i: -ratios[i].mean().item())
         by_sum = sorted(order, key=lambda i: -ratios[i].sum().item())
-        coded = encode(self.policy, asked.image, asked.question, [asked.answers[i] for i in order[: self.shown]])
         rows = ""
-        for i, ids, start in zip(order, coded.rows, coded.answer_starts, strict=False):
-            pieces = token_texts(self.policy, ids[start:])[: len(ratios[i])]
+        for i in order[: self.shown]:
+            pieces = token_texts(self.policy, logps[i].ids)
             rows += (
                 f"<tr><td>{ratios[i].mean().item():+.3f}</td><td>{ratios[i].sum().item():+.2f}</td>"
-                f"<td>{by_sum.index(i) + 1}</td><td>{len(ratios[i])}</td>"
+                f"<td>{by_sum.index(i) + 1}</td><td>{len(pieces)}</td>"
                 f'<td style="text-align:left">{tokens_html(pieces, ratios[i])}</td></tr>'
             )
         return (
-            f"<style>{STYLE}</style><h3>{html.escape(instruction_id)}: {html.escape(instruction.question)}</h3>"
-            f'<img src="{data_uri(path)}" width="216" alt="">'
+            f"{header_html(instruction, path)}"
             "<table><tr><th>nats a token</th><th>summed</th><th>place by sum</th><th>tokens</th>"
             f'<th style="text-align:left">answer</th></tr>{rows}</table>'
         )

@@ -35,6 +35,19 @@ class AnswerLogps:
 
 
 @dataclass(frozen=True)
+class TokenLogps:
+    """Log-probs in nats of one answer's tokens: `ids`, and two fp64 CPU tensors (tokens,). The end token is the last
+    one, unless the answer was cut."""
+
+    ids: list[int]
+    policy: torch.Tensor
+    reference: torch.Tensor
+
+    def summed(self) -> AnswerLogps:
+        return AnswerLogps(self.policy.sum().item(), self.reference.sum().item(), max(len(self.ids), 1))
+
+
+@dataclass(frozen=True)
 class Asked:
     """Answers to one question about one image. `cut[i]`: answer i was ended by the token limit, not by the model."""
 
@@ -44,9 +57,7 @@ class Asked:
     cut: Sequence[bool] | None = None
 
 
-def token_logps(
-    policy: VLM, reference: VLM | None, asked: Sequence[Asked]
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+def token_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[TokenLogps]]:
     """Log-probs of every token of every answer under both models; equal answers to one question are computed once.
 
     Args:
@@ -55,8 +66,7 @@ def token_logps(
         asked: prompts with their answers, several to a forward.
 
     Returns:
-        For each prompt, for each answer in order, log π_θ and log π_ref of its tokens: two fp64 CPU tensors (tokens,),
-        the end token last, or left out where the answer was cut.
+        For each prompt, for each answer in order, its TokenLogps.
 
     Raises:
         ValueError: the two models do not read the same tokens, or there is neither reference nor adapter.
@@ -67,31 +77,32 @@ def token_logps(
     encoded = [
         encode(policy, item.image, item.question, texts) for item, texts in zip(asked, distinct, strict=True) if texts
     ]
-    of_policy = iter(continuation_logprobs(policy, encoded))
+    of_policy = continuation_logprobs(policy, encoded)
     if reference is None:
         with without_adapter(policy):
-            of_reference = iter(continuation_logprobs(policy, encoded))
+            of_reference = continuation_logprobs(policy, encoded)
     else:
-        of_reference = iter(continuation_logprobs(reference, encoded))
+        of_reference = continuation_logprobs(reference, encoded)
+    computed = zip(encoded, of_policy, of_reference, strict=True)
     results = []
     for item, texts in zip(asked, distinct, strict=True):
-        rows = dict(zip(texts, zip(next(of_policy), next(of_reference), strict=True), strict=True)) if texts else {}
-        cuts = item.cut or [False] * len(item.answers)
-        results.append(
-            [
-                tuple(row[: len(row) - cut].double() for row in rows[answer])
-                for answer, cut in zip(item.answers, cuts, strict=True)
-            ]
-        )
+        rows = {}
+        if texts:
+            coded, ours, theirs = next(computed)
+            ids = [row[start:] for row, start in zip(coded.rows, coded.answer_starts, strict=True)]
+            rows = dict(zip(texts, zip(ids, ours, theirs, strict=True), strict=True))
+        scored = []
+        for answer, cut in zip(item.answers, item.cut or [False] * len(item.answers), strict=True):
+            ids, ours, theirs = rows[answer]
+            said = len(ids) - cut  # a cut answer never said the end token
+            scored.append(TokenLogps(ids[:said], ours[:said].double(), theirs[:said].double()))
+        results.append(scored)
     return results
 
 
 def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
-    """`token_logps` summed over each answer's tokens."""
-    return [
-        [AnswerLogps(ours.sum().item(), theirs.sum().item(), max(len(ours), 1)) for ours, theirs in answers]
-        for answers in token_logps(policy, reference, asked)
-    ]
+    """`token_logps`, summed over each answer's tokens."""
+    return [[tokens.summed() for tokens in answers] for answers in token_logps(policy, reference, asked)]
 
 
 def check_same_tokens(policy: VLM, reference: VLM) -> None:

@@ -85,11 +85,11 @@ def test_a_cut_answer_is_scored_without_the_end_token_that_it_never_said(models)
 def test_the_log_probs_of_an_answer_are_those_of_its_tokens_added_up(models):
     asked = [Asked(image(0), "describe it .", ANSWERS, [False, True, False, False])]
     tokens, sums = token_logps(*models, asked)[0], answer_logps(*models, asked)[0]
-    assert [len(ours) for ours, _ in tokens] == [s.tokens for s in sums]
-    assert tokens[1][0].tolist() == pytest.approx(
+    assert [len(t.policy) for t in tokens] == [s.tokens for s in sums]
+    assert tokens[1].policy.tolist() == pytest.approx(
         direct_logps(models[0], 0, "describe it .", ANSWERS[1])[:-1].tolist(), abs=1e-5
     )
-    assert [theirs.sum().item() for _, theirs in tokens] == [s.reference for s in sums]
+    assert [t.reference.sum().item() for t in tokens] == [s.reference for s in sums]
 
 
 def test_one_model_with_and_without_its_adapter_is_both_models(folder, models):
