@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro self-feedback ablations rounds test lint format lab bench tiny clean
+.PHONY: help env repro self-feedback ablations rounds test lint format lab speed tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,7 @@ lint: $(READY) ## check code, formatting and that notebooks are stripped
 	ruff check .
 	ruff format --check .
 	nbstripout --verify notebooks/*.ipynb notebooks/explore/*.ipynb
+	lint-imports --no-logo
 
 format: $(READY) ## format code and strip notebooks in place
 	ruff check --fix .
@@ -53,10 +54,10 @@ format: $(READY) ## format code and strip notebooks in place
 lab: $(READY) ## open the notebooks in JupyterLab
 	jupyter lab notebooks
 
-bench: $(READY) ## measure the speed of feedback, generation and training
-	python bench/feedback.py
-	python bench/generate.py
-	python bench/train.py
+speed: $(READY) ## measure the speed of feedback, generation and training
+	python speed/feedback.py
+	python speed/generate.py
+	python speed/train.py
 
 tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothing
 	python -m rlaifv.run 01_tiny_checkpoints

@@ -4,7 +4,7 @@
 
 Without --model it is the newest aligned policy of the pipeline, or the shipped tiny one; without --question, questions
 are read line by line and every answer knows the turns before it. --best-of N samples N answers and says the one that
-the model's own DPO reward against --reference ranks first (rlaifv.rewards).
+the model's own DPO reward against --reference ranks first (rlaifv.steps.self_feedback).
 """
 
 import argparse
@@ -26,13 +26,13 @@ from transformers import AutoConfig, GenerationConfig, TextIteratorStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rlaifv import ROOT
-from rlaifv.generate import uniforms
-from rlaifv.images import decode_image, open_image
-from rlaifv.prefill import collate_inputs
-from rlaifv.prefix import continuation_logprobs, shares_prefix
-from rlaifv.rewards import AnswerLogps, best_of_n, check_same_tokens
-from rlaifv.sampling import Decoding, DrawFromStream, Generation, sample_plain, sample_shared
-from rlaifv.vlm import VLM, EncodedPrompt, load_vlm, resolve_checkpoint, special_tokens_needed
+from rlaifv.inference.logprobs import continuation_logprobs, shares_prefix
+from rlaifv.inference.sampling import Decoding, DrawFromStream, Generation, sample_plain, sample_shared, uniforms
+from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
+from rlaifv.vlm.chat_format import EncodedPrompt, special_tokens_needed
+from rlaifv.vlm.collate import collate_inputs
+from rlaifv.vlm.images import decode_image, open_image
+from rlaifv.vlm.loading import VLM, load_vlm, resolve_checkpoint
 
 BASE_MODEL = "models/tiny/policy"
 BEST_OF_TEMPERATURE = 0.7

@@ -26,25 +26,17 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlaifv import ROOT, plots
-from rlaifv.evaluate import load_split, paired_test
-from rlaifv.outcome import flat_rows
-from rlaifv.params import DEFAULT, ModelParams, Params, ParamsError, load_params
-from rlaifv.records import digest, digest_files, read_jsonl, write_atomic
+from rlaifv import ROOT
+from rlaifv.evaluation.hallucination import load_split, paired_test
+from rlaifv.evaluation.outcome import describe_inputs, fingerprints, flat_rows, read_results
+from rlaifv.fingerprint import digest, digest_files
+from rlaifv.params import DEFAULT, Params, ParamsError, load_params
+from rlaifv.records import read_jsonl, write_atomic
+from rlaifv.report import plots
 
 LIST = ROOT / "experiments" / "experiments.yaml"
 STAGE = "experiments/dvc.yaml:experiment"
 OUTCOME = "metrics/experiment.json"
-
-SETTINGS = {
-    "world": ("train", "test"),
-    "prepare": ("per_iteration",),
-    "generate": ("samples", "temperature"),
-    "pairs": ("min_gap", "max_per_instruction"),
-    "train": ("beta", "learning_rate", "epochs"),
-    "select": ("max_recall_drop",),
-}
-"""The parameters that a reader of the results wants to know."""
 
 
 @dataclass(frozen=True)
@@ -143,30 +135,6 @@ def digest_sources() -> str:
 
 def _is_source(path: Path) -> bool:
     return path.is_file() and "__pycache__" not in path.parts
-
-
-def fingerprints(params: Params) -> dict[str, str]:
-    """Role → fingerprint of its checkpoint's bytes (a served labeler: its address)."""
-    from rlaifv.served import is_served
-    from rlaifv.vlm import fingerprint_checkpoint
-
-    def of(model: ModelParams) -> str:
-        return model.path if is_served(model.path) else fingerprint_checkpoint(model.path, model.revision)
-
-    return {role: of(getattr(params, role)) for role in ("policy", "labeler", "divider")}
-
-
-def describe_inputs(params: Params) -> dict[str, dict]:
-    """What a group's results came from: the three models, and the settings without an experiment's overrides."""
-    marks = fingerprints(params)
-    models = {role: {"path": getattr(params, role).path, "fingerprint": mark} for role, mark in marks.items()}
-    settings = {f"{s}.{key}": getattr(getattr(params, s), key) for s, keys in SETTINGS.items() for key in keys}
-    return {"models": models, "settings": {"seed": params.seed, **settings}}
-
-
-def read_results(path: Path) -> dict:
-    """A group's results; no experiments when none were run yet."""
-    return json.loads(path.read_text()) if path.is_file() else {"experiments": [], "tests": {}, "failed": []}
 
 
 def needed(group: Group, results: Mapping) -> list[Experiment]:

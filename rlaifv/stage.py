@@ -11,15 +11,11 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlaifv import ROOT
-from rlaifv.params import ModelParams, Params, load_params
-from rlaifv.records import digest, digest_files, digest_modules, write_atomic
-
-if TYPE_CHECKING:
-    from rlaifv.served import ServedLabeler
-    from rlaifv.vlm import VLM
+from rlaifv.fingerprint import digest, digest_files, digest_modules
+from rlaifv.params import Params, load_params
+from rlaifv.records import write_atomic
 
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
@@ -113,23 +109,6 @@ class Stage:
             "source": digest_modules(*modules, *ANSWERING),
             **extra,
         }
-
-    def load_labeler(self) -> "VLM | ServedLabeler":
-        """The labeler of the parameter file: a checkpoint, or a server's address (`http://host:8000/v1#model`)."""
-        from rlaifv.served import is_served, open_served
-
-        if is_served(self.params.labeler.path):
-            return open_served(self.params.labeler.path, ROOT / "scratch")
-        return self.load(self.params.labeler)
-
-    def load(self, model: ModelParams, folder: Path | None = None) -> "VLM":
-        """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier round)."""
-        from rlaifv.vlm import load_vlm
-
-        if folder and not folder.is_dir():
-            raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
-        path, revision = (str(folder), None) if folder else (model.path, model.revision)
-        return load_vlm(path, revision=revision, dtype=model.dtype, device=model.device)
 
     def finish(self) -> None:
         """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session."""

@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 import rlaifv.chat
 from rlaifv.chat import Chat, default_model, load_chat_model, main, read_image
-from rlaifv.rewards import Asked, answer_logps
-from rlaifv.sampling import Generation
+from rlaifv.inference.sampling import Generation
+from rlaifv.steps.self_feedback import Asked, answer_logps
 
 QUESTION = "what is in the image ?"
 

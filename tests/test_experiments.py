@@ -8,20 +8,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from rlaifv import ROOT, experiments
-from rlaifv.experiments import (
-    LIST,
-    Experiment,
-    collect,
-    compose,
-    describe_inputs,
-    load_groups,
-    needed,
-    run_group,
-    write_results,
-)
-from rlaifv.findings import experiments_html, findings_html, self_feedback_html, verdict
-from rlaifv.outcome import flat_rows, score_run
+from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
+from rlaifv.experiments import LIST, Experiment, collect, compose, load_groups, needed, run_group, write_results
 from rlaifv.params import ParamsError, load_params
+from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
 
 BASE = load_params()
 
@@ -227,7 +217,7 @@ def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, mon
 
 
 def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_path, monkeypatch):
-    from rlaifv import outcome as module
+    from rlaifv.evaluation import outcome as module
 
     found = outcome(0.1)
     for name, row in {"0": found["base"], **found["rounds"]}.items():
@@ -299,7 +289,7 @@ def test_the_verdict_says_in_words_which_of_two_is_better():
 
 
 def test_rounds_are_drawn_with_the_control_as_a_marker_of_its_own(groups):
-    from rlaifv.plots import rounds
+    from rlaifv.report.plots import rounds
 
     figure = rounds(made(groups, "rounds", ROUNDS))
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from rlaifv import ROOT
 from rlaifv.stage import ANSWERING
-from rlaifv.train import SOURCES
+from rlaifv.training.job import SOURCES
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]

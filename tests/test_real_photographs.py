@@ -18,9 +18,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rlaifv.images import open_image
 from rlaifv.records import Instruction, read_jsonl, write_jsonl
-from rlaifv.vlm import encode, load_vlm, write_pointer
+from rlaifv.vlm.chat_format import encode
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import load_vlm, write_pointer
 
 INSTRUCTIONS = 6
 

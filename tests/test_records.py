@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaifv.records import Reject, Store, TooManyRejects, batched, digest_files, read_jsonl, write_atomic, write_jsonl
+from rlaifv.fingerprint import digest_files
+from rlaifv.records import Reject, batched, read_jsonl, write_atomic, write_jsonl
+from rlaifv.store import Store, TooManyRejects
 
 CHUNKS = [[1, 2], [3, 4], [5]]
 

@@ -3,6 +3,7 @@
 import pytest
 
 from rlaifv.stage import Stage
+from rlaifv.vlm.loading import load_model
 
 
 def test_a_round_that_starts_from_another_than_the_profile_says_is_refused():
@@ -14,4 +15,4 @@ def test_a_round_that_starts_from_another_than_the_profile_says_is_refused():
 def test_a_policy_that_the_round_before_has_not_selected_yet_is_named_with_the_way_out():
     stage = Stage("generate", "params.yaml", "2", "1")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint data/iterations/absent/policy yet: .*dvc repro"):
-        stage.load(stage.params.policy, stage.paths.folder.with_name("absent") / "policy")
+        load_model(stage.params.policy, stage.paths.folder.with_name("absent") / "policy")

@@ -1,0 +1,1 @@
+"""The published benchmarks: their scorers, their judge, their commands."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
-from rlaifv.benchmarks.nouns import SOURCE, text_nouns
 from rlaifv.benchmarks.pope import yes_no_rates
-from rlaifv.benchmarks.results import Answer, lookup, read_answers
-from rlaifv.benchmarks.scores import Scores
+from rlaifv.evaluation.answers import Answer, lookup, read_answers
+from rlaifv.evaluation.nouns import SOURCE, text_nouns
+from rlaifv.evaluation.scores import Scores
 
 _GENERATIVE = "generative"
 _ID_FIELDS = ("question_id", "id", "qid")

@@ -10,8 +10,8 @@ from typing import Any
 
 from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
 from rlaifv.benchmarks.published import print_table, table
-from rlaifv.benchmarks.scores import Scores
-from rlaifv.benchmarks.statistics import Comparison, compare, intervals
+from rlaifv.evaluation.bootstrap import Comparison, compare, intervals
+from rlaifv.evaluation.scores import Scores
 from rlaifv.records import write_jsonl
 
 

@@ -303,9 +303,9 @@ def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
     import torch
 
-    from rlaifv.evaluate import best_answers
-    from rlaifv.sampling import Prompt
-    from rlaifv.vlm import load_vlm
+    from rlaifv.inference.decoding import best_answers
+    from rlaifv.inference.sampling import Prompt
+    from rlaifv.vlm.loading import load_vlm
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
     model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")

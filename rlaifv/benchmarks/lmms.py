@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlaifv.benchmarks.results import Answer, read_answers
+from rlaifv.evaluation.answers import Answer, read_answers
 from rlaifv.records import write_jsonl
 
 
@@ -113,7 +113,7 @@ def _error_of(metric: str) -> str:
 
 
 def sample_rows(answers: Iterable[Answer], task: str) -> list[dict]:
-    """Answers as lmms-eval's sample rows; `results.read_answers` reads them back."""
+    """Answers as lmms-eval's sample rows; `answers.read_answers` reads them back."""
     rows = []
     for number, answer in enumerate(answers):
         doc = {"question_id": answer.id, "question": answer.question, "image_id": answer.image}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, plain, read_answers, read_json_objects
-from rlaifv.benchmarks.scores import Scores
+from rlaifv.evaluation.answers import Answer, plain, read_answers, read_json_objects
+from rlaifv.evaluation.scores import Scores
 
 PROMPT = """\
 You are a fair and careful judge. Below is what an image contains, a question about the image, the answer of a human \

@@ -14,12 +14,12 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlaifv.benchmarks import chair
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.nouns import SOURCE, is_adjective, is_participle, noun_forms, noun_lemma, tokenize
-from rlaifv.benchmarks.results import Answer, image_key, read_answers
-from rlaifv.benchmarks.scores import Scores
+from rlaifv.evaluation import chair
+from rlaifv.evaluation.answers import Answer, image_key, read_answers
+from rlaifv.evaluation.nouns import SOURCE, is_adjective, is_participle, noun_forms, noun_lemma, tokenize
+from rlaifv.evaluation.scores import Scores
 
 PROMPT = """\
 You are an expert in finding the objects that an answer about an image names.

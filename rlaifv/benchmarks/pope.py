@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaifv.benchmarks.cli import command, run
-from rlaifv.benchmarks.results import Answer, image_keys, lookup, plain, read_answers, read_json_objects
-from rlaifv.benchmarks.scores import Scores
+from rlaifv.evaluation.answers import Answer, image_keys, lookup, plain, read_answers, read_json_objects
+from rlaifv.evaluation.scores import Scores
 
 _ID_FIELDS = ("question_id", "id", "doc_id")
 

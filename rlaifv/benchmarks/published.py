@@ -7,7 +7,7 @@ retired, so most scores of today are not, and the table says why.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlaifv.benchmarks.scores import Scores
+from rlaifv.evaluation.scores import Scores
 
 V1, V2 = "arXiv 2405.17220v1", "arXiv 2405.17220v2 (CVPR 2025)"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, positive, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
-from rlaifv.benchmarks.results import Answer, lookup, plain, read_answers, read_json_objects
-from rlaifv.benchmarks.scores import Scores, ratio
+from rlaifv.evaluation.answers import Answer, lookup, plain, read_answers, read_json_objects
+from rlaifv.evaluation.scores import Scores, ratio
 
 REVIEW_PROMPT = """\
 You are an impartial judge of two multimodal models that answered a question about an image. You do not see the \

@@ -15,9 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from rlaifv import ROOT
-from rlaifv.benchmarks import amber, chair, mmhal, object_halbench, pope, published, refomb
+from rlaifv.benchmarks import amber, mmhal, object_halbench, pope, published, refomb
 from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
-from rlaifv.benchmarks.results import (
+from rlaifv.evaluation import chair
+from rlaifv.evaluation.answers import (
     ID_FIELDS,
     IMAGE_FIELDS,
     QUESTION_FIELDS,
@@ -26,26 +27,17 @@ from rlaifv.benchmarks.results import (
     read_answers,
     read_json_objects,
 )
-from rlaifv.benchmarks.scores import Scores
-from rlaifv.benchmarks.statistics import intervals
-from rlaifv.evaluate import best_answers
-from rlaifv.images import decode_image, open_image
+from rlaifv.evaluation.bootstrap import intervals
+from rlaifv.evaluation.scores import Scores
+from rlaifv.fingerprint import digest, digest_files, digest_modules
+from rlaifv.inference.decoding import best_answers
+from rlaifv.inference.sampling import Prompt
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
-from rlaifv.records import (
-    Reject,
-    Store,
-    batched,
-    digest,
-    digest_files,
-    digest_modules,
-    read_jsonl,
-    to_json,
-    write_atomic,
-    write_jsonl,
-)
-from rlaifv.sampling import Prompt
+from rlaifv.records import Reject, batched, read_jsonl, to_json, write_atomic, write_jsonl
 from rlaifv.stage import ANSWERING
-from rlaifv.vlm import VLM
+from rlaifv.store import Store
+from rlaifv.vlm.images import decode_image, open_image
+from rlaifv.vlm.loading import VLM
 
 log = logging.getLogger(__name__)
 

@@ -8,18 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
 from rlaifv.tinyworld.backbone import start_copying, start_language_model, text_config
-from rlaifv.tinyworld.language import (
-    INSTRUCTIONS,
-    OPINIONS,
-    STYLES,
-    claims,
-    imagined_caption,
-    sentence,
-    to_question,
-)
-from rlaifv.tinyworld.packing import Packer, target_logits
+from rlaifv.tinyworld.language import INSTRUCTIONS, OPINIONS, STYLES, claims, imagined_caption, sentence, to_question
+from rlaifv.tinyworld.lesson_rows import Packer, target_logits
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, GRID, Group, make_scene
 
 

@@ -6,10 +6,10 @@ import re
 import torch
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
 from rlaifv.tinyworld.divider import claims_reply, questions_reply
 from rlaifv.tinyworld.language import INSTRUCTIONS, PLURALS, TYPES, YES_NO, claims, random_claim, to_question
-from rlaifv.tinyworld.packing import Packer, target_logits
+from rlaifv.tinyworld.lesson_rows import Packer, target_logits
 from rlaifv.tinyworld.scenes import CLASSES, Scene
 
 

@@ -18,7 +18,7 @@ from rlaifv.tinyworld.language import (
     random_claim,
     to_question,
 )
-from rlaifv.tinyworld.packing import Packer, target_logits
+from rlaifv.tinyworld.lesson_rows import Packer, target_logits
 from rlaifv.tinyworld.scenes import Scene
 
 Branch = tuple[str, str, float]

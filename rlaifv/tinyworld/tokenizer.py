@@ -9,7 +9,7 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from rlaifv.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
 from rlaifv.tinyworld.language import BRIEF_REMARKS, INSTRUCTIONS, NUMBERS, OPINIONS, PLURALS, REMARKS, STYLES, YES_NO
 from rlaifv.tinyworld.scenes import CLASSES, COLOR_NAMES, POSITIONS
 

@@ -1,0 +1,1 @@
+"""What answers are worth: hallucination, recall, intervals, and feedback against the truth."""

@@ -1,0 +1,158 @@
+"""Score feedback itself against the truth, which the embedded world knows: are judgements right, are pairs right?
+
+    python -m rlaifv.evaluation.feedback_truth --iteration 1     # prints the numbers of a finished round
+
+The counterpart of the paper's human check (section 3.3: with divide-and-conquer 96.7 % of the pairs agree with people).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rlaifv import ROOT
+from rlaifv.evaluation.bootstrap import percentile_interval
+from rlaifv.params import ParamsError, load_params
+from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records
+from rlaifv.stage import PREPARED, Paths
+from rlaifv.tinyworld.coco import read_scenes
+from rlaifv.tinyworld.language import claim_type, claims, is_true, to_question
+from rlaifv.tinyworld.scenes import Scene
+
+
+def false_claims(text: str, scene: Scene) -> int:
+    """How many claims of a text do not hold in the scene; a claim that is said twice counts twice."""
+    return sum(not is_true(claim, scene) for claim in claims(text))
+
+
+def holds(claim: str, scene: Scene) -> bool:
+    """Whether a claim is true; a text that is no atomic claim (`divide.whole_answer`) is when all of its claims are."""
+    try:
+        return is_true(claim, scene)
+    except ValueError:
+        return false_claims(claim, scene) == 0
+
+
+def misquoted(claim: Claim) -> bool:
+    """Whether the claim's question is another text than this world's question for it: the labeler is then asked about
+    something else, which is the divider's error. A text that is no atomic claim has no such question."""
+    try:
+        return claim.question != to_question(claim.claim)
+    except ValueError:
+        return False
+
+
+def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable[[str], Scene]) -> dict[str, object]:
+    """Share of judgements that agree with the truth, overall and per type of claim, and the two kinds of error.
+
+    `scene_of` maps a candidate's id to its scene. `false_accepted` is the share of false claims that were accepted,
+    `true_rejected` that of true claims that were rejected. The interval resamples images, not claims.
+    """
+    if not judged:
+        return {"n": 0}
+    scenes = [scene_of(claim.candidate_id) for claim, _ in judged]
+    truth = np.array([holds(claim.claim, scene) for (claim, _), scene in zip(judged, scenes, strict=True)])
+    said = np.array([judgement.accepted for _, judgement in judged])
+    right, types = truth == said, np.array([_type(claim.claim) for claim, _ in judged])
+    other = np.array([misquoted(claim) for claim, _ in judged])
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_interval": interval(right, np.array([scene.image_id for scene in scenes])),
+        "per_type": {str(kind): float(right[types == kind].mean()) for kind in sorted(set(types))},
+        "false_accepted": float(said[~truth].mean()) if (~truth).any() else 0.0,
+        "true_rejected": float((~said[truth]).mean()) if truth.any() else 0.0,
+        "misquoted": float(other.mean()),
+        "wrong_misquoted": float(other[~right].mean()) if (~right).any() else 0.0,
+        "n": len(judged),
+    }
+
+
+def _type(claim: str) -> str:
+    try:
+        return claim_type(claim)
+    except ValueError:
+        return "whole answer"
+
+
+def pair_agreement(pairs: Sequence[Mapping], scene_of: Callable[[str], Scene]) -> dict[str, object]:
+    """Share of pairs whose chosen answer really makes fewer false claims than the rejected one.
+
+    `pairs` have `image_path`, `chosen`, `rejected`; `scene_of` maps an image path to its scene. A pair whose answers
+    make equally many false claims is a `tie`, and no agreement.
+    """
+    if not pairs:
+        return {"n": 0}
+    scenes = [scene_of(pair["image_path"]) for pair in pairs]
+    gaps = np.array(
+        [
+            false_claims(pair["rejected"], scene) - false_claims(pair["chosen"], scene)
+            for pair, scene in zip(pairs, scenes, strict=True)
+        ]
+    )
+    images = np.array([scene.image_id for scene in scenes])
+    return {
+        "agreement": float((gaps > 0).mean()),
+        "agreement_interval": interval(gaps > 0, images),
+        "tie": float((gaps == 0).mean()),
+        "against": float((gaps < 0).mean()),
+        "n": len(pairs),
+    }
+
+
+def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a share; what belongs to one group (an image) is drawn together."""
+    _, group = np.unique(groups, return_inverse=True)
+    count = int(group.max()) + 1
+    sums = np.bincount(group, weights=right, minlength=count), np.bincount(group, minlength=count)
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    return percentile_interval(sums[0][drawn].sum(1) / sums[1][drawn].sum(1))
+
+
+def score_round(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
+    """Claim accuracy and pair agreement of the round in `folder` (data/iterations/K); `instances` lists its images."""
+    scenes = read_scenes(instances)
+    path_of = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
+    candidates = read_records(folder / "candidates" / "candidates.jsonl", Candidate)
+    image_of = {c.id: path_of[c.instruction_id] for c in candidates}
+    judgements = {j.claim_id: j for j in read_records(folder / "judgements" / "judgements.jsonl", Judgement)}
+    found = read_records(folder / "claims" / "claims.jsonl", Claim)
+    judged = [(claim, judgements[claim.id]) for claim in found if claim.id in judgements]
+    columns = ["image_path", "chosen", "rejected"]
+    pairs = pq.read_table(folder / "pairs" / "pairs.parquet", columns=columns).to_pylist()
+
+    def scene_of(image_path: str) -> Scene:
+        return scenes[int(Path(image_path).stem)]
+
+    return {
+        "claims": claim_accuracy(judged, lambda candidate: scene_of(image_of[candidate])),
+        "pairs": pair_agreement(pairs, scene_of),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaifv.evaluation.feedback_truth", description="Feedback against truth"
+    )
+    parser.add_argument("--iteration", default="1")
+    parser.add_argument("--params", default="params.yaml")
+    options = parser.parse_args(arguments)
+    try:
+        instructions = ROOT / load_params(options.params).prepare.instructions
+        instances = instructions.with_name("instances_train.json")
+        if not instances.is_file():
+            raise FileNotFoundError(f"{instances} is absent: the truth is known of the embedded world only")
+        result = score_round(Paths(options.iteration).folder, PREPARED, instances)
+    except (ParamsError, OSError, ValueError) as error:
+        print(f"truth: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

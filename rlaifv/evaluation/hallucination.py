@@ -1,0 +1,192 @@
+"""Evaluate: object hallucination and recall of a model's greedy (or beam search) answers, and its yes/no accuracy.
+
+The numbers are those of CHAIR and its Object HalBench variant (rlaifv.evaluation.chair): the same code scores the
+embedded world and real COCO.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlaifv.evaluation import chair
+from rlaifv.evaluation.answers import Answer
+from rlaifv.evaluation.bootstrap import compare, intervals
+from rlaifv.evaluation.scores import Scores
+from rlaifv.inference.decoding import best_answers
+from rlaifv.inference.sampling import Prompt
+from rlaifv.inference.yes_no import judge_many
+from rlaifv.params import EvaluateParams, SplitParams
+from rlaifv.records import RATES, Instruction, batched, read_jsonl, read_records
+from rlaifv.store import Store
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM
+
+CHAIR_RATES = dict(zip(RATES, ("chair_s_refine", "chair_i", "recall"), strict=True))
+"""Our names of the rates → CHAIR's."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A yes/no question with its true answer."""
+
+    id: str
+    image_path: str
+    question: str
+    answer: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """An evaluation split: instructions, the true COCO classes of each image id, the id of each image file name, and
+    yes/no questions (maybe none)."""
+
+    name: str
+    instructions: list[Instruction]
+    objects: dict[str, set[str]]
+    image_ids: dict[str, str]
+    questions: list[Question]
+    image_root: Path
+
+
+def load_split(name: str, params: SplitParams, prepared: Path, image_root: Path, root: Path) -> Split:
+    """Read a prepared split; an image's classes are those of its instances and of its reference captions."""
+    instructions = read_records(prepared / f"{name}.jsonl", Instruction)
+    objects = chair.load_objects(root / path for path in (params.instances, params.captions) if path)
+    images = json.loads((root / params.instances).read_text())["images"]
+    image_ids = {image["file_name"]: str(image["id"]) for image in images}
+    if unknown := [i.id for i in instructions if Path(i.image_path).name not in image_ids]:
+        raise ValueError(f"{params.instances} knows no image of {len(unknown)} {name} instructions, first {unknown[0]}")
+    questions = []
+    for row in read_jsonl(root / params.questions) if params.questions else []:
+        if row["answer"] not in ("yes", "no"):
+            raise ValueError(f"{params.questions}: {row['id']}: the answer is yes or no, got {row['answer']!r}")
+        questions.append(Question(row["id"], row["image_path"], row["question"], row["answer"], row["type"]))
+    return Split(name, instructions, objects, image_ids, questions, image_root)
+
+
+def model_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
+    """The model's answer to every instruction: rows of `id`, `image`, `question`, `answer`."""
+    rows = []
+    for chunk in batched(split.instructions, params.batch_size):
+        prompts = [Prompt(open_image(split.image_root / i.image_path), i.question) for i in chunk]
+        answers = best_answers(vlm, prompts, params.beams, params.max_new_tokens)
+        rows += [
+            {"id": i.id, "image": i.image_path, "question": i.question, "answer": answer}
+            for i, answer in zip(chunk, answers, strict=True)
+        ]
+    return rows
+
+
+def score_answers(answers: Sequence[dict[str, str]], split: Split) -> Scores:
+    """CHAIR scores of a list of answers in Object HalBench's counting; ValueError when one cannot be scored."""
+    named = [Answer(r["id"], r["answer"], image=split.image_ids[Path(r["image"]).name]) for r in answers]
+    scores = chair.score(named, split.objects, counting="unique")
+    if scores.missing:
+        raise ValueError(f"{len(scores.missing)} answers cannot be scored, first: {scores.missing[0]}")
+    return scores
+
+
+def hallucination(answers: Sequence[dict[str, str]], split: Split) -> dict[str, object]:
+    """Rates (fractions) of a list of answers, recall beside them.
+
+    `response_hallucination` = answers with a hallucinated object / answers that mention any object;
+    `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer. `<rate>_interval` is
+    its 95 % bootstrap interval over answers.
+    """
+    scores = score_answers(answers, split)
+    metrics, bounds = scores.metrics, intervals(scores)
+    return {
+        **{name: metrics[rate] for name, rate in CHAIR_RATES.items()},
+        **{f"{name}_interval": bounds[rate] for name, rate in CHAIR_RATES.items()},
+        "chair_s": metrics["chair_s"],
+        "mean_words": metrics["mean_words"],
+        "n": metrics["n"],
+    }
+
+
+def paired_test(
+    base: Sequence[dict[str, str]], aligned: Sequence[dict[str, str]], split: Split
+) -> dict[str, dict[str, object]]:
+    """The aligned model against the base on the same rows: for each rate of `hallucination` both values, their
+    `difference` with its 95 % `interval`, and the two-sided `p_value` of the same resamples."""
+    tests = compare(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
+    return {
+        name: {
+            "base": test.a,
+            "aligned": test.b,
+            "difference": test.difference,
+            "interval": [test.low, test.high],
+            "p_value": test.p_value,
+            "n": test.n,
+        }
+        for name, test in zip(CHAIR_RATES, tests, strict=True)
+    }
+
+
+def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
+    """The model's p_yes and p_no for every yes/no question of the split."""
+    by_image: dict[str, list[Question]] = defaultdict(list)
+    for question in split.questions:
+        by_image[question.image_path].append(question)
+    rows = []
+    for chunk in batched(sorted(by_image.items()), batch_size):
+        items = [
+            (open_image(split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
+        ]
+        for (_, group), answers in zip(chunk, judge_many(vlm, items), strict=True):
+            for question, (p_yes, p_no) in zip(group, answers, strict=True):
+                rows.append(
+                    {
+                        "id": question.id,
+                        "type": question.type,
+                        "answer": question.answer,
+                        "p_yes": p_yes,
+                        "p_no": p_no,
+                    }
+                )
+    return rows
+
+
+def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
+    """Accuracy and F1 (positive class "yes"), overall and accuracy per question type; a tie counts as "no"."""
+    if not rows:
+        return {"n": 0}
+    truth = np.array([row["answer"] == "yes" for row in rows])
+    said = np.array([row["p_yes"] > row["p_no"] for row in rows])
+    hits = truth & said
+    types = np.array([row["type"] for row in rows])
+    return {
+        "accuracy": float((truth == said).mean()),
+        "f1": float(2 * hits.sum() / max(truth.sum() + said.sum(), 1)),
+        "per_type": {str(t): float((truth == said)[types == t].mean()) for t in sorted(set(types))},
+        "n": len(rows),
+    }
+
+
+def evaluate(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
+    """All metrics of one model on one split, and its answers."""
+    answers = model_answers(vlm, split, params)
+    yes_no = yes_no_metrics(answer_questions(vlm, split, suffix, params.batch_size))
+    return {**hallucination(answers, split), "yes_no": yes_no}, answers
+
+
+def evaluate_checkpoints(
+    checkpoints: Sequence[Path],
+    split: Split,
+    params: EvaluateParams,
+    suffix: str,
+    store: Store,
+    load: Callable[[Path], VLM],
+    out: Path,
+) -> list[dict]:
+    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
+    for index, folder in store.pending(checkpoints):
+        metrics, _ = evaluate(load(folder), split, params, suffix)
+        store.write(index, [{"checkpoint": folder.name, **metrics}])
+    store.publish(out, len(checkpoints), max_reject_rate=0)
+    return read_jsonl(out)

@@ -1,0 +1,1 @@
+"""Asking a checkpoint, in this process or behind a server."""

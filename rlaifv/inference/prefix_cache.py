@@ -1,0 +1,167 @@
+"""One forward over a prompt's prefix, and the masks under which its branches follow.
+
+The prefix's keys and values lie in one buffer a layer. What follows is written behind them and forgotten by setting
+back the length: nothing is copied.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from rlaifv.vlm.collate import collate_inputs, pad_rows
+from rlaifv.vlm.loading import VLM
+
+
+class BufferLayer(CacheLayerMixin):
+    """Keys and values of one layer in one buffer with room behind them; `length` can be set back at no cost."""
+
+    is_sliding = False
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            new.new_empty(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write (batch, heads, new, dim) behind what is there; return views of everything up to here."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            more = max(end, self.keys.shape[2] * 3 // 2) - self.keys.shape[2]
+            self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        self.length = end
+        if start == 0:
+            return key_states, value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def buffer_cache(vlm: VLM, room: int) -> Cache:
+    """A cache whose layers all keep every token (a sliding window is the mask's business) and have room for more."""
+    return Cache(layers=[BufferLayer(room) for _ in range(vlm.network.get_decoder().config.num_hidden_layers)])
+
+
+def rewind(cache: Cache, length: int) -> None:
+    """Forget everything behind the first `length` tokens."""
+    for layer in cache.layers:
+        layer.length = length
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prefixes of several prompts after their one forward.
+
+    `lengths` (B,) counts each prefix's tokens in the width P of the padded batch, `positions` (B,) is the position id
+    that the next token takes (not the length where an image's tokens share positions), `hidden` is (B, P, D).
+    """
+
+    cache: Cache
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1]
+
+
+def forget_positions(vlm: VLM) -> None:
+    """Qwen-VL keeps the last image's position offset on the module and would apply it to the next text."""
+    if hasattr(vlm.network.base_model, "rope_deltas"):
+        vlm.network.base_model.rope_deltas = None
+
+
+@torch.inference_mode()
+def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], room: int) -> Prefilled:
+    """Run the model's own forward over B prefixes with their images, keeping keys and values.
+
+    Args:
+        prefixes: token ids of each, image placeholders expanded.
+        inputs: what the processor made of each image; alike in `inputs_shape`.
+        room: tokens a row that will follow.
+    """
+    lengths = [len(prefix) for prefix in prefixes]
+    ids = pad_rows(prefixes, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
+    counts = torch.tensor(lengths, device=vlm.device)
+    mask = (torch.arange(ids.shape[1], device=vlm.device) < counts[:, None]).long()
+    cache = buffer_cache(vlm, room)
+    forget_positions(vlm)
+    output = vlm.network.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **collate_inputs(vlm, inputs, lengths),
+    )
+    positions = counts
+    deltas = getattr(vlm.network.base_model, "rope_deltas", None)
+    if deltas is not None:
+        positions = counts + deltas.reshape(-1).to(counts)
+    return Prefilled(cache, counts, positions, output.last_hidden_state)
+
+
+def logits_of(vlm: VLM, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits (..., V) of last hidden states (..., D)."""
+    logits = vlm.network.get_output_embeddings()(hidden).float()
+    cap = getattr(vlm.network.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def windowed(vlm: VLM) -> bool:
+    """Whether some layers see no further than a sliding window."""
+    config = vlm.network.get_decoder().config
+    layer_types = getattr(config, "layer_types", None)
+    return bool(getattr(config, "sliding_window", None)) and (not layer_types or "sliding_attention" in layer_types)
+
+
+def branch_masks(
+    vlm: VLM, lengths: torch.Tensor, width: int, owner: torch.Tensor, offset: torch.Tensor, queries: slice
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive attention masks (B, 1, Q, width + K) for branches behind padded prefixes.
+
+    Args:
+        lengths: (B,) tokens of each prefix, of which `width` are stored.
+        owner: (B, K) branch that a token behind the prefix belongs to; -1 for padding.
+        offset: (B, K) place of the token in its branch.
+        queries: the tokens among the K that are asked now.
+
+    Returns:
+        One mask, or one for each type of layer where the model mixes full attention and a sliding window.
+    """
+    device, config = owner.device, vlm.network.get_decoder().config
+    column = torch.arange(width, device=device)
+    place = lengths[:, None] + offset
+    seen_prefix = (column < lengths[:, None])[:, None].expand(-1, place[:, queries].shape[1], -1)
+    seen_branch = (owner[:, queries, None] == owner[:, None]) & (offset[:, queries, None] >= offset[:, None])
+    seen = torch.cat([seen_prefix, seen_branch], -1)[:, None]
+
+    def additive(allowed: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros((), dtype=vlm.network.dtype, device=device)
+        return torch.where(allowed, zero, torch.finfo(vlm.network.dtype).min)
+
+    if not windowed(vlm):
+        return additive(seen)
+    key_place = torch.cat([column.expand(len(lengths), -1), place], -1)
+    near = seen & (place[:, None, queries, None] - key_place[:, None, None] < config.sliding_window)
+    if not getattr(config, "layer_types", None):
+        return additive(near)
+    return {"full_attention": additive(seen), "sliding_attention": additive(near)}

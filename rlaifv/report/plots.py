@@ -1,0 +1,289 @@
+"""Figures for notebooks and report. Each function takes plain rows and returns a matplotlib Figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from rlaifv.vlm.images import open_image
+
+RED, GREEN, BLUE, GRAY = "#c0392b", "#2e8b57", "#2c6fad", "#7f8c8d"
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "savefig.dpi": 130,
+        "savefig.bbox": "tight",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "font.size": 9.5,
+    }
+)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG without the date and version that would make equal figures differ."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def image_grid(image_root: Path, paths: Sequence[str], titles: Sequence[str], columns: int = 6) -> Figure:
+    """Images with a short title each."""
+    rows = -(-len(paths) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, path, title in zip(axes.flat, paths, titles, strict=False):
+        axis.imshow(open_image(image_root / path))
+        axis.set_title(title, fontsize=8, fontweight="normal")
+    return figure
+
+
+def histogram(values: Sequence[float], xlabel: str, title: str, bins: int | Sequence[float] = 30) -> Figure:
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    axis.hist(values, bins=bins, color=BLUE, alpha=0.85)
+    axis.set(xlabel=xlabel, ylabel="count", title=title)
+    return figure
+
+
+def counts(values: Mapping[str, int], title: str, color: str = BLUE) -> Figure:
+    """Horizontal bars of a few counted things, most first."""
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    figure, axis = plt.subplots(figsize=(6, 0.5 + 0.32 * max(len(ordered), 1)))
+    axis.barh([name for name, _ in ordered], [count for _, count in ordered], color=color)
+    axis.set_title(title)
+    return figure
+
+
+def judgements(p_yes: Sequence[float], p_no: Sequence[float], min_mass: float) -> Figure:
+    """Left: P(yes) of all claims. Right: the mass that the labeler put on yes or no at all."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
+    share = np.array(p_yes) / np.maximum(np.array(p_yes) + np.array(p_no), 1e-12)
+    left.hist([share[share <= 0.5], share[share > 0.5]], bins=np.linspace(0, 1, 41), color=[RED, GREEN], stacked=True)
+    left.set(xlabel="P(yes) / (P(yes) + P(no))", ylabel="claims", yscale="log", title="rejected and accepted claims")
+    right.hist(np.array(p_yes) + np.array(p_no), bins=np.linspace(0, 1, 41), color=BLUE)
+    right.axvline(min_mass, color=GRAY, linestyle="--")
+    right.set(xlabel="P(yes) + P(no)", yscale="log", title="mass on an answer at all")
+    return figure
+
+
+def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) -> Figure:
+    """Mean words of chosen and rejected answers, a group of bars per round."""
+    figure, axis = plt.subplots(figsize=(4.2, 2.8))
+    at = np.arange(len(names))
+    axis.bar(at - 0.18, [s["mean_words_chosen"] for s in statistics], 0.34, color=GREEN, label="chosen")
+    axis.bar(at + 0.18, [s["mean_words_rejected"] for s in statistics], 0.34, color=RED, label="rejected")
+    axis.set_xticks(at, [f"round {name}" for name in names])
+    axis.set(ylabel="mean words", title="Length of the pairs' answers")
+    axis.margins(y=0.25)
+    axis.legend(loc="upper center", ncols=2)
+    return figure
+
+
+def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss, reward margin and preference accuracy against epochs, a line per round."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))
+    for (name, rows), color in zip(
+        logs.items(), plt.cm.viridis(np.linspace(0.15, 0.8, max(len(logs), 1))), strict=True
+    ):
+        for axis, column in zip(axes, ("loss", "rewards_margins", "rewards_accuracies"), strict=True):
+            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"round {name}")
+    for axis, title in zip(axes, ("DPO loss", "reward margin", "preference accuracy"), strict=True):
+        axis.set(xlabel="epoch", title=title)
+    axes[0].legend()
+    return figure
+
+
+def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_drop: float) -> Figure:
+    """Dev hallucination and recall of every checkpoint, the chosen one marked, the base as dashed lines."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9))
+    at = np.arange(1, len(rows) + 1)
+    for axis, column, color in ((left, "response_hallucination", RED), (right, "recall", GREEN)):
+        axis.plot(at, [row[column] for row in rows], "o-", color=color, markersize=4)
+        axis.axhline(base[column], color=GRAY, linestyle="--", label="base")
+        picked = [i for i, row in zip(at, rows, strict=True) if row["checkpoint"] == chosen]
+        axis.plot(picked, [rows[i - 1][column] for i in picked], "o", color="black", markersize=9, fillstyle="none")
+        axis.set(xlabel="checkpoint", title=f"dev {column.replace('_', ' ')}")
+    right.axhline(base["recall"] - max_recall_drop, color=GRAY, linestyle=":", label="lowest allowed")
+    right.legend()
+    left.legend()
+    return figure
+
+
+def result(rows: Sequence[Mapping]) -> Figure:
+    """Test hallucination (left) and recall (right) against rounds, with 95 % intervals where given; round 0 is the
+    base. `rows` have `iteration`, the rates, and maybe `<rate>_interval` = (low, high)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
+    at = [int(row["iteration"]) for row in rows]
+    for axis, column, color, label in (
+        (left, "response_hallucination", RED, "responses with a hallucinated object"),
+        (left, "mention_hallucination", "#e59866", "hallucinated mentions"),
+        (right, "recall", GREEN, "objects in the image that are named"),
+    ):
+        values = np.array([100 * row[column] for row in rows])
+        axis.plot(at, values, "o-", color=color, label=label)
+        if all(f"{column}_interval" in row for row in rows):
+            low, high = np.array([row[f"{column}_interval"] for row in rows]).T * 100
+            axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        for x, value in zip(at, values, strict=True):
+            # the two curves of the left panel nearly meet: the lower one is labeled below its points
+            shift = (0, -13) if column == "mention_hallucination" else (0, 7)
+            axis.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=shift, ha="center")
+    for axis, title in ((left, "Hallucination ↓ (%)"), (right, "Recall ↑ (%)")):
+        axis.set_xticks(at, ["base", *(f"round {x}" for x in at[1:])])
+        axis.set_title(title)
+        axis.legend(loc="upper right" if axis is left else "lower right")
+        axis.margins(x=0.12, y=0.2)
+    left.set_ylim(-9, 1.45 * max(100 * row["response_hallucination"] for row in rows) + 6)
+    right.set_ylim(0, 109)
+    return figure
+
+
+def _interval_bars(axis, at: Sequence[float], rows: Sequence[Mapping], rate: str, vertical: bool, **style) -> None:
+    """Points in percent with their 95 % intervals, at `at` on the other axis."""
+    values = 100 * np.array([row[rate] for row in rows])
+    low, high = 100 * np.array([row[f"{rate}_interval"] for row in rows]).T
+    # a percentile interval need not hold the point where nearly all rows are alike
+    errors = np.maximum([values - low, high - values], 0)
+    if vertical:
+        axis.errorbar(at, values, yerr=errors, capsize=2.5, **style)
+    else:
+        axis.errorbar(values, at, xerr=errors, capsize=2.5, **style)
+
+
+def ablations(results: Mapping) -> Figure:
+    """Every experiment's last round as a point with its 95 % interval, a panel per rate; `results` are those of
+    metrics/ablations.json. The control is filled, the base model a dashed line."""
+    experiments = results["experiments"][::-1]
+    last = [list(e["rounds"].values())[-1] for e in experiments]
+    panels = {
+        "response_hallucination": ("response hallucination ↓ (%)", RED),
+        "recall": ("recall ↑ (%)", GREEN),
+        "claim_accuracy": ("right judgements ↑ (%)", BLUE),
+        "pair_agreement": ("pairs that agree with truth ↑ (%)", BLUE),
+    }
+    panels = {rate: panel for rate, panel in panels.items() if any(rate in row for row in last)}
+    size = (2.9 * len(panels) + 1, 0.42 * len(experiments) + 1.1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, (rate, (title, color)) in zip(axes[0], panels.items(), strict=True):
+        for at, (experiment, row) in enumerate(zip(experiments, last, strict=True)):
+            if rate in row:
+                fill = "full" if experiment["name"] == results["control"] else "none"
+                _interval_bars(axis, [at], [row], rate, False, fmt="o", color=color, fillstyle=fill)
+        if rate in experiments[0]["base"]:
+            base = 100 * experiments[0]["base"][rate]
+            axis.axvline(base, color=GRAY, linestyle="--")
+            axis.text(base, 1, " base", transform=axis.get_xaxis_transform(), color=GRAY, fontsize=7.5, va="top")
+        axis.set_title(title, fontsize=9.5)
+        axis.margins(x=0.12, y=0.12)
+    axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments])
+    figure.tight_layout()
+    return figure
+
+
+def rounds(results: Mapping) -> Figure:
+    """Test hallucination and recall against rounds with 95 % intervals, a line per experiment from the base model on;
+    `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    colors = (RED, BLUE, "#8e44ad", GRAY)
+    lines = [e for e in results["experiments"] if e["name"] != results["control"]]
+    longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
+    for axis, rate, title in (
+        (left, "response_hallucination", "Response hallucination ↓ (%)"),
+        (right, "recall", "Recall ↑ (%)"),
+    ):
+        for experiment, color, shift in zip(lines, colors, (0, 0.06, 0.12, 0.18), strict=False):
+            rows = [experiment["base"], *experiment["rounds"].values()]
+            at = [shift, *(int(name) + shift for name in experiment["rounds"])]
+            style = "o--" if experiment["name"] == "self" else "o-"
+            _interval_bars(axis, at, rows, rate, True, fmt=style, color=color, markersize=4, label=experiment["name"])
+        for experiment in results["experiments"]:
+            if experiment["name"] == results["control"]:
+                last = list(experiment["rounds"].values())[-1]
+                style = {"fmt": "D", "color": "black", "markersize": 5, "label": experiment["name"]}
+                _interval_bars(axis, [longest + 0.3], [last], rate, True, **style)
+        axis.set_xticks(range(longest + 1), ["base", *(f"round {k}" for k in range(1, longest + 1))])
+        axis.set_title(title)
+        axis.margins(x=0.06, y=0.15)
+    left.set_ylim(bottom=-2)
+    left.legend(loc="upper right")
+    return figure
+
+
+EXPERIMENTS = {"ablations": ablations, "rounds": rounds}
+"""The figure of each group of experiments/experiments.yaml."""
+
+
+def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping], limit: int = 4) -> Figure:
+    """Images with the base's and the aligned model's claims beside them, green to red by p_yes."""
+    rows = list(zip(base, aligned, strict=True))[:limit]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(11, 2.9 * len(rows)), squeeze=False, width_ratios=(1, 1.7, 1.7))
+    for (before, after), (picture, *columns) in zip(rows, axes, strict=True):
+        picture.imshow(open_image(image_root / before["image"]))
+        for axis, row, title in zip(columns, (before, after), ("base", "aligned"), strict=True):
+            axis.set_title(title, loc="left")
+            spacing = 1 / max(len(row["claims"]), 13)
+            if not row["claims"]:  # an answer that the divider could not split is shown as it is
+                axis.text(0, 0.98, fill(row["answer"], 48), fontsize=7.5, va="top")
+                axis.text(0, 0.5, fill(f"not divided: {row['problem']}", 48), fontsize=7, va="top", color=GRAY)
+            for i, claim in enumerate(row["claims"]):
+                color = plt.cm.RdYlGn(claim["p_yes"] / max(claim["p_yes"] + claim["p_no"], 1e-12))
+                style = {"facecolor": color, "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
+                axis.text(0, 0.98 - i * spacing, claim["claim"], fontsize=7.5, va="top", bbox=style)
+        for axis in (picture, *columns):
+            axis.axis("off")
+    return figure
+
+
+def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Response hallucination and recall against N (left, middle) and against each other (right); `curves` are the rows
+    of `best_of_n.curve` per policy. The first policy is dashed."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
+    for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
+        for method, color in colors.items():
+            mine = [row for row in rows if row["method"] == method]
+            at = [row["n"] for row in mine]
+            for axis, rate in zip(axes, ("response_hallucination", "recall"), strict=False):
+                values = 100 * np.array([row[rate] for row in mine])
+                axis.plot(at, values, line, marker="o", markersize=3, color=color, label=f"{policy}, {method}")
+                low, high = 100 * np.array([row[f"{rate}_interval"] for row in mine]).T
+                if line == "-" and method in ("normalized", "summed"):
+                    axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+            hallucination, recall = (
+                100 * np.array([row[r] for row in mine]) for r in ("response_hallucination", "recall")
+            )
+            axes[2].plot(hallucination, recall, line, marker="o", markersize=3, color=color)
+    for axis, title in zip(
+        axes, ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better"), strict=True
+    ):
+        axis.set_title(title)
+    for axis in axes[:2]:
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="N, best of", xticks=at, xticklabels=at)
+    axes[0].set_ylim(bottom=0)
+    # below the panels: within one it would hide curves
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axes[2].set(xlabel="response hallucination (%)", ylabel="recall (%)")
+    return figure
+
+
+def log_ratios(values: np.ndarray, hallucinated: np.ndarray) -> Figure:
+    """How often a sampled answer has which log-ratio log π_θ − log π_ref: `values` in nats, and whether each answer
+    hallucinates, two arrays of one shape. Counts are on a logarithmic axis: best-of-N lives in the right tail."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bins = np.linspace(values.min(), values.max(), 60)
+    for chosen, label, color in ((~hallucinated, "true to the image", GREEN), (hallucinated, "hallucinating", RED)):
+        axis.hist(values[chosen], bins, label=label, color=color, alpha=0.55)
+    axis.set(xlabel="log π_θ − log π_ref of an answer (nats)", ylabel="answers", yscale="log")
+    axis.set_title("What the reward separates, and what it does not")
+    axis.legend()
+    return figure

@@ -1,0 +1,1 @@
+"""The paper, a file a step, in the paper's order."""

@@ -1,0 +1,113 @@
+"""Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer").
+
+Each claim's question goes to the labeler with the image. A claim is accepted iff p_yes > p_no, where
+p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer token; a tie is a rejected claim.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
+from rlaifv.inference.yes_no import judge_many, yes_no_ids
+from rlaifv.params import FeedbackParams
+from rlaifv.records import Claim, Judgement, Reject, batched, read_records, to_json, write_atomic
+from rlaifv.store import Store
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeedbackCounts:
+    """How many claims were judged or rejected, and how many distinct questions that took."""
+
+    judged: int
+    rejected: int
+    asked: int
+
+
+def feedback(
+    vlm: VLM | ServedLabeler,
+    claims: Sequence[Claim],
+    images: dict[str, str],
+    image_root: Path,
+    params: FeedbackParams,
+    store: Store,
+    out: Path,
+) -> FeedbackCounts:
+    """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
+
+    Claims are grouped by image; identical questions about one image are asked once and their answer is given to all
+    claims that need it.
+    """
+    by_image: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_image.setdefault(images[claim.candidate_id], []).append(claim)
+    groups = sorted(by_image.items())
+    asked = sum(len({claim.question for claim in group}) for _, group in groups)
+    for index, chunk in store.pending(batched(groups, params.batch_size)):
+        judgements, rejects = _judge_chunk(vlm, chunk, image_root, params)
+        store.write(index, judgements, rejects)
+    judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
+    write_labeler(vlm, params.suffix, out.parent / "labeler.json")
+    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, vlm.name)
+    return FeedbackCounts(judged, rejected, asked)
+
+
+def write_labeler(vlm: VLM | ServedLabeler, suffix: str, path: Path) -> None:
+    """Record who judged, with which suffix, and which tokens counted as yes and no."""
+    if isinstance(vlm, ServedLabeler):  # its tokens have no ids here, only spellings
+        tokens = {"yes": YES_WORDS, "no": NO_WORDS}
+    else:
+        ids = yes_no_ids(vlm)
+        tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
+    row = {"labeler": vlm.name, "fingerprint": vlm.fingerprint, "suffix": suffix, "tokens": tokens}
+    write_atomic(path, to_json(row) + "\n")
+
+
+def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str) -> None:
+    """Warn when the labeler puts little probability on any answer: the prompt does not fit it."""
+    mass = sum(j.p_yes + j.p_no for j in judgements) / max(len(judgements), 1)
+    if judgements and mass < minimum:
+        log.warning(
+            "%s puts only %.2f of its probability on yes or no (feedback.min_answer_mass is %.2f): "
+            "the question or feedback.suffix does not fit this labeler",
+            name,
+            mass,
+            minimum,
+        )
+
+
+def _judge_chunk(
+    vlm: VLM | ServedLabeler, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
+) -> tuple[list[Judgement], list[Reject]]:
+    rejects: list[Reject] = []
+    readable, items = [], []
+    for path, group in chunk:
+        try:
+            image = open_image(image_root / path)
+        except (OSError, ValueError) as error:
+            rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
+            continue
+        questions = list(dict.fromkeys(claim.question for claim in group))
+        readable.append((group, questions))
+        items.append((image, [f"{question} {params.suffix}" for question in questions]))
+    judgements = []
+    for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
+        answer_of = dict(zip(questions, answers, strict=True))
+        for claim in group:
+            p_yes, p_no = coin(claim.id, params.coin_share) or answer_of[claim.question]
+            judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
+    return judgements, rejects
+
+
+def coin(claim_id: str, share: float) -> tuple[float, float] | None:
+    """(p_yes, p_no) of a coin for that share of all claims, None for the others; a claim's coin never changes."""
+    drawn = hashlib.blake2b(f"{claim_id}/coin".encode(), digest_size=9).digest()
+    if int.from_bytes(drawn[:8], "big") >= share * 2**64:
+        return None
+    return (1.0, 0.0) if drawn[8] % 2 else (0.0, 1.0)

@@ -1,0 +1,95 @@
+"""Generate: sample n answers per instruction from the current policy (RLAIF-V, section 2.1, "deconfounded").
+
+All answers of an instruction are drawn with identical decoding settings; only the random numbers differ, so that the
+preference pairs made of them differ in trustworthiness and not in style. A sample's random numbers come from
+(seed, instruction id, sample number) alone: results depend neither on batch size nor on order nor on a resume.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlaifv.inference.sampling import Generation, Prompt, generate_batch, uniforms
+from rlaifv.params import GenerateParams
+from rlaifv.records import Candidate, Instruction, Reject, batched
+from rlaifv.store import Store
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM
+
+
+def generate(
+    vlm: VLM,
+    instructions: Sequence[Instruction],
+    image_root: Path,
+    params: GenerateParams,
+    seed: int,
+    store: Store,
+    out: Path,
+) -> tuple[int, int]:
+    """Write `params.samples` candidates per instruction to `out`; return the counts of candidates and rejects.
+
+    An empty answer and an image that cannot be read are rejected; an answer cut at `max_new_tokens` is kept and
+    marked (`finish_reason` "length").
+    """
+    for index, chunk in store.pending(batched(instructions, params.batch_size)):
+        candidates, rejects = _sample_chunk(vlm, chunk, image_root, params, seed)
+        store.write(index, candidates, rejects)
+    return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
+
+
+def temperature_of(params: GenerateParams, sample: int) -> float:
+    """The same for every sample, unless the ablation `temperature_spread` confounds truth with style."""
+    return params.temperature * (1 + params.temperature_spread * (2 * sample / max(params.samples - 1, 1) - 1))
+
+
+def _sample_chunk(
+    vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int
+) -> tuple[list[Candidate], list[Reject]]:
+    candidates: list[Candidate] = []
+    rejects: list[Reject] = []
+    readable: list[Instruction] = []
+    prompts: list[Prompt] = []
+    for instruction in chunk:
+        try:
+            prompts.append(Prompt(open_image(image_root / instruction.image_path), instruction.question))
+            readable.append(instruction)
+        except (OSError, ValueError) as error:
+            rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
+    streams = [
+        np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
+    ]
+    generations: list[list[Generation]] = [[] for _ in readable]
+    for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s)):
+        numbers = list(samples)
+        drawn = generate_batch(
+            vlm,
+            prompts,
+            [stream[numbers] for stream in streams],
+            temperature=temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            max_new_tokens=params.max_new_tokens,
+        )
+        for kept, more in zip(generations, drawn, strict=True):
+            kept += more
+    for instruction, samples in zip(readable, generations, strict=True):
+        for s, generation in enumerate(samples):
+            name, answer = f"{instruction.id}#{s}", generation.text.strip()
+            if not answer:
+                rejects.append(Reject(name, "generate", "the answer is empty"))
+                continue
+            candidates.append(
+                Candidate(
+                    name,
+                    instruction.id,
+                    s,
+                    answer,
+                    len(generation.token_ids),
+                    generation.finish_reason,
+                    seed,
+                    vlm.fingerprint,
+                )
+            )
+    return candidates, rejects

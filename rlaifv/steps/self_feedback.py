@@ -1,0 +1,206 @@
+"""Self-feedback: an aligned model scores its own answers with the reward that DPO taught it (RLAIF-V, section 2.4).
+
+    r(y) = β/|y| · (log π_θ(y | image, x) − log π_ref(y | image, x))
+
+π_θ is the aligned policy, π_ref the model that it was aligned from, |y| the number of tokens. Without 1/|y| the sum
+favors one length, which is why the paper divides (how much it matters depends on the model: notebook 85 measures it).
+Many answers to one prompt share its image and text (rlaifv.inference.logprobs), and both models read the same tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rlaifv.inference.logprobs import continuation_logprobs
+from rlaifv.records import Candidate, Instruction, Reject, batched
+from rlaifv.store import Store
+from rlaifv.vlm.chat_format import encode
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM, fingerprint_checkpoint, load_vlm
+
+
+@dataclass(frozen=True)
+class AnswerLogps:
+    """Log-probs in nats of one answer, summed over its `tokens` (the end token is one, unless the answer was cut)."""
+
+    policy: float
+    reference: float
+    tokens: int
+
+    def reward(self, beta: float, normalize: bool = True) -> float:
+        """r(y) = β (log π_θ − log π_ref), divided by |y| if `normalize`."""
+        return beta * (self.policy - self.reference) / (self.tokens if normalize else 1)
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Log-probs in nats of one answer's tokens: `ids`, and two fp64 CPU tensors (tokens,). The end token is the last
+    one, unless the answer was cut."""
+
+    ids: list[int]
+    policy: torch.Tensor
+    reference: torch.Tensor
+
+    def summed(self) -> AnswerLogps:
+        return AnswerLogps(self.policy.sum().item(), self.reference.sum().item(), max(len(self.ids), 1))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers to one question about one image. `cut[i]`: answer i was ended by the token limit, not by the model."""
+
+    image: Image.Image | None
+    question: str
+    answers: Sequence[str]
+    cut: Sequence[bool] | None = None
+
+
+def token_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[TokenLogps]]:
+    """Log-probs of every token of every answer under both models; equal answers to one question are computed once.
+
+    Args:
+        policy: π_θ.
+        reference: π_ref; None is the policy with its LoRA adapter switched off (`load_with_adapter`).
+        asked: prompts with their answers, several to a forward.
+
+    Returns:
+        For each prompt, for each answer in order, its TokenLogps.
+
+    Raises:
+        ValueError: the two models do not read the same tokens, or there is neither reference nor adapter.
+    """
+    if reference is not None:
+        check_same_tokens(policy, reference)
+    distinct = [list(dict.fromkeys(item.answers)) for item in asked]
+    encoded = [
+        encode(policy, item.image, item.question, texts) for item, texts in zip(asked, distinct, strict=True) if texts
+    ]
+    of_policy = continuation_logprobs(policy, encoded)
+    if reference is None:
+        with without_adapter(policy):
+            of_reference = continuation_logprobs(policy, encoded)
+    else:
+        of_reference = continuation_logprobs(reference, encoded)
+    computed = zip(encoded, of_policy, of_reference, strict=True)
+    results = []
+    for item, texts in zip(asked, distinct, strict=True):
+        rows = {}
+        if texts:
+            coded, ours, theirs = next(computed)
+            ids = [row[start:] for row, start in zip(coded.rows, coded.answer_starts, strict=True)]
+            rows = dict(zip(texts, zip(ids, ours, theirs, strict=True), strict=True))
+        scored = []
+        for answer, cut in zip(item.answers, item.cut or [False] * len(item.answers), strict=True):
+            ids, ours, theirs = rows[answer]
+            said = len(ids) - cut  # a cut answer never said the end token
+            scored.append(TokenLogps(ids[:said], ours[:said].double(), theirs[:said].double()))
+        results.append(scored)
+    return results
+
+
+def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
+    """`token_logps`, summed over each answer's tokens."""
+    return [[tokens.summed() for tokens in answers] for answers in token_logps(policy, reference, asked)]
+
+
+def check_same_tokens(policy: VLM, reference: VLM) -> None:
+    """Raise ValueError unless both models have one vocabulary and one chat template."""
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ValueError(
+            f"{policy.name} and {reference.name} have different vocabularies: log-probs cannot be compared"
+        )
+    templates = [(vlm.processor or vlm.tokenizer).chat_template for vlm in (policy, reference)]
+    if templates[0] != templates[1]:
+        raise ValueError(
+            f"{policy.name} and {reference.name} have different chat templates: log-probs cannot be compared"
+        )
+
+
+def load_with_adapter(path: str, adapter: Path, **settings) -> VLM:
+    """A model with a LoRA adapter beside its weights, so that one model in memory is both π_θ and π_ref.
+
+    `settings` are those of `load_vlm`. An adapter is what `rlaifv.checkpoints.write_adapter` or PEFT saves.
+    """
+    vlm = load_vlm(path, **settings)
+    vlm.model.load_adapter(str(adapter))
+    vlm.model.eval().requires_grad_(False)
+    return replace(vlm, fingerprint=f"{vlm.fingerprint}+{fingerprint_checkpoint(str(adapter))}")
+
+
+@contextmanager
+def without_adapter(vlm: VLM) -> Iterator[None]:
+    """The model as it was before its LoRA adapter, within the block."""
+    if not getattr(vlm.model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{vlm.name} has no adapter to switch off: give a reference model")
+    vlm.model.disable_adapters()
+    try:
+        yield
+    finally:
+        vlm.model.enable_adapters()
+
+
+def best_of_n(scored: Sequence[AnswerLogps], beta: float, normalize: bool = True) -> int:
+    """The index of the answer with the highest reward; the first of equals. Raises ValueError without answers."""
+    if not scored:
+        raise ValueError("no answer to choose from")
+    return max(range(len(scored)), key=lambda i: scored[i].reward(beta, normalize))
+
+
+@dataclass(frozen=True)
+class CandidateLogps:
+    """A candidate's log-probs as they are stored, with the fingerprints of both models."""
+
+    candidate_id: str
+    policy_logp: float
+    reference_logp: float
+    tokens: int
+    policy: str
+    reference: str
+
+    @property
+    def logps(self) -> AnswerLogps:
+        return AnswerLogps(self.policy_logp, self.reference_logp, self.tokens)
+
+
+def score_candidates(
+    policy: VLM,
+    reference: VLM | None,
+    candidates: Sequence[Candidate],
+    instructions: Sequence[Instruction],
+    image_root: Path,
+    batch_size: int,
+    store: Store,
+    out: Path,
+    max_reject_rate: float = 0.05,
+) -> tuple[int, int]:
+    """Write the log-probs of every candidate to `out`, `batch_size` instructions at a time.
+
+    Resumes what `store` holds; its key must cover both models' fingerprints. Candidates whose image cannot be read are
+    rejected. Returns the counts of rows and rejects.
+    """
+    of_instruction: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
+    with_answers = [i for i in instructions if i.id in of_instruction]
+    names = policy.fingerprint, reference.fingerprint if reference else policy.fingerprint.split("+")[0]
+    for index, chunk in store.pending(batched(with_answers, batch_size)):
+        rows, rejects, asked, groups = [], [], [], []
+        for instruction in chunk:
+            group = of_instruction[instruction.id]
+            try:
+                image = open_image(image_root / instruction.image_path)
+            except (OSError, ValueError) as error:
+                rejects += [Reject(c.id, store.stage, str(error)) for c in group]
+                continue
+            cut = [c.finish_reason == "length" for c in group]
+            asked.append(Asked(image, instruction.question, [c.answer for c in group], cut))
+            groups.append(group)
+        for group, scored in zip(groups, answer_logps(policy, reference, asked), strict=True):
+            for candidate, s in zip(group, scored, strict=True):
+                rows.append(CandidateLogps(candidate.id, s.policy, s.reference, s.tokens, *names))
+        store.write(index, rows, rejects)
+    return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

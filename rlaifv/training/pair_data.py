@@ -1,0 +1,210 @@
+"""Preference pairs as training sees them: read, tokenized once, and turned into batches.
+
+A pair is one row of the public RLAIF-V dataset's columns. It is tokenized jointly (prompt, answer and end token in one
+text, `chat_format.encode`), so that what is trained is exactly the answer and its end token. A pair that cannot be
+used (an answer longer than the context, a broken image) is rejected by its id and never cut.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rlaifv.records import Reject
+from rlaifv.store import progress
+from rlaifv.vlm.chat_format import encode
+from rlaifv.vlm.images import decode_image
+from rlaifv.vlm.loading import VLM
+
+KEPT_INPUTS = 512 << 20
+"""Bytes of preprocessed images that stay in memory between tokenizing a prompt and encoding its image, so that those
+of a small set are decoded and resized once; images beyond that are preprocessed again."""
+
+COLUMNS = ("image", "question", "chosen", "rejected")
+"""The columns that training needs; `idx` and `ds_name` name the row where they exist."""
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What some processors say about each prompt token (Gemma3, Qwen-VL); an answer's tokens have type 0."""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as token ids.
+
+    `prompt` [p] is what both rows share; `chosen` and `rejected` are the rest of each row, ending with the end token.
+    The first `chosen_start` tokens of `chosen` still belong to the prompt (a template may render its last token
+    differently before an answer); likewise `rejected_start`. `image` indexes the image and question that the pair is
+    about. `token_types` are the prompt's, for processors that have them.
+    """
+
+    pair_id: str
+    image: int
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_start: int
+    rejected_start: int
+    token_types: dict[str, np.ndarray]
+
+    @cached_property
+    def common(self) -> int:
+        """How many tokens `chosen` and `rejected` begin with alike: two samples of one model often begin the same."""
+        n = min(len(self.chosen), len(self.rejected))
+        differ = np.flatnonzero(self.chosen[:n] != self.rejected[:n])
+        return int(differ[0]) if len(differ) else n
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of its packed row: what both answers begin with once, then the rest of each."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected) - self.common
+
+
+class PairData:
+    """All pairs of a parquet file (or of a folder of them), tokenized; image bytes stay in the memory-mapped table.
+
+    Raises ValueError when a column is missing, FileNotFoundError when there is no parquet file. `max_length` is the
+    longest row (prompt, image tokens, answer and end token) in tokens; None is the model's own limit.
+    """
+
+    def __init__(self, vlm: VLM, path: Path, max_length: int | None = None):
+        self.vlm = vlm
+        self.table, self.fingerprint = read_pairs(path)
+        self.pairs: list[EncodedPair] = []
+        self.rejects: list[Reject] = []
+        self.prompts: list[tuple[int, str]] = []  # (row that holds the image bytes, question) of each distinct prompt
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._room = KEPT_INPUTS
+        limit = max_length or context_length(vlm)
+        encoded: list[tuple[int, EncodedPair]] = []
+        for rows in progress(list(self._by_prompt().values()), "tokenize"):
+            encoded += self._encode_prompt(rows, limit)
+        self.pairs = [pair for _, pair in sorted(encoded, key=lambda item: item[0])]
+
+    def _by_prompt(self) -> dict[tuple[bytes, str], list[int]]:
+        """Rows that ask the same question about the same image bytes: their prompt is encoded once."""
+        groups: dict[tuple[bytes, str], list[int]] = {}
+        questions = self.table["question"].to_pylist()
+        for row in range(len(self.table)):
+            data = self.table["image"][row].as_py()["bytes"] or b""
+            groups.setdefault((hashlib.blake2b(data, digest_size=16).digest(), questions[row]), []).append(row)
+        return groups
+
+    def _encode_prompt(self, rows: list[int], limit: int) -> Iterator[tuple[int, EncodedPair]]:
+        table, image_id, kept = self.table, len(self.prompts), []
+        for row in rows:
+            chosen, rejected = table["chosen"][row].as_py(), table["rejected"][row].as_py()
+            if not chosen or not rejected:
+                self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
+            elif chosen == rejected:
+                self._reject(row, "chosen and rejected are the same answer")
+            else:
+                kept.append((row, chosen, rejected))
+        if not kept:
+            return
+        self.prompts.append((rows[0], table["question"][rows[0]].as_py()))
+        try:
+            image = self._image(image_id)
+            both = [answer for _, chosen, rejected in kept for answer in (chosen, rejected)]
+            coded = encode(self.vlm, image, self.prompts[image_id][1], both)
+        except ValueError as error:
+            self.prompts.pop()
+            if len(kept) == 1:
+                self._reject(kept[0][0], str(error))
+            else:  # one bad answer must not take the prompt's other pairs with it
+                for row, _, _ in kept:
+                    yield from self._encode_prompt([row], limit)
+            return
+        self._keep(image_id, coded.inputs)
+        types = {
+            key: value[0].numpy().astype(np.int8)
+            for key, value in coded.inputs.items()
+            if key in TOKEN_TYPES and value.shape[-1] == len(coded.prompt_ids)
+        }
+        for place, (row, _, _) in enumerate(kept):
+            (a, b), (start_a, start_b) = coded.rows[2 * place : 2 * place + 2], coded.answer_starts[2 * place :][:2]
+            if max(len(a), len(b)) > limit:
+                name = "chosen" if len(a) > limit else "rejected"
+                self._reject(row, f"{name} with its prompt is {max(len(a), len(b))} tokens, the context holds {limit}")
+                continue
+            shared = min(start_a, start_b)
+            yield (
+                row,
+                EncodedPair(
+                    pair_id=self.pair_id(row),
+                    image=image_id,
+                    prompt=np.array(a[:shared], np.int32),
+                    chosen=np.array(a[shared:], np.int32),
+                    rejected=np.array(b[shared:], np.int32),
+                    chosen_start=start_a - shared,
+                    rejected_start=start_b - shared,
+                    token_types={key: value[:shared] for key, value in types.items()},
+                ),
+            )
+
+    def _reject(self, row: int, reason: str) -> None:
+        self.rejects.append(Reject(self.pair_id(row), "train", reason))
+
+    def pair_id(self, row: int) -> str:
+        """`row:idx`: the row's number and the dataset's own index."""
+        return f"{row}:{self.table['idx'][row].as_py()}" if "idx" in self.table.column_names else str(row)
+
+    def _image(self, image_id: int):
+        row = self.prompts[image_id][0]
+        cell = self.table["image"][row].as_py()
+        if not cell["bytes"]:
+            raise ValueError(f"the image of pair {self.pair_id(row)} has no bytes")
+        return decode_image(cell["bytes"], f"of pair {self.pair_id(row)}")
+
+    def image_inputs(self, image_id: int) -> dict[str, torch.Tensor]:
+        """What the processor makes of one image (`pixel_values`, ...), with a batch of one; no token types."""
+        if image_id in self._kept:
+            return self._kept[image_id]
+        return without_types(encode(self.vlm, self._image(image_id), self.prompts[image_id][1]).inputs)
+
+    def _keep(self, image_id: int, inputs: dict[str, torch.Tensor]) -> None:
+        inputs = without_types(inputs)
+        size = sum(value.numel() * value.element_size() for value in inputs.values())
+        if size <= self._room:
+            self._kept[image_id], self._room = inputs, self._room - size
+
+    def forget_inputs(self, image_id: int) -> None:
+        """Free what is kept of a preprocessed image that is not needed again."""
+        self._kept.pop(image_id, None)
+
+
+def without_types(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The processor's outputs that are about the image, not about the prompt's tokens."""
+    return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
+
+
+def read_pairs(path: Path) -> tuple[pa.Table, str]:
+    """The pairs as an Arrow table and 16 hex digits that change with any of them.
+
+    `path` is a parquet file or a folder of them (the public RLAIF-V dataset's files, in order of name).
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"no parquet file of preference pairs at {path}")
+    tables = []
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        names = pq.read_schema(file).names
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+        columns = [*COLUMNS, *(["idx"] if "idx" in names else [])]
+        tables.append(pq.read_table(file, columns=columns, memory_map=True))
+    return pa.concat_tables(tables, promote_options="permissive"), digest.hexdigest()
+
+
+def context_length(vlm: VLM) -> int:
+    """The longest row in tokens that the language model has positions for."""
+    return getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31

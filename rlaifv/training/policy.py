@@ -1,0 +1,80 @@
+"""The policy as training needs it: loaded in the optimizer's dtype, frozen where it must not learn."""
+
+import os
+import re
+from importlib.util import find_spec
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from rlaifv.params import TrainParams
+from rlaifv.training.vision_features import vision_tower
+from rlaifv.vlm.loading import VLM, load_vlm
+
+PROJECTOR = ("projector", "merger", "connector", "aligner", "resampler", "image_newline")
+"""Words in the names of the parameters between vision tower and language model, over all architectures."""
+
+
+def load_policy(policy: str, params: TrainParams) -> VLM:
+    """The policy in main memory, its weights in the dtype that the optimizer needs.
+
+    Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
+    bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
+    """
+    if params.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+    dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
+    if not params.load_in_4bit:
+        return load_vlm(policy, dtype=dtype, device="cpu")
+    vlm = load_vlm(
+        policy,
+        dtype=dtype,
+        device=own_device(),
+        quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    )
+    for module in vlm.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else bitsandbytes repacks the weights of a CPU in the first look at them without gradients (our check of
+            # the layout) for a kernel that has none, and training goes on with that kernel
+            module.support_avx512bf16_for_cpu = False
+    return vlm
+
+
+def own_device() -> str:
+    """This process's GPU, or "cpu" where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def sharded() -> str | None:
+    """What spreads the weights over the processes of this run, if anything: "deepspeed" or "fsdp"."""
+    for name in ("deepspeed", "fsdp"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false") == "true":
+            return name
+    return None
+
+
+def freeze(model: PreTrainedModel, params: TrainParams) -> None:
+    """Let only the language model learn, and the projector unless it is frozen; never the vision tower."""
+    if params.lora_r:
+        return  # the adapters that PEFT adds are all that learns
+    tower = {id(p) for p in vision_tower(model).parameters()} if vision_tower(model) is not None else set()
+    for name, parameter in model.named_parameters():
+        projector = any(word in name for word in PROJECTOR)
+        parameter.requires_grad_(not params.freeze_projector if projector else id(parameter) not in tower)
+
+
+def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:
+    """LoRA on the language model's linear layers; vision tower and projector stay as they are."""
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    targets = "|".join(re.escape(target) for target in params.lora_targets)
+    return LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=rf"{re.escape(name)}\..*\.({targets})",
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,139 @@
+"""Speak to a checkpoint: render its chat template, and tokenize prompt and answer jointly."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from rlaifv.vlm.loading import VLM
+
+
+def prompt_text(
+    vlm: VLM, question: str, *, image: bool = True, answer: str | None = None, prompt: str | None = None
+) -> str:
+    """The chat of one user turn, rendered by the checkpoint's own template; `prompt` is its text without the answer,
+    for callers who have it.
+
+    Without `answer` the text ends where the model's answer begins. With `answer` it goes on with the answer as the
+    template renders it and ends with exactly one end token: the one of the model's that the template ends a turn with
+    (Gemma's `<end_of_turn>`), else the tokenizer's. Some templates (LLaVA-1.5) end a turn without one, and a model
+    trained on them never learns to stop.
+    """
+    content = [{"type": "image"}] if image else []
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    if not vlm.sees_images:
+        messages = [{"role": "user", "content": question}]
+    templated = vlm.processor or vlm.tokenizer
+    if prompt is None:
+        prompt = templated.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if answer is None:
+        return prompt
+    reply = [{"type": "text", "text": answer}] if vlm.sees_images else answer
+    full = templated.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
+    # the first place behind the prompt: a short answer ("end") may stand in the template's own end of turn as well
+    start = full.find(answer, len(prompt)) if full.startswith(prompt) else full.rfind(answer)
+    if start < 0:
+        raise ValueError(f"the chat template of {vlm.name} changes the answer {answer[:40]!r}: cannot train on it")
+    # what the template puts between the generation prompt and the answer (a space for LLaVA, nothing for Qwen)
+    separator = full[len(prompt) : start] if full.startswith(prompt) else ""
+    behind = full[start + len(answer) :].lstrip()
+    ends = vlm.tokenizer.convert_ids_to_tokens(vlm.eos_token_ids)
+    return prompt + separator + answer + next((end for end in ends if behind.startswith(end)), vlm.tokenizer.eos_token)
+
+
+def special_tokens_needed(vlm: VLM, text: str) -> bool:
+    """Whether the tokenizer must add its begin token, because the template has not written one."""
+    bos = vlm.tokenizer.bos_token
+    return not (bos and text.startswith(bos))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One image and question with the answers that follow it, tokenized jointly.
+
+    `prompt_ids` is the prompt alone with its image placeholders expanded; `rows[i]` is prompt + answer i + end
+    token; `answer_starts[i]` is the index in `rows[i]` of the first token that is not the prompt's. `inputs` holds
+    what the processor made of the image (`pixel_values`, ...), with a batch of one.
+    """
+
+    prompt_ids: list[int]
+    rows: list[list[int]]
+    answer_starts: list[int]
+    inputs: dict[str, torch.Tensor]
+
+
+def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str] | None = None) -> EncodedPrompt:
+    """Tokenize a prompt and the answers to it; the image is preprocessed and its placeholders expanded once.
+
+    The tokens are those of the whole text at once, never of prompt and answer apart. The processor only rewrites
+    the image placeholder, so everything behind it is tokenized as plain text and put after the expanded part.
+    """
+    prompt = prompt_text(vlm, question, image=image is not None)
+    special = special_tokens_needed(vlm, prompt)
+    plain = vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    expanded, inputs = expand_image(vlm, image, prompt, special)
+    expanded = expanded or plain
+    head, kept = expanded_head(plain, expanded)
+    rows, starts = [], []
+    for answer in answers or []:
+        text = prompt_text(vlm, question, image=image is not None, answer=answer, prompt=prompt)
+        ids = vlm.tokenizer(text, add_special_tokens=special)["input_ids"]
+        if ids[:kept] != plain[:kept]:
+            raise ValueError(f"{vlm.name}: the answer {answer[:40]!r} changes tokens before the image")
+        row = head + ids[kept:]
+        rows.append(row)
+        starts.append(common_length(row, expanded))
+    return EncodedPrompt(expanded, rows, starts, inputs)
+
+
+def encode_questions(vlm: VLM, image: Image.Image | None, questions: list[str]) -> EncodedPrompt:
+    """Tokenize several prompts about one image; the image is preprocessed once.
+
+    `rows` are the complete prompts, up to where the model's answer begins (so `answer_starts` are their lengths), and
+    `prompt_ids` is what they have in common.
+    """
+    prompts = [prompt_text(vlm, question, image=image is not None) for question in questions]
+    if not prompts:
+        return EncodedPrompt([], [], [], {})
+    special = special_tokens_needed(vlm, prompts[0])
+    rows = vlm.tokenizer(prompts, add_special_tokens=special)["input_ids"]
+    expanded, inputs = expand_image(vlm, image, prompts[0], special)
+    head, kept = expanded_head(rows[0], expanded or rows[0])
+    for question, row in zip(questions, rows, strict=True):
+        if row[:kept] != rows[0][:kept]:
+            raise ValueError(f"{vlm.name}: the question {question[:40]!r} changes tokens before the image")
+    rows = [head + row[kept:] for row in rows]
+    shared = min(common_length(rows[0], row) for row in rows)
+    return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
+
+
+def expand_image(
+    vlm: VLM, image: Image.Image | None, prompt: str, special: bool
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """A prompt's ids with its image placeholders expanded, and what the processor made of the image."""
+    if image is None:
+        return [], {}
+    batch = vlm.processor(images=[image], text=[prompt], add_special_tokens=special, return_tensors="pt")
+    dropped = ("input_ids", "attention_mask")
+    return batch["input_ids"][0].tolist(), {
+        key: value for key, value in batch.items() if key not in dropped and isinstance(value, torch.Tensor)
+    }
+
+
+def expanded_head(plain: list[int], expanded: list[int]) -> tuple[list[int], int]:
+    """The expanded tokens up to where both agree until the end, and how many plain tokens they stand for.
+
+    The tokens behind the image are the same in both: only what stands before them was expanded.
+    """
+    tail = common_length(plain[::-1], expanded[::-1])
+    return expanded[: len(expanded) - tail], len(plain) - tail
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

@@ -1,0 +1,166 @@
+"""Load a vision-language model, format its chat, and tokenize prompt and answer jointly.
+
+Everything that touches a checkpoint goes through this file, so that generation, feedback, training and chat see
+the same bytes: the same chat template, the same begin and end tokens, the same image preprocessing.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rlaifv import ROOT
+from rlaifv.params import ModelParams
+from rlaifv.vlm.processors import load_processor
+
+POINTER = "pointer.json"
+"""A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A loaded model with everything that is needed to talk to it.
+
+    `processor` is None for a text-only language model. `fingerprint` identifies weights, processor and chat
+    template; every stored judgement or log-prob carries it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    name: str
+    fingerprint: str
+    eos_token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The transformers model itself, also where PEFT has wrapped it (adapters stay in effect)."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def sees_images(self) -> bool:
+        return self.processor is not None
+
+
+def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Follow `pointer.json` and make a folder path absolute; a hub id is returned as it is.
+
+    Raises FileNotFoundError when `path` looks like a folder (it exists in no form and is no `owner/name`).
+    """
+    folder = Path(path) if Path(path).is_absolute() else ROOT / path
+    if (folder / POINTER).is_file():
+        pointer = json.loads((folder / POINTER).read_text())
+        return resolve_checkpoint(pointer["path"], pointer.get("revision"))
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
+        return str(folder), None
+    if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
+    return path, revision
+
+
+def write_pointer(folder: Path, path: str, revision: str | None) -> None:
+    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
+    pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
+
+
+def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
+    """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one."""
+    source, revision = resolve_checkpoint(path, revision)
+    digest = hashlib.blake2b(digest_size=8)
+    if not Path(source).is_dir():
+        commit = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)._commit_hash
+        digest.update(f"{source}@{commit}".encode())
+        return digest.hexdigest()
+    for file in sorted(Path(source).iterdir()):
+        if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def load_vlm(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    adapter: str | None = None,
+    attn_implementation: str = "sdpa",
+    quantization: QuantizationConfigMixin | None = None,
+) -> VLM:
+    """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
+
+    A VLM is loaded with its processor, a plain language model with its tokenizer only. `device` is "auto" (all
+    visible accelerators, else CPU), "cpu", "cuda" or "cuda:K". `quantization` is how transformers should shrink the
+    weights while it loads them. Only safetensors are read and no remote code runs.
+    """
+    source, revision = resolve_checkpoint(path, revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    model = auto.from_pretrained(
+        source,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+        device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else quantization and {"": "cpu"},
+        quantization_config=quantization,
+    )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.eval().requires_grad_(False)
+    processor = load_processor(source, revision) if multimodal else None
+    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(source, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    fingerprint = fingerprint_checkpoint(path, revision)
+    if adapter is not None:
+        fingerprint += "+" + fingerprint_checkpoint(adapter)
+    return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))
+
+
+def load_model(model: ModelParams, folder: Path | None = None) -> VLM:
+    """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier iteration)."""
+    if folder and not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
+    path, revision = (str(folder), None) if folder else (model.path, model.revision)
+    return load_vlm(path, revision=revision, dtype=model.dtype, device=model.device)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: those of the generation config and the tokenizer's end token."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
