@@ -3,6 +3,7 @@ came out, and of which checkpoints."""
 
 import dataclasses
 import json
+import types
 
 import pytest
 from ruamel.yaml import YAML
@@ -12,6 +13,7 @@ from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
 from rlaifv.experiments import LIST, Experiment, collect, compose, load_groups, needed, run_group, write_results
 from rlaifv.params import ParamsError, load_params
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
+from rlaifv.results import Result
 
 BASE = load_params()
 
@@ -220,24 +222,26 @@ def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_pa
     from rlaifv.evaluation import outcome as module
 
     found = outcome(0.1)
-    for name, row in {"0": found["base"], **found["rounds"]}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.json").write_text(json.dumps({**row, "yes_no": {"n": 0}}))
-    statistics = {"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}}
-    (tmp_path / "1" / "pairs.json").write_text(json.dumps(statistics))
-    (tmp_path / "1" / "selection.json").write_text(json.dumps({"checkpoint": "checkpoint-1"}))
-    dev = [{"checkpoint": f"checkpoint-{k}", **found["rounds"]["1"], "recall": 1 - k / 10} for k in (1, 2)]
-    (tmp_path / "1" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dev))
+    last = found["rounds"]["1"]
+    results = {
+        "0": Result(test={**found["base"], "yes_no": {"n": 0}}),
+        "1": Result(
+            test={**last, "yes_no": {"n": 0}},
+            pairs={"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}},
+            selection={"checkpoint": "checkpoint-1"},
+            dev=[{"checkpoint": f"checkpoint-{k}", **last, "recall": 1 - k / 10} for k in (1, 2)],
+        ),
+    }
     scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
     monkeypatch.setattr(module, "score_round", lambda *_: scored)
-    unknown = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "absent.json")
+    unknown = score_run(results, tmp_path, tmp_path, tmp_path / "absent.json")
     assert unknown["base"]["response_hallucination"] == 0.6
     assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
     assert "claim_accuracy" not in unknown["rounds"]["1"]
     training = unknown["rounds"]["1"]["training"]
     assert (training["chosen"], training["last"], training["last_recall"]) == ("checkpoint-1", "checkpoint-2", 0.8)
     (tmp_path / "instances_train.json").write_text("{}")
-    known = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "instances_train.json")
+    known = score_run(results, tmp_path, tmp_path, tmp_path / "instances_train.json")
     assert known["rounds"]["1"]["claim_accuracy_interval"] == [0.8, 1.0]
     assert "pair_agreement" not in known["rounds"]["1"], "without pairs there is nothing to agree"
 
@@ -271,6 +275,17 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
     section = experiments_html(results, describe_inputs(BASE))
     assert "came from other checkpoints or settings than this report's: labeler, train.epochs changed since" in section
     assert "make ablations" in section
+
+
+def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
+    from rlaifv.evaluation import outcome as module
+
+    roles = ("policy", "labeler", "divider")
+    computed = describe_inputs(BASE)
+    monkeypatch.setattr(module, "fingerprints", lambda _: pytest.fail("the models stage has them"))
+    records = {role: {**computed["models"][role], "revision": None, "dtype": "float32"} for role in roles}
+    only = types.SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
+    assert describe_inputs(only, records) == computed
 
 
 def test_a_failed_experiment_is_named_in_the_report(groups):
@@ -323,13 +338,13 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
 
 
 def test_without_results_the_report_has_no_such_section(tmp_path, groups):
-    policy = ROOT / "models" / "tiny" / "policy"
+    inputs = describe_inputs(BASE)
     for group in groups.values():
         write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
-    assert findings_html(tmp_path / "metrics", tuple(groups), BASE, policy) == ""
+    assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
-    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), BASE, policy)
+    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa")
 
 
 def test_the_files_that_the_report_depends_on_are_in_the_repository():

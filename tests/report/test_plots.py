@@ -17,7 +17,7 @@ def row(claim: str) -> dict:
 
 def results(control: str) -> dict:
     """A group of one experiment, which has a name that no formula has."""
-    rates = {rate: 0.5 for rate in RATES} | {f"{rate}_interval": [0.4, 0.6] for rate in RATES}
+    rates = dict.fromkeys(RATES, 0.5) | {f"{rate}_interval": [0.4, 0.6] for rate in RATES}
     experiments = [{"name": FORMULA, "base": rates, "rounds": {"1": rates}}]
     return {"group": "rounds", "control": control, "experiments": experiments}
 
