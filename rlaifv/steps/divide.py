@@ -6,8 +6,9 @@ question list of another length, is asked for once more and then rejected; it is
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def _parse(reply: Generation, header: str, params: DivideParams) -> tuple[list[s
 
 
 def divide(
-    vlm: VLM,
+    load: Callable[[], VLM],
     candidates: Sequence[Candidate],
     questions: dict[str, str],
     params: DivideParams,
@@ -162,13 +163,17 @@ def divide(
 ) -> tuple[int, int]:
     """Write every candidate's claims to `out`; `questions` maps instruction ids to their text.
 
+    `load` gives the divider; it is called when something is left to do.
+
     An answer that makes no claim at all ("What a lovely picture.") goes to the rejects: nothing in it can be
     checked, and a score of 0 would teach the policy to say nothing. Equal answers to equal questions are divided
     once. Returns the counts of claims and of rejected candidates.
     """
-    for index, chunk in store.pending(_chunks(candidates, questions, params.batch_size)):
+    divider = cache(load)
+
+    def divide_chunk(chunk: Sequence[Candidate]) -> tuple[list[Claim], list[Reject]]:
         texts = list(dict.fromkeys((questions[c.instruction_id], c.answer) for c in chunk))
-        divisions = dict(zip(texts, divide_answers(vlm, texts, params, seed), strict=True))
+        divisions = dict(zip(texts, divide_answers(divider(), texts, params, seed), strict=True))
         claims: list[Claim] = []
         rejects: list[Reject] = []
         for candidate in chunk:
@@ -178,8 +183,10 @@ def divide(
                 rejects.append(Reject(candidate.id, "divide", problem))
             for k, (claim, question) in enumerate(zip(division.claims, division.questions, strict=True)):
                 claims.append(Claim(f"{candidate.id}/{k}", candidate.id, claim, question))
-        store.write(index, claims, rejects)
-    return store.publish(out, len(candidates), params.max_reject_rate)
+        return claims, rejects
+
+    store.run(_chunks(candidates, questions, params.batch_size), divide_chunk)
+    return store.publish(out, len(candidates), params.max_reject_rate, of="candidate_id")
 
 
 def _chunks(candidates: Sequence[Candidate], questions: dict[str, str], batch_size: int) -> list[Sequence[Candidate]]:

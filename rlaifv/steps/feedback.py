@@ -5,9 +5,11 @@ p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer tok
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
@@ -31,7 +33,7 @@ class FeedbackCounts:
 
 
 def feedback(
-    vlm: VLM | ServedLabeler,
+    load: Callable[[], VLM | ServedLabeler],
     claims: Sequence[Claim],
     images: dict[str, str],
     image_root: Path,
@@ -41,7 +43,8 @@ def feedback(
 ) -> FeedbackCounts:
     """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
 
-    Claims are grouped by image; identical questions about one image are asked once and their answer is given to all
+    `load` gives the labeler; it is called when something is left to do. Claims are grouped by image; identical
+    questions about one image are asked once and their answer is given to all
     claims that need it.
     """
     by_image: dict[str, list[Claim]] = {}
@@ -49,24 +52,24 @@ def feedback(
         by_image.setdefault(images[claim.candidate_id], []).append(claim)
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
-    for index, chunk in store.pending(batched(groups, params.batch_size)):
-        judgements, rejects = _judge_chunk(vlm, chunk, image_root, params)
-        store.write(index, judgements, rejects)
+    labeler = cache(load)
+    store.run(batched(groups, params.batch_size), lambda chunk: _judge_chunk(labeler(), chunk, image_root, params))
+    record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
-    write_labeler(vlm, params.suffix, out.parent / "labeler.json")
-    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, vlm.name)
+    write_atomic(out.parent / "labeler.json", record)
+    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(record)["labeler"])
     return FeedbackCounts(judged, rejected, asked)
 
 
-def write_labeler(vlm: VLM | ServedLabeler, suffix: str, path: Path) -> None:
-    """Record who judged, with which suffix, and which tokens counted as yes and no."""
+def describe_labeler(vlm: VLM | ServedLabeler, suffix: str) -> str:
+    """A JSON line of who judged, with which suffix, and which tokens counted as yes and no."""
     if isinstance(vlm, ServedLabeler):  # its tokens have no ids here, only spellings
         tokens = {"yes": YES_WORDS, "no": NO_WORDS}
     else:
         ids = yes_no_ids(vlm)
         tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
     row = {"labeler": vlm.name, "fingerprint": vlm.fingerprint, "suffix": suffix, "tokens": tokens}
-    write_atomic(path, to_json(row) + "\n")
+    return to_json(row) + "\n"
 
 
 def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str) -> None:

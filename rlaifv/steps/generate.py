@@ -6,7 +6,8 @@ preference pairs made of them differ in trustworthiness and not in style. A samp
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from rlaifv.vlm.loading import VLM
 
 
 def generate(
-    vlm: VLM,
+    load: Callable[[], VLM],
     instructions: Sequence[Instruction],
     image_root: Path,
     params: GenerateParams,
@@ -30,12 +31,15 @@ def generate(
 ) -> tuple[int, int]:
     """Write `params.samples` candidates per instruction to `out`; return the counts of candidates and rejects.
 
+    `load` gives the policy; it is called when something is left to do.
     An empty answer and an image that cannot be read are rejected; an answer cut at `max_new_tokens` is kept and
     marked (`finish_reason` "length").
     """
-    for index, chunk in store.pending(batched(instructions, params.batch_size)):
-        candidates, rejects = _sample_chunk(vlm, chunk, image_root, params, seed)
-        store.write(index, candidates, rejects)
+    policy = cache(load)
+    store.run(
+        batched(instructions, params.batch_size),
+        lambda chunk: _sample_chunk(policy(), chunk, image_root, params, seed),
+    )
     return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
 
 
