@@ -37,13 +37,22 @@ def pair(chosen: int, rejected: int) -> Pair:
 
 def test_the_score_is_minus_the_number_of_rejected_claims():
     claims = [Claim(f"i#0/{k}", "i#0", "", "") for k in range(3)] + [Claim("i#1/0", "i#1", "", "")]
-    judgements = [Judgement(c.id, 0.4, 0.6, c.id == "i#0/1", "labeler") for c in claims]
+    judgements = [Judgement(c.id, 0.9 if c.id == "i#0/1" else 0.4, 0.6, c.id == "i#0/1", "labeler") for c in claims]
     assert score_candidates(claims, judgements) == {"i#0": -2, "i#1": -1}
 
 
 def test_a_candidate_with_an_unjudged_claim_has_no_score():
     claims = [Claim("i#0/0", "i#0", "", ""), Claim("i#0/1", "i#0", "", "")]
     assert score_candidates(claims, [Judgement("i#0/0", 0.9, 0.1, True, "labeler")]) == {}
+
+
+def test_judgements_of_two_labelers_or_of_other_claims_make_no_scores():
+    claims = [Claim("i#0/0", "i#0", "", ""), Claim("i#0/1", "i#0", "", "")]
+    ours, other = Judgement("i#0/0", 0.9, 0.1, True, "a"), Judgement("i#0/1", 0.9, 0.1, True, "b")
+    with pytest.raises(ValueError, match=r"judgements of 2 labelers \(a, b\): run feedback again"):
+        score_candidates(claims, [ours, other])
+    with pytest.raises(ValueError, match="1 judgements are of no known claim, first i#9/0"):
+        score_candidates(claims, [ours, Judgement("i#9/0", 0.9, 0.1, True, "a")])
 
 
 scores = st.dictionaries(st.integers(0, 9), st.integers(-5, 0), min_size=0, max_size=10)
