@@ -137,12 +137,6 @@ def test_dvc_sees_every_iteration_of_the_profile():
     assert {f"train@{name}" for name in iterations} <= set(names)
 
 
-def test_dependencies_are_listed_once():
-    text = (ROOT / "environment.yml").read_text()
-    assert "-e .[dev]" in text
-    assert "torch" not in text
-
-
 def test_every_notebook_is_valid_json_without_absolute_paths():
     for path in NOTEBOOKS:
         assert str(ROOT) not in json.dumps(json.loads(path.read_text()))

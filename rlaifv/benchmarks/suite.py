@@ -68,7 +68,7 @@ def check_files(benchmarks: Mapping[str, BenchmarkParams]) -> None:
             if absent := [path for path in paths if path and not (ROOT / path).exists()]:
                 raise FileNotFoundError(
                     f"benchmarks.{name}.{key}: no {absent[0]}; `python -m rlaifv.benchmarks.fetch` gets questions and "
-                    "truths, rlaifv/benchmarks/README.md says where images come from"
+                    "truths, docs/benchmarks.md says where images come from"
                 )
 
 
