@@ -126,6 +126,20 @@ def test_nothing_depends_on_an_executed_notebook():
     assert not [d for _, stage in stages() for d in stage["deps"] if d.startswith("runs/")]
 
 
+def test_the_next_iteration_waits_for_the_selection_alone_and_an_edit_in_a_benchmark_reruns_that_stage_alone():
+    stage = {name: stage.get("do", stage) for name, stage in STAGES.items()}
+    needed, found = {"data/iterations/${item.prev}/policy"}, set()
+    makers = {out: name for name, s in stage.items() for o in s["outs"] for out in ([o] if isinstance(o, str) else o)}
+    makers = {out.replace("${key}", "${item.prev}"): name for out, name in makers.items()}
+    while needed:
+        name = makers.get(needed.pop())
+        if name and name not in found:
+            found.add(name)
+            needed |= {dep.replace("${key}", "${item.prev}") for dep in stage[name]["deps"]}
+    assert {"select", "train", "generate"} <= found and not found & {"test", "benchmarks", "report", "exam"}
+    assert {n for n in stage if "rlaifv/benchmarks" in stage[n]["deps"]} == {"benchmarks", "benchmarks_base", "report"}
+
+
 def test_dvc_sees_every_iteration_of_the_profile():
     result = subprocess.run(
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True
