@@ -1,4 +1,4 @@
-"""What an iteration leaves is written part by part, read back as one record, and never read when it is not all there."""
+"""What an iteration leaves is written part by part, read back as one record, and never read as whole when it is not."""
 
 import json
 
