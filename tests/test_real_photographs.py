@@ -81,7 +81,8 @@ def repository(shared, tmp_path_factory):
         for name in ("generate", "divide", "feedback"):
             content[name]["max_reject_rate"] = 1.0
         content["generate"].update(samples=10, temperature=1.3, max_new_tokens=64)
-        content["pairs"].update(balance_length=False, min_gap=1)
+        content["pairs"].update(min_gap=1)
+        content["ablation"].update(balance_length=False)
         content["train"].update(epochs=1, checkpoints_per_epoch=1, batch_size=2, micro_batch_size=1)
 
     copy_repository(folder, change)

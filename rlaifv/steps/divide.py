@@ -47,7 +47,7 @@ Present the result in this format:
 {claims}"""
 
 WHOLE_QUESTION = 'Is everything in this description of the image correct: "{answer}"?'
-"""What the ablation `divide.whole_answer` asks: the undivided answer in one question."""
+"""What the ablation `whole_answer` asks: the undivided answer in one question."""
 
 ATTEMPTS = 2
 """The first try and one retry."""
@@ -92,9 +92,14 @@ def parse_list(reply: str, header: str) -> list[str]:
     return [item for item in items if item and not _NOTHING.match(item)]
 
 
-def divide_answers(vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int) -> list[Division]:
-    """Divide each (question, answer); an unusable reply is asked for again with other random numbers."""
-    if params.whole_answer:
+def divide_answers(
+    vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, whole_answer: bool = False
+) -> list[Division]:
+    """Divide each (question, answer); an unusable reply is asked for again with other random numbers.
+
+    With the ablation `whole_answer` nothing is divided: each answer is one claim.
+    """
+    if whole_answer:
         return [Division([answer], [WHOLE_QUESTION.format(answer=answer)]) for _, answer in asked]
     divisions: list[Division | None] = [None] * len(asked)
     for attempt in range(ATTEMPTS):
@@ -160,6 +165,7 @@ def divide(
     seed: int,
     store: Store,
     out: Path,
+    whole_answer: bool = False,
 ) -> tuple[int, int]:
     """Write every candidate's claims to `out`; `questions` maps instruction ids to their text.
 
@@ -173,7 +179,7 @@ def divide(
 
     def divide_chunk(chunk: Sequence[Candidate]) -> tuple[list[Claim], list[Reject]]:
         texts = list(dict.fromkeys((questions[c.instruction_id], c.answer) for c in chunk))
-        divisions = dict(zip(texts, divide_answers(divider(), texts, params, seed), strict=True))
+        divisions = dict(zip(texts, divide_answers(divider(), texts, params, seed, whole_answer), strict=True))
         claims: list[Claim] = []
         rejects: list[Reject] = []
         for candidate in chunk:

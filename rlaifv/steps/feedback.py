@@ -40,12 +40,13 @@ def feedback(
     params: FeedbackParams,
     store: Store,
     out: Path,
+    coin_share: float = 0.0,
 ) -> FeedbackCounts:
     """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
 
     `load` gives the labeler; it is called when something is left to do. Claims are grouped by image; identical
-    questions about one image are asked once and their answer is given to all
-    claims that need it.
+    questions about one image are asked once and their answer is given to all claims that need it. With the ablation
+    `coin_share` a coin judges that share of the claims.
     """
     by_image: dict[str, list[Claim]] = {}
     for claim in claims:
@@ -53,7 +54,10 @@ def feedback(
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
     labeler = cache(load)
-    store.run(batched(groups, params.batch_size), lambda chunk: _judge_chunk(labeler(), chunk, image_root, params))
+    store.run(
+        batched(groups, params.batch_size),
+        lambda chunk: _judge_chunk(labeler(), chunk, image_root, params.suffix, coin_share),
+    )
     record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
     write_atomic(out.parent / "labeler.json", record)
@@ -86,7 +90,11 @@ def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str)
 
 
 def _judge_chunk(
-    vlm: VLM | ServedLabeler, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
+    vlm: VLM | ServedLabeler,
+    chunk: Sequence[tuple[str, list[Claim]]],
+    image_root: Path,
+    suffix: str,
+    coin_share: float,
 ) -> tuple[list[Judgement], list[Reject]]:
     rejects: list[Reject] = []
     readable, items = [], []
@@ -98,12 +106,12 @@ def _judge_chunk(
             continue
         questions = list(dict.fromkeys(claim.question for claim in group))
         readable.append((group, questions))
-        items.append((image, [f"{question} {params.suffix}" for question in questions]))
+        items.append((image, [f"{question} {suffix}" for question in questions]))
     judgements = []
     for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
         answer_of = dict(zip(questions, answers, strict=True))
         for claim in group:
-            p_yes, p_no = coin(claim.id, params.coin_share) or answer_of[claim.question]
+            p_yes, p_no = coin(claim.id, coin_share) or answer_of[claim.question]
             judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
     return judgements, rejects
 

@@ -114,7 +114,7 @@ def relative_length_gap(pairs: Sequence[Pair]) -> float:
     return abs(rejected - chosen) / rejected
 
 
-def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
+def balance_lengths(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
     """Drop the pairs whose rejected answer is much longer, so that "shorter" is not what is learned.
 
     For r in 0, .02, … .98, pairs with (len_rejected − len_chosen)/len_rejected > r are dropped; the r with the
@@ -128,9 +128,9 @@ def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
     return best, best_r
 
 
-def keep_pairs(drawn: Sequence[Pair], params: PairsParams) -> tuple[list[Pair], float]:
+def keep_pairs(drawn: Sequence[Pair], balance_length: bool = True) -> tuple[list[Pair], float]:
     """The drawn pairs, length-balanced unless the ablation `balance_length: false` leaves them as they are, and r."""
-    return balance_length(drawn) if params.balance_length else (list(drawn), 1.0)
+    return balance_lengths(drawn) if balance_length else (list(drawn), 1.0)
 
 
 def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) -> dict[str, object]:

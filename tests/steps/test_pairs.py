@@ -10,7 +10,7 @@ from rlaifv.records import Candidate, Claim, Instruction, Judgement
 from rlaifv.steps.pairs import (
     SCHEMA,
     Pair,
-    balance_length,
+    balance_lengths,
     make_pairs,
     relative_length_gap,
     require_pairs,
@@ -19,7 +19,7 @@ from rlaifv.steps.pairs import (
     write_pairs,
 )
 
-PARAMS = PairsParams(balance_length=True, min_gap=1, max_per_instruction=2)
+PARAMS = PairsParams(min_gap=1, max_per_instruction=2)
 
 
 def instruction(name: str) -> Instruction:
@@ -60,7 +60,7 @@ scores = st.dictionaries(st.integers(0, 9), st.integers(-5, 0), min_size=0, max_
 
 @given(scores=scores, seed=st.integers(0, 3), gap=st.integers(1, 3), most=st.integers(1, 4))
 def test_pairs_differ_by_the_gap_and_are_at_most_so_many(scores, seed, gap, most):
-    params = PairsParams(balance_length=True, min_gap=gap, max_per_instruction=most)
+    params = PairsParams(min_gap=gap, max_per_instruction=most)
     candidates = [candidate("i", s) for s in scores]
     named = {f"i#{s}": score for s, score in scores.items()}
     pairs = make_pairs([instruction("i")], candidates, named, params, seed)
@@ -72,7 +72,7 @@ def test_pairs_differ_by_the_gap_and_are_at_most_so_many(scores, seed, gap, most
 
 def test_equal_answers_make_no_pair_however_they_were_judged():
     candidates = [candidate("i", s, "A dog." if s < 3 else "A cat.") for s in range(4)]
-    params = PairsParams(balance_length=True, min_gap=1, max_per_instruction=10)
+    params = PairsParams(min_gap=1, max_per_instruction=10)
     pairs = make_pairs([instruction("i")], candidates, {f"i#{s}": -s for s in range(4)}, params, 1)
     assert {(p.chosen.id, p.rejected.id) for p in pairs} == {(f"i#{s}", "i#3") for s in range(3)}
 
@@ -94,7 +94,7 @@ def test_two_questions_about_one_image_are_two_instructions():
 @given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=40))
 def test_the_length_balance_never_widens_the_gap(lengths):
     pairs = [pair(c, r) for c, r in lengths]
-    kept, r = balance_length(pairs)
+    kept, r = balance_lengths(pairs)
     assert set(map(id, kept)) <= set(map(id, pairs))
     if pairs:
         assert kept and relative_length_gap(kept) <= relative_length_gap(pairs)
@@ -103,7 +103,7 @@ def test_the_length_balance_never_widens_the_gap(lengths):
 
 def test_the_length_balance_drops_the_pairs_with_a_much_longer_rejected_answer():
     pairs = [pair(10, 10)] * 8 + [pair(5, 50)] * 2
-    kept, r = balance_length(pairs)
+    kept, r = balance_lengths(pairs)
     assert len(kept) == 8
     assert r == pytest.approx(0.88)
 
@@ -124,4 +124,4 @@ def test_no_pairs_stops_the_run_with_the_way_out():
 def test_no_pairs_is_an_empty_file_that_still_reads(tmp_path):
     write_pairs(tmp_path / "pairs.parquet", [], tmp_path, "name")
     assert pq.read_table(tmp_path / "pairs.parquet").num_rows == 0
-    assert balance_length([]) == ([], 1.0)
+    assert balance_lengths([]) == ([], 1.0)
