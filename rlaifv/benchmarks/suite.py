@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -29,12 +30,11 @@ from rlaifv.evaluation.answers import (
 )
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
-from rlaifv.fingerprint import digest, digest_files, digest_modules
+from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
 from rlaifv.records import Reject, batched, read_jsonl, to_json, write_atomic, write_jsonl
-from rlaifv.stage import ANSWERING
 from rlaifv.store import Store
 from rlaifv.vlm.images import decode_image, open_image
 from rlaifv.vlm.loading import VLM
@@ -68,7 +68,7 @@ def check_files(benchmarks: Mapping[str, BenchmarkParams]) -> None:
             if absent := [path for path in paths if path and not (ROOT / path).exists()]:
                 raise FileNotFoundError(
                     f"benchmarks.{name}.{key}: no {absent[0]}; `python -m rlaifv.benchmarks.fetch` gets questions and "
-                    "truths, rlaifv/benchmarks/README.md says where images come from"
+                    "truths, docs/benchmarks.md says where images come from"
                 )
 
 
@@ -104,11 +104,11 @@ def answer(
             "questions": digest_files(*files),
             "images": digest([str(question.image) for question in questions]),
             "model": vlm.fingerprint,
-            "source": digest_modules("benchmarks/suite.py", "evaluate.py", *ANSWERING),
+            "source": stage_sources("benchmarks"),
         }
         store = Store(f"benchmark_{name}@{iteration}", key, scratch)
-        for index, chunk in store.pending(batched(questions, params.batch_size)):
-            store.write(index, *_answer_chunk(vlm, chunk, item, params.max_new_tokens))
+        work = partial(_answer_chunk, vlm, item=item, max_new_tokens=params.max_new_tokens)
+        store.run(batched(questions, params.batch_size), work)
         folder = out / "benchmarks" / name
         count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
         if not count:

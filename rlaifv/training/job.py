@@ -22,26 +22,10 @@ from pathlib import Path
 import torch
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest_modules
+from rlaifv.fingerprint import stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.training.pair_data import read_pairs
 from rlaifv.vlm.loading import fingerprint_checkpoint
-
-SOURCES = (
-    "checkpoints.py",
-    "dpo.py",
-    "images.py",
-    "layout.py",
-    "packing.py",
-    "preferences.py",
-    "processors.py",
-    "reference.py",
-    "tower.py",
-    "train.py",
-    "trainer.py",
-    "vlm.py",
-)
-"""The modules that a run goes through: unfinished work and reference log-probs of other code are not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         "pairs": read_pairs(pairs)[1],
         "params": {k: v for k, v in dataclasses.asdict(params).items() if k != "collapse_nats"},
         "seed": seed,
-        "source": digest_modules(*SOURCES),
+        "source": stage_sources("train"),
     }
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     run = scratch / f"train-{key}"
