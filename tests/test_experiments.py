@@ -280,12 +280,12 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
 def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
     from rlaifv.evaluation import outcome as module
 
-    roles = ("policy", "labeler", "divider")
-    computed = describe_inputs(BASE)
-    monkeypatch.setattr(module, "fingerprints", lambda _: pytest.fail("the models stage has them"))
-    records = {role: {**computed["models"][role], "revision": None, "dtype": "float32"} for role in roles}
+    records = module.describe_models(BASE)
+    monkeypatch.setattr(module, "describe", lambda _: pytest.fail("the stage models has done that"))
     only = types.SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
-    assert describe_inputs(only, records) == computed
+    found = describe_inputs(only, records)
+    assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": records["labeler"].fingerprint}
+    assert found["settings"]["train.beta"] == BASE.train.beta
 
 
 def test_a_failed_experiment_is_named_in_the_report(groups):
