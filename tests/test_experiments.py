@@ -3,7 +3,6 @@ came out, and of which checkpoints."""
 
 import dataclasses
 import json
-import types
 
 import pytest
 from ruamel.yaml import YAML
@@ -278,11 +277,13 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
 
 
 def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
+    from types import SimpleNamespace
+
     from rlaifv.evaluation import outcome as module
 
     records = module.describe_models(BASE)
     monkeypatch.setattr(module, "describe", lambda _: pytest.fail("the stage models has done that"))
-    only = types.SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
+    only = SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
     found = describe_inputs(only, records)
     assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": records["labeler"].fingerprint}
     assert found["settings"]["train.beta"] == BASE.train.beta
