@@ -26,7 +26,20 @@ from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
 from rlaifv.evaluation.outcome import describe_inputs, fingerprints, flat_rows, read_results
 from rlaifv.fingerprint import digest, digest_files
-from rlaifv.params import DEFAULT, NAMED, Params, ParamsError, check_params, load_params, merge, read_content, read_yaml
+from rlaifv.params import (
+    DEFAULT,
+    NAMED,
+    Params,
+    ParamsError,
+    Section,
+    build,
+    check_params,
+    load_params,
+    merge,
+    read_content,
+    read_yaml,
+    section,
+)
 from rlaifv.records import read_jsonl, write_atomic
 from rlaifv.report import plots
 
@@ -69,30 +82,40 @@ class Group:
     experiments: tuple[Experiment, ...]
 
 
+@section
+class Listed(Section):
+    """A group as experiments.yaml lists it."""
+
+    control: str
+    common: dict[str, Any]
+    experiments: dict[str, dict[str, Any]]
+
+
 def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
     """Read the list and compose every experiment's parameters.
 
     Raises ParamsError that names the experiment when it sets an unknown parameter or gives one an impossible value.
     """
     base, code = read_content(params), digest_sources()  # once: it reads every source and checkpoint of the repository
-    return {name: _group(name, section, path.name, base, code) for name, section in read_yaml(path).items()}
+    groups = build(dict[str, Listed], read_yaml(path), path.name)
+    return {name: _group(name, listed, path.name, base, code) for name, listed in groups.items()}
 
 
-def _group(name: str, section: Mapping, file: str, base: Mapping, code: str) -> Group:
-    if set(section) != {"control", "common", "experiments"}:
-        raise ParamsError(f"{file}: {name}: expected the keys control, common and experiments, got {list(section)}")
-    listed = []
-    for key, row in section["experiments"].items():
+def _group(name: str, listed: Listed, file: str, base: Mapping, code: str) -> Group:
+    made = []
+    for key, row in listed.experiments.items():
         where = f"{file}: {name}.{key}"
         if set(row) not in ({"asks", "set"}, {"asks", "profile"}):
             raise ParamsError(f"{where}: expected the keys asks and set, or asks and profile, got {list(row)}")
-        own = row["set"] if "set" in row else read_yaml(ROOT / "params" / f"{row['profile']}.yaml")
-        overlay = merge(section["common"], own)
+        profile = ROOT / "params" / f"{row.get('profile', 'default')}.yaml"
+        if not profile.is_file():
+            raise ParamsError(f"{where}.profile: no profile {row['profile']!r} in params/")
+        overlay = merge(listed.common, row["set"] if "set" in row else read_yaml(profile))
         params = check_params(merge(base, overlay), where)
-        listed.append(Experiment(key, name, row["asks"], tuple(overrides(overlay, where)), params, code))
-    if section["control"] not in section["experiments"]:
-        raise ParamsError(f"{file}: {name}.control: no experiment {section['control']!r} in this group")
-    return Group(name, section["control"], tuple(listed))
+        made.append(Experiment(key, name, row["asks"], tuple(overrides(overlay, where)), params, code))
+    if listed.control not in listed.experiments:
+        raise ParamsError(f"{file}: {name}.control: no experiment {listed.control!r} in this group")
+    return Group(name, listed.control, tuple(made))
 
 
 def overrides(overlay: Mapping[str, Any], where: str, path: str = "") -> Iterator[str]:

@@ -85,13 +85,14 @@ def setting(name: str, **overlay):
         (lambda section: section["experiments"]["control"].update(profile="self"), r"control: expected the keys"),
         (
             lambda section: section["experiments"].update(x={"asks": "?", "profile": "none"}),
-            r"no parameter file .*none",
+            r"ablations\.x\.profile: no profile 'none'",
         ),
         (lambda section: section.update(control="self"), r"ablations\.control: no experiment 'self'"),
         (
             lambda section: section.update(common={"iterations": {"4": {"prev": "3"}}}),
             r"iterations\.4\.prev: no iteration",
         ),
+        (lambda section: section.pop("control"), r"experiments\.yaml: missing key ablations\.control"),
         (lambda section: section["experiments"]["control"].pop("asks"), r"control: expected the keys asks and set"),
     ],
 )
