@@ -9,9 +9,7 @@ not stop the others.
 """
 
 import argparse
-import csv
 import functools
-import io
 import json
 import os
 import subprocess
@@ -21,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
@@ -54,7 +54,6 @@ class Experiment:
     `digest_sources` of the repository that it runs in."""
 
     name: str
-    group: str
     asks: str
     overrides: tuple[str, ...]
     params: Params
@@ -112,7 +111,7 @@ def _group(name: str, listed: Listed, file: str, base: Mapping, code: str) -> Gr
             raise ParamsError(f"{where}.profile: no profile {row['profile']!r} in params/")
         overlay = merge(listed.common, row["set"] if "set" in row else read_yaml(profile))
         params = check_params(merge(base, overlay), where)
-        made.append(Experiment(key, name, row["asks"], tuple(overrides(overlay, where)), params, code))
+        made.append(Experiment(key, row["asks"], tuple(overrides(overlay, where)), params, code))
     if listed.control not in listed.experiments:
         raise ParamsError(f"{file}: {name}.control: no experiment {listed.control!r} in this group")
     return Group(name, listed.control, tuple(made))
@@ -141,16 +140,13 @@ def sources() -> list[Path]:
             if not stage.get("frozen") and name not in ("report", "self_feedback"):
                 deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
                 found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
-    return sorted(f for path in found for f in (path.rglob("*") if path.is_dir() else [path]) if _is_source(f))
+    files = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    return sorted(file for file in files if "__pycache__" not in file.parts)
 
 
 def digest_sources() -> str:
     """16 hex digits of all `sources` and of what `dvc add` tracks below data/."""
     return digest_files(*sources(), *sorted((ROOT / "data").rglob("*.dvc")))
-
-
-def _is_source(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
 
 
 def still_valid(group: Group, results: Mapping) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -165,12 +161,10 @@ def needed(group: Group, results: Mapping) -> list[Experiment]:
     """The experiments of which more is needed than `results` hold: an outcome for the inputs of today, or the answers
     for a test against the control."""
     rows, tests = still_valid(group, results)
-    untested = {e.name for e in group.experiments} - tests.keys() - {group.control}
-    return [
-        e
-        for e in group.experiments
-        if e.name not in rows or e.name in untested or (untested and e.name == group.control)
-    ]
+    names = {e.name for e in group.experiments}
+    untested = names - tests.keys() - {group.control}
+    wanted = (names - rows.keys()) | untested | ({group.control} if untested else set())
+    return [e for e in group.experiments if e.name in wanted]
 
 
 def find_revision(run_name: str) -> str | None:
@@ -247,12 +241,8 @@ def write_results(group: Group, results: Mapping, base: Params, failed: Sequence
     whole = {"group": group.name, "control": group.control, **describe_inputs(base), **results, "failed": list(failed)}
     write_atomic(root / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     if whole["experiments"]:
-        rows = flat_rows(whole["experiments"])
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(root / "plots" / f"{group.name}.csv", stream.getvalue())
+        table = pd.DataFrame(flat_rows(whole["experiments"])).to_csv(index=False, lineterminator="\n")
+        write_atomic(root / "plots" / f"{group.name}.csv", table)
         plots.save(plots.EXPERIMENTS[group.name](whole), root / "plots" / f"{group.name}.png")
     return whole
 
