@@ -16,6 +16,7 @@ from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
 from rlaifv.experiments import LIST, Experiment, collect, load_groups, needed, overrides, run_group, write_results
 from rlaifv.params import DEFAULT, ParamsError, check_params, load_params, merge, read_content, read_yaml
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
+from rlaifv.results import Result
 
 BASE = load_params()
 
@@ -268,24 +269,26 @@ def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_pa
     from rlaifv.evaluation import outcome as module
 
     found = outcome(0.1)
-    for name, row in {"0": found["base"], **found["rounds"]}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.json").write_text(json.dumps({**row, "yes_no": {"n": 0}}))
-    statistics = {"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}}
-    (tmp_path / "1" / "pairs.json").write_text(json.dumps(statistics))
-    (tmp_path / "1" / "selection.json").write_text(json.dumps({"checkpoint": "checkpoint-1"}))
-    dev = [{"checkpoint": f"checkpoint-{k}", **found["rounds"]["1"], "recall": 1 - k / 10} for k in (1, 2)]
-    (tmp_path / "1" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dev))
+    last = found["rounds"]["1"]
+    results = {
+        "0": Result(test={**found["base"], "yes_no": {"n": 0}}),
+        "1": Result(
+            test={**last, "yes_no": {"n": 0}},
+            pairs={"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}},
+            selection={"checkpoint": "checkpoint-1"},
+            dev=[{"checkpoint": f"checkpoint-{k}", **last, "recall": 1 - k / 10} for k in (1, 2)],
+        ),
+    }
     scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
     monkeypatch.setattr(module, "score_round", lambda *_: scored)
-    unknown = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "absent.json")
+    unknown = score_run(results, tmp_path, tmp_path, tmp_path / "absent.json")
     assert unknown["base"]["response_hallucination"] == 0.6
     assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
     assert "claim_accuracy" not in unknown["rounds"]["1"]
     training = unknown["rounds"]["1"]["training"]
     assert (training["chosen"], training["last"], training["last_recall"]) == ("checkpoint-1", "checkpoint-2", 0.8)
     (tmp_path / "instances_train.json").write_text("{}")
-    known = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "instances_train.json")
+    known = score_run(results, tmp_path, tmp_path, tmp_path / "instances_train.json")
     assert known["rounds"]["1"]["claim_accuracy_interval"] == [0.8, 1.0]
     assert "pair_agreement" not in known["rounds"]["1"], "without pairs there is nothing to agree"
 
@@ -319,6 +322,19 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
     section = experiments_html(results, describe_inputs(BASE))
     assert "came from other checkpoints or settings than this report's: labeler, train.epochs changed since" in section
     assert "make ablations" in section
+
+
+def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
+    from types import SimpleNamespace
+
+    from rlaifv.evaluation import outcome as module
+
+    records = module.describe_models(BASE)
+    monkeypatch.setattr(module, "describe", lambda _: pytest.fail("the stage models has done that"))
+    only = SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
+    found = describe_inputs(only, records)
+    assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": records["labeler"].fingerprint}
+    assert found["settings"]["train.beta"] == BASE.train.beta
 
 
 def test_a_failed_experiment_is_named_in_the_report(groups):
@@ -371,13 +387,13 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
 
 
 def test_without_results_the_report_has_no_such_section(tmp_path, groups):
-    policy = ROOT / "models" / "tiny" / "policy"
+    inputs = describe_inputs(BASE)
     for group in groups.values():
         write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
-    assert findings_html(tmp_path / "metrics", tuple(groups), BASE, policy) == ""
+    assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
-    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), BASE, policy)
+    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa")
 
 
 def test_the_files_that_the_report_depends_on_are_in_the_repository():
