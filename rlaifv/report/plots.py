@@ -10,6 +10,7 @@ from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlaifv.report.render import yes_share
@@ -53,6 +54,7 @@ def image_grid(image_root: Path, paths: Sequence[str], titles: Sequence[str], co
 
 
 def histogram(values: Sequence[float], xlabel: str, title: str, bins: int | Sequence[float] = 30) -> Figure:
+    """How often which value comes."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
     axis.hist(values, bins=bins, color=BLUE, alpha=0.85)
     axis.set(xlabel=xlabel, ylabel="count", title=title)
@@ -97,9 +99,8 @@ def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) ->
 def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss, reward margin and preference accuracy against epochs, a line per iteration."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))
-    for (name, rows), color in zip(
-        logs.items(), plt.cm.viridis(np.linspace(0.15, 0.8, max(len(logs), 1))), strict=True
-    ):
+    colors = plt.cm.viridis(np.linspace(0.15, 0.8, len(logs)))
+    for (name, rows), color in zip(logs.items(), colors, strict=True):
         for axis, column in zip(axes, ("loss", "rewards_margins", "rewards_accuracies"), strict=True):
             axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"iteration {name}")
     for axis, title in zip(axes, ("DPO loss", "reward margin", "preference accuracy"), strict=True):
@@ -154,16 +155,14 @@ def result(rows: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-def _interval_bars(axis, at: Sequence[float], rows: Sequence[Mapping], rate: str, vertical: bool, **style) -> None:
-    """Points in percent with their 95 % intervals, at `at` on the other axis."""
+def _interval_bars(axis: Axes, at: Sequence[float], rows: Sequence[Mapping], rate: str, along: str, **style) -> None:
+    """Points in percent with their 95 % intervals; `along` is the axis of the rates, `at` lies on the other."""
     values = 100 * np.array([row[rate] for row in rows])
     low, high = 100 * np.array([row[f"{rate}_interval"] for row in rows]).T
     # a percentile interval need not hold the point where nearly all rows are alike
     errors = np.maximum([values - low, high - values], 0)
-    if vertical:
-        axis.errorbar(at, values, yerr=errors, capsize=2.5, **style)
-    else:
-        axis.errorbar(values, at, xerr=errors, capsize=2.5, **style)
+    x, y = (values, at) if along == "x" else (at, values)
+    axis.errorbar(x, y, **{f"{along}err": errors}, capsize=2.5, **style)
 
 
 def ablations(results: Mapping) -> Figure:
@@ -183,8 +182,8 @@ def ablations(results: Mapping) -> Figure:
     for axis, (rate, (title, color)) in zip(axes[0], panels.items(), strict=True):
         for at, (experiment, row) in enumerate(zip(experiments, last, strict=True)):
             if rate in row:
-                fill = "full" if experiment["name"] == results["control"] else "none"
-                _interval_bars(axis, [at], [row], rate, False, fmt="o", color=color, fillstyle=fill)
+                filled = "full" if experiment["name"] == results["control"] else "none"
+                _interval_bars(axis, [at], [row], rate, "x", fmt="o", color=color, fillstyle=filled)
         if rate in experiments[0]["base"]:
             base = 100 * experiments[0]["base"][rate]
             axis.axvline(base, color=GRAY, linestyle="--")
@@ -201,7 +200,8 @@ def rounds(results: Mapping) -> Figure:
     on; `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
     colors = (RED, BLUE, "#8e44ad", GRAY)
-    lines = [e for e in results["experiments"] if e["name"] != results["control"]]
+    controls = [e for e in results["experiments"] if e["name"] == results["control"]]
+    lines = [e for e in results["experiments"] if e not in controls]
     longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
     for axis, rate, title in (
         (left, "response_hallucination", "Response hallucination ↓ (%)"),
@@ -211,12 +211,10 @@ def rounds(results: Mapping) -> Figure:
             rows = [experiment["base"], *experiment["rounds"].values()]
             at = [shift, *(int(name) + shift for name in experiment["rounds"])]
             style = "o--" if experiment["name"] == "self" else "o-"
-            _interval_bars(axis, at, rows, rate, True, fmt=style, color=color, markersize=4, label=experiment["name"])
-        for experiment in results["experiments"]:
-            if experiment["name"] == results["control"]:
-                last = list(experiment["rounds"].values())[-1]
-                style = {"fmt": "D", "color": "black", "markersize": 5, "label": experiment["name"]}
-                _interval_bars(axis, [longest + 0.3], [last], rate, True, **style)
+            _interval_bars(axis, at, rows, rate, "y", fmt=style, color=color, markersize=4, label=experiment["name"])
+        for control in controls:
+            style = {"fmt": "D", "color": "black", "markersize": 5, "label": control["name"]}
+            _interval_bars(axis, [longest + 0.3], [list(control["rounds"].values())[-1]], rate, "y", **style)
         axis.set_xticks(range(longest + 1), ["base", *range(1, longest + 1)])
         axis.set(title=title, xlabel="iteration")
         axis.margins(x=0.06, y=0.15)
@@ -255,24 +253,22 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Response hallucination and recall against N (left, middle) and against each other (right); `curves` are the rows
     of `best_of_n.curve` per policy. The first policy is dashed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    rates = ("response_hallucination", "recall")
     colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
     for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
         for method, color in colors.items():
             mine = [row for row in rows if row["method"] == method]
             at = [row["n"] for row in mine]
-            for axis, rate in zip(axes, ("response_hallucination", "recall"), strict=False):
-                values = 100 * np.array([row[rate] for row in mine])
-                axis.plot(at, values, line, marker="o", markersize=3, color=color, label=f"{policy}, {method}")
+            style = {"linestyle": line, "marker": "o", "markersize": 3, "color": color}
+            values = {rate: 100 * np.array([row[rate] for row in mine]) for rate in rates}
+            axes[2].plot(*values.values(), **style)
+            for axis, rate in zip(axes[:2], values, strict=True):
+                axis.plot(at, values[rate], label=f"{policy}, {method}", **style)
                 low, high = 100 * np.array([row[f"{rate}_interval"] for row in mine]).T
                 if line == "-" and method in ("normalized", "summed"):
                     axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-            hallucination, recall = (
-                100 * np.array([row[r] for row in mine]) for r in ("response_hallucination", "recall")
-            )
-            axes[2].plot(hallucination, recall, line, marker="o", markersize=3, color=color)
-    for axis, title in zip(
-        axes, ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better"), strict=True
-    ):
+    titles = ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
