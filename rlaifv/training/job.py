@@ -189,6 +189,7 @@ def train_pairs(job: dict, run: Path) -> None:
         params = dataclasses.replace(params, feature_cache_gb=0)
     elif not params.load_in_4bit:
         vlm.model.to(own_device())
+    arguments = training_arguments(params, run / "trainer", job["seed"])  # also joins the other processes
     scorer = PairScorer(vlm.model)
     layout = choose_layout(scorer, vlm, data, params)
     packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
@@ -223,7 +224,6 @@ def train_pairs(job: dict, run: Path) -> None:
     if last:
         log.info("train: resuming from %s", last.name)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
-    arguments = training_arguments(params, run / "trainer", job["seed"])
     trainer = PairTrainer(scorer, collate, reference, params, arguments, [Watch(params.beta, params.collapse_nats)])
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
