@@ -32,10 +32,10 @@ Representer.add_representer(type(None), lambda self, _: self.represent_scalar("t
 def render(name: str, folder: Path = ROOT / "params") -> str:
     """The text of the whole parameter file that a profile gives; its comments are the profile's first ones, then the
     default's. Raises ParamsError for an unknown or wrong profile."""
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise ParamsError(f"no profile {name!r}; there are: {', '.join(known)}")
     path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ParamsError(f"no profile {name!r}; there are: {known}")
     load_params(path)
     profile, default = path.read_text(), (folder / "default.yaml").read_text()
     opening = re.compile(r"(#.*\n)*")
