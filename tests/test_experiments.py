@@ -12,9 +12,10 @@ from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from rlaifv import ROOT, experiments
-from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
+from rlaifv.evaluation.outcome import SETTINGS, describe_inputs, flat_rows, inputs_of, score_run
 from rlaifv.experiments import LIST, Experiment, collect, load_groups, needed, overrides, run_group, write_results
 from rlaifv.params import DEFAULT, ParamsError, check_params, load_params, merge, read_content, read_yaml
+from rlaifv.records import ModelRecord
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
 from rlaifv.results import Result
 
@@ -324,17 +325,12 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
     assert "make ablations" in section
 
 
-def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
-    from types import SimpleNamespace
-
-    from rlaifv.evaluation import outcome as module
-
-    records = module.describe_models(BASE)
-    monkeypatch.setattr(module, "describe", lambda _: pytest.fail("the stage models has done that"))
-    only = SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
-    found = describe_inputs(only, records)
-    assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": records["labeler"].fingerprint}
-    assert found["settings"]["train.beta"] == BASE.train.beta
+def test_what_results_came_from_is_told_of_the_records_of_the_stage_models():
+    records = {role: ModelRecord("a", None, "float32", "cpu", f"of {role}") for role in ("policy", "labeler")}
+    found = inputs_of(records, 7, **{name: getattr(BASE, name) for name in SETTINGS})
+    assert found["models"]["labeler"] == {"path": "a", "fingerprint": "of labeler"}
+    assert (found["settings"]["seed"], found["settings"]["train.beta"]) == (7, BASE.train.beta)
+    assert found["settings"].keys() == describe_inputs(BASE)["settings"].keys()
 
 
 def test_a_failed_experiment_is_named_in_the_report(groups):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rlaifv.evaluation.feedback_truth import score_round
-from rlaifv.params import Params
+from rlaifv.params import Params, Section
 from rlaifv.records import RATES, ModelRecord
 from rlaifv.results import Result
 from rlaifv.steps.models import describe
@@ -102,18 +102,22 @@ def fingerprints(params: Params) -> dict[str, str]:
     return {role: record.fingerprint for role, record in describe_models(params).items()}
 
 
-def describe_inputs(params: Params, models: Mapping[str, ModelRecord] | None = None) -> dict[str, dict]:
+def describe_inputs(params: Params) -> dict[str, dict]:
+    """`inputs_of` by the parameter file alone, before anything has run."""
+    return inputs_of(describe_models(params), **{name: getattr(params, name) for name in ("seed", *SETTINGS)})
+
+
+def inputs_of(models: Mapping[str, ModelRecord], seed: int, **sections: Section) -> dict[str, dict]:
     """What results came from: the three models, and the settings without an experiment's overrides.
 
     Args:
-        params: only the seed and what `SETTINGS` names are read when `models` are given.
-        models: role → its record, as the stage `models` left it; None: `describe_models`.
+        models: role → its record, as the stage `models` left it.
+        sections: of the parameter file, those that `SETTINGS` names.
     """
-    records = describe_models(params) if models is None else models
-    settings = {f"{s}.{key}": getattr(getattr(params, s), key) for s, keys in SETTINGS.items() for key in keys}
+    settings = {f"{name}.{key}": getattr(sections[name], key) for name, keys in SETTINGS.items() for key in keys}
     return {
-        "models": {role: {"path": r.path, "fingerprint": r.fingerprint} for role, r in records.items()},
-        "settings": {"seed": params.seed, **settings},
+        "models": {role: {"path": r.path, "fingerprint": r.fingerprint} for role, r in models.items()},
+        "settings": {"seed": seed, **settings},
     }
 
 
