@@ -12,7 +12,6 @@ from rlaifv.evaluation.feedback_truth import score_round
 from rlaifv.params import Params
 from rlaifv.records import RATES, ModelRecord
 from rlaifv.results import Result
-from rlaifv.steps.models import describe
 
 SHOWN = (*RATES, *(f"{rate}_interval" for rate in RATES), "mean_words", "n")
 TRUTH = {"claim_accuracy": ("claims", "accuracy"), "pair_agreement": ("pairs", "agreement")}
@@ -92,27 +91,12 @@ SETTINGS = {
 """The parameters that a reader of the results wants to know."""
 
 
-def describe_models(params: Params) -> dict[str, ModelRecord]:
-    """Role → who plays it by the parameter file; for this nothing needs to have run."""
-    return {role: describe(getattr(params, role)) for role in ("policy", "labeler", "divider")}
-
-
-def fingerprints(params: Params) -> dict[str, str]:
-    """Role → fingerprint of its checkpoint's bytes (a served labeler: of its address)."""
-    return {role: record.fingerprint for role, record in describe_models(params).items()}
-
-
-def describe_inputs(params: Params, models: Mapping[str, ModelRecord] | None = None) -> dict[str, dict]:
-    """What results came from: the three models, and the settings without an experiment's overrides.
-
-    Args:
-        params: only the seed and what `SETTINGS` names are read when `models` are given.
-        models: role → its record, as the stage `models` left it; None: `describe_models`.
-    """
-    records = describe_models(params) if models is None else models
+def describe_inputs(params: Params, models: Mapping[str, ModelRecord]) -> dict[str, dict]:
+    """What results came from: the three models, and the settings without an experiment's overrides (of `params` only
+    the seed and what `SETTINGS` names are read)."""
     settings = {f"{s}.{key}": getattr(getattr(params, s), key) for s, keys in SETTINGS.items() for key in keys}
     return {
-        "models": {role: {"path": r.path, "fingerprint": r.fingerprint} for role, r in records.items()},
+        "models": {role: {"path": r.path, "fingerprint": r.fingerprint} for role, r in models.items()},
         "settings": {"seed": params.seed, **settings},
     }
 
