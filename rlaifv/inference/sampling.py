@@ -1,4 +1,4 @@
-"""Sample answers: image and prompt are computed once, n samples decode together behind them.
+"""Sample answers: image and prompt are computed once, n samples decode together after them.
 
 Token t of a sample is drawn by inverse CDF from the t-th number of that sample's own uniform stream, so a sample is a
 function of model, prompt and stream: neither batch size nor order nor the other samples change it.
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from rlaifv.inference.logprobs import shares_prefix
 from rlaifv.inference.plain_rows import out_of_memory
-from rlaifv.inference.prefix_cache import Prefilled, branch_masks, logits_of, prefill, windowed
+from rlaifv.inference.prefix_cache import branch_masks, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -157,40 +157,86 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
-class Columns:
-    """What the columns behind the prompts hold, and what each query slot may see of them.
+class Decode:
+    """All samples of B prompts with like images while they decode: a row a prompt, a slot a sample that is still fed.
 
-    `slots` (B, m) names the sample behind each of the m tokens that a step feeds to a row. When samples are done the
-    slots shrink; a prompt with fewer live samples than m feeds done ones along, whose tokens go nowhere.
+    Samples are numbered through, prompt by prompt: `tokens` (B·n, steps) and `length` (B·n,) hold what was drawn of each
+    and where it ended. `slots` (b, m) are the numbers of the samples in the batch. It shrinks as samples end; a row with
+    fewer live samples than m feeds ended ones along, whose tokens go nowhere.
     """
 
-    def __init__(self, vlm: VLM, state: Prefilled, samples: int, steps: int):
-        self.vlm, self.steps, self.step, self.used = vlm, steps, 0, 0
-        self.lengths, self.width = state.lengths, state.width
-        self.owner = self.offset = state.lengths.new_empty(len(state.lengths), 0)
-        self.plan(torch.arange(samples, device=state.lengths.device).expand(len(state.lengths), -1))
+    def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray):
+        count, samples, self.steps = streams.shape
+        self.vlm, self.step = vlm, 0
+        self.streams = torch.from_numpy(streams.reshape(-1, self.steps)).to(vlm.device)
+        self.ends = torch.tensor(vlm.eos_token_ids, device=vlm.device)
+        self.slots = torch.arange(count * samples, device=vlm.device).view(count, samples)
+        self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
+        self.length = torch.full((count * samples,), self.steps, device=vlm.device)
+        room = samples * min(self.steps, 64)  # a buffer that is full grows by half
+        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
+        self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
+        last = state.hidden[torch.arange(count), (state.lengths - 1).to(state.hidden.device)]
+        self.logits = logits_of(vlm, last).to(vlm.device)[:, None].expand(-1, samples, -1)  # (b, m, V), of the next token
+        # the sample and the step of every column after the prompts, (b, columns)
+        self.owner = self.offset = self.slots[:, :0]
 
-    def plan(self, slots: torch.Tensor) -> None:
-        """Lay out all steps to come: who owns which column is known, so one mask serves them all."""
-        self.slots = slots
-        steps = torch.arange(self.step, self.steps, device=slots.device).repeat_interleave(slots.shape[1])
-        self.owner = torch.cat([self.owner[:, : self.used], slots.repeat(1, self.steps - self.step)], 1)
-        self.offset = torch.cat([self.offset[:, : self.used], steps.expand(len(slots), -1)], 1)
-        self.mask = None if windowed(self.vlm) or self.step == self.steps else self.mask_of(self.owner.shape[1])
+    def draw(self, decoding: Decoding) -> torch.Tensor:
+        """(b, m) tokens by the numbers of this step."""
+        uniform = self.streams[self.slots, self.step]
+        return draw(self.logits.flatten(0, 1), uniform.flatten(), decoding).view_as(self.slots)
 
-    def mask_of(self, end: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask (B, 1, m, width + end) of the m tokens in the columns before `end`."""
-        queries = slice(end - self.slots.shape[1], end)
-        return branch_masks(self.vlm, self.lengths, self.width, self.owner[:, :end], self.offset[:, :end], queries)
+    def live(self) -> torch.Tensor:
+        """(b, m) whether the sample has not ended."""
+        return self.length[self.slots] == self.steps
 
-    def next_mask(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        self.used += self.slots.shape[1]
+    def append(self, chosen: torch.Tensor) -> None:
+        """Write down one token of every slot; an end token ends its sample there."""
+        ended = torch.isin(chosen, self.ends) & self.live()
+        self.tokens[self.slots, self.step] = chosen
+        self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
+
+    def drop_finished(self) -> None:
+        """Every `COMPACT_EVERY` steps, take out ended prompts and samples where that makes the batch a quarter smaller."""
+        if self.step % COMPACT_EVERY != COMPACT_EVERY - 1:
+            return
+        live = self.live()
+        if live.any(1).float().mean() <= 0.75:
+            kept = live.any(1).nonzero().squeeze(1)
+            self.slots, live, self.lengths, self.positions = (
+                t[kept] for t in (self.slots, live, self.lengths, self.positions)
+            )
+            self.owner, self.offset = self.owner[kept], self.offset[kept]
+            self.cache.reorder_cache(kept)
+        widest = max(live.sum(1).tolist(), default=0)
+        if widest <= 0.75 * self.slots.shape[1]:
+            # live samples first, ended ones fill up
+            order = live.long().sort(dim=1, descending=True, stable=True).indices[:, :widest]
+            self.slots = self.slots.gather(1, order)
+
+    def finished(self) -> bool:
+        """Whether no sample can grow any more; ended ones count once they are dropped."""
+        return self.step + 1 == self.steps or not self.slots.numel()
+
+    def forward(self) -> None:
+        """Feed the newest token of every slot: the logits of the next one."""
+        self.owner = torch.cat([self.owner, self.slots], 1)
+        self.offset = torch.cat([self.offset, torch.full_like(self.slots, self.step)], 1)
+        newest = slice(-self.slots.shape[1], None)
+        output = self.vlm.network.get_decoder()(
+            input_ids=self.tokens[self.slots, self.step],
+            attention_mask=branch_masks(self.vlm, self.lengths, self.width, self.owner, self.offset, newest),
+            position_ids=(self.positions + self.step)[:, None].expand_as(self.slots),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits = logits_of(self.vlm, output.last_hidden_state).to(self.vlm.device)
         self.step += 1
-        # a sample's later columns do not exist yet, so the last step's mask, cut, is every step's
-        return self.mask_of(self.used) if self.mask is None else self.mask[..., : self.width + self.used]
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        self.lengths, self.owner, self.offset = self.lengths[rows], self.owner[rows], self.offset[rows]
+    def generations(self) -> list[Generation]:
+        """What was drawn, by the samples' numbers."""
+        ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
+        return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
 
 
 @torch.inference_mode()
@@ -198,65 +244,21 @@ def sample_shared(
     vlm: VLM, encoded: list[EncodedPrompt], uniforms: np.ndarray, decoding: Decoding
 ) -> list[list[Generation]]:
     """All samples of B prompts with like images; `uniforms` is (B, n, steps)."""
-    count, samples, steps = len(encoded), uniforms.shape[1], decoding.max_new_tokens
+    samples = uniforms.shape[1]
     if samples == 0:
         return [[] for _ in encoded]
-    device, decoder = vlm.device, vlm.network.get_decoder()
-    u = torch.from_numpy(np.ascontiguousarray(uniforms)).to(device)
-    ends = torch.tensor(vlm.eos_token_ids, device=device)
-    # room for some steps; a buffer that is full grows by half
-    room = samples * min(steps, 64)
-    state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
-    cache, position = state.cache, state.positions
-    ends_at = (state.lengths - 1).to(state.hidden.device)
-    last = logits_of(vlm, state.hidden[torch.arange(count, device=ends_at.device), ends_at]).to(device)
-    columns = Columns(vlm, state, samples, steps - 1)
-    del state
-    tokens = torch.zeros(count, samples, steps, dtype=torch.long, device=device)
-    length = torch.full((count, samples), steps, device=device)
-    rows = torch.arange(count, device=device)
-    logits = last[:, None].expand(-1, samples, -1)
-    for step in range(steps):
-        slots = columns.slots
-        chosen = draw(logits.flatten(0, 1), u[rows[:, None], slots, step].flatten(), decoding).view_as(slots)
-        tokens[rows[:, None], slots, step] = chosen
-        ended = torch.isin(chosen, ends) & (length[rows[:, None], slots] == steps)
-        length[rows[:, None], slots] = torch.where(ended, step, length[rows[:, None], slots])
-        if step + 1 == steps:
+    decode = Decode(vlm, encoded, uniforms[..., : decoding.max_new_tokens])
+    while True:
+        decode.append(decode.draw(decoding))
+        decode.drop_finished()
+        if decode.finished():
             break
-        if step % COMPACT_EVERY == COMPACT_EVERY - 1:
-            live = length[rows] == steps
-            if not live.any():
-                break
-            if live.any(1).float().mean() <= 0.75:
-                kept = live.any(1).nonzero().squeeze(1)
-                rows, position, live, chosen = rows[kept], position[kept], live[kept], chosen[kept]
-                columns.keep_rows(kept)
-                columns.slots = slots = slots[kept]
-                for layer in cache.layers:
-                    layer.keys, layer.values = layer.keys[kept], layer.values[kept]
-                columns.plan(slots)
-            widest = int(live.sum(1).max())
-            if widest <= 0.75 * slots.shape[1]:
-                # live samples first, done ones fill up
-                order = live.gather(1, slots).long().sort(dim=1, descending=True, stable=True).indices[:, :widest]
-                chosen = chosen.gather(1, order)
-                columns.plan(slots.gather(1, order))
-        output = decoder(
-            input_ids=chosen,
-            attention_mask=columns.next_mask(),
-            position_ids=(position + step)[:, None].expand_as(chosen),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = logits_of(vlm, output.last_hidden_state).to(device)
-    return [
-        [finished(vlm, ids[:end], end < steps) for ids, end in zip(per_prompt, per_length, strict=True)]
-        for per_prompt, per_length in zip(tokens.tolist(), length.tolist(), strict=True)
-    ]
+        decode.forward()
+    found = decode.generations()
+    return [found[start : start + samples] for start in range(0, len(found), samples)]
 
 
-def finished(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
+def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
     return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
 
 
@@ -300,7 +302,7 @@ def sample_plain(vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decodin
     generations = []
     for row in output[:, len(encoded.prompt_ids) :].tolist():
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
-        generations.append(finished(vlm, row[:end], end < steps))
+        generations.append(generation(vlm, row[:end], end < steps))
     return generations
 
 
