@@ -177,7 +177,9 @@ class Decode:
         state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
         self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
         last = state.hidden[torch.arange(count), (state.lengths - 1).to(state.hidden.device)]
-        self.logits = logits_of(vlm, last).to(vlm.device)[:, None].expand(-1, samples, -1)  # (b, m, V), of the next token
+        self.logits = (
+            logits_of(vlm, last).to(vlm.device)[:, None].expand(-1, samples, -1)
+        )  # (b, m, V), of the next token
         # the sample and the step of every column after the prompts, (b, columns)
         self.owner = self.offset = self.slots[:, :0]
 
