@@ -158,11 +158,12 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
 
 
 class Decode:
-    """All samples of B prompts with like images while they decode: a row a prompt, a slot a sample that is still fed.
+    """The n samples of each of B prompts with like images while they decode: a row a prompt, a slot a sample.
 
-    Samples are numbered through, prompt by prompt: `tokens` (B·n, steps) and `length` (B·n,) hold what was drawn of each
-    and where it ended. `slots` (b, m) are the numbers of the samples in the batch. It shrinks as samples end; a row with
-    fewer live samples than m feeds ended ones along, whose tokens go nowhere.
+    Samples are numbered through, prompt by prompt: `tokens` (B·n, steps) holds what was drawn, `length` (B·n,) where
+    a sample ended. `slots` (b, m) are the numbers of the samples that are still fed. They become fewer as samples end;
+    a row with fewer live samples than m feeds ended ones along, whose tokens go nowhere. `logits` (b, m, V) are those
+    of the next token; `owner` and `offset` (b, columns) the sample and the step of every column after the prompts.
     """
 
     def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray):
@@ -176,12 +177,10 @@ class Decode:
         room = samples * min(self.steps, 64)  # a buffer that is full grows by half
         state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
         self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
-        last = state.hidden[torch.arange(count), (state.lengths - 1).to(state.hidden.device)]
-        self.logits = (
-            logits_of(vlm, last).to(vlm.device)[:, None].expand(-1, samples, -1)
-        )  # (b, m, V), of the next token
-        # the sample and the step of every column after the prompts, (b, columns)
         self.owner = self.offset = self.slots[:, :0]
+        last = (state.lengths - 1).to(state.hidden.device)
+        logits = logits_of(vlm, state.hidden[torch.arange(count, device=last.device), last]).to(vlm.device)
+        self.logits = logits[:, None].expand(-1, samples, -1)
 
     def draw(self, decoding: Decoding) -> torch.Tensor:
         """(b, m) tokens by the numbers of this step."""
@@ -199,14 +198,14 @@ class Decode:
         self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
 
     def drop_finished(self) -> None:
-        """Every `COMPACT_EVERY` steps, take out ended prompts and samples where that makes the batch a quarter smaller."""
+        """Every `COMPACT_EVERY` steps: take out ended prompts and samples, if that makes the batch a quarter smaller."""
         if self.step % COMPACT_EVERY != COMPACT_EVERY - 1:
             return
         live = self.live()
         if live.any(1).float().mean() <= 0.75:
             kept = live.any(1).nonzero().squeeze(1)
-            self.slots, live, self.lengths, self.positions = (
-                t[kept] for t in (self.slots, live, self.lengths, self.positions)
+            live, self.slots, self.lengths, self.positions = (
+                rows[kept] for rows in (live, self.slots, self.lengths, self.positions)
             )
             self.owner, self.offset = self.owner[kept], self.offset[kept]
             self.cache.reorder_cache(kept)
