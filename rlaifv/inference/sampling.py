@@ -9,7 +9,6 @@ prompt's keys are read once a step for all n samples instead of n times, and not
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,13 +18,11 @@ from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
 
 from rlaifv.inference.logprobs import shares_prefix
-from rlaifv.inference.plain_rows import out_of_memory
+from rlaifv.inference.memory import Budget
 from rlaifv.inference.prefix_cache import branch_masks, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
-
-log = logging.getLogger(__name__)
 
 COMPACT_EVERY = 8
 """Steps between looks at which samples are done (a look makes a GPU wait)."""
@@ -95,25 +92,19 @@ def generate_batch(
         return []
     if not (shared if shared is not None else shares_prefix(vlm, encoded)):
         return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
-    results: list[list[Generation]] = [[] for _ in prompts]
+
+    def kind(i: int) -> tuple:
+        return inputs_shape(encoded[i].inputs), len(streams[i])
+
+    def sample(batch: list[int]) -> list[list[Generation]]:
+        return sample_shared(vlm, [encoded[i] for i in batch], np.stack([streams[i] for i in batch]), decoding)
+
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
-    groups: dict[tuple, list[int]] = {}
-    for i in sorted(range(len(prompts)), key=lambda i: len(encoded[i].prompt_ids)):
-        groups.setdefault((inputs_shape(encoded[i].inputs), len(streams[i])), []).append(i)
-    waiting = list(groups.values())
-    while waiting:
-        group = waiting.pop(0)
-        try:
-            samples = sample_shared(vlm, [encoded[i] for i in group], np.stack([streams[i] for i in group]), decoding)
-        except RuntimeError as error:
-            if not out_of_memory(error) or len(group) == 1:
-                raise
-            log.warning("%s: out of memory with %d prompts at once, halving them", vlm.name, len(group))
-            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
-            continue
-        for i, generations in zip(group, samples, strict=True):
-            results[i] = generations
-    return results
+    order = sorted(range(len(prompts)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
+    results: dict[int, list[Generation]] = {}
+    for batch, samples in Budget(vlm.name, len(prompts), "prompts").batches(order, sample, kind=kind):
+        results |= zip(batch, samples, strict=True)
+    return [results[i] for i in range(len(prompts))]
 
 
 def check_decoding(decoding: Decoding, prompts: Sequence[Prompt], streams: Sequence[np.ndarray]) -> None:
@@ -198,7 +189,7 @@ class Decode:
         self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
 
     def drop_finished(self) -> None:
-        """Every `COMPACT_EVERY` steps: take out ended prompts and samples, if that makes the batch a quarter smaller."""
+        """Every `COMPACT_EVERY` steps, take ended prompts and samples out if the batch gets a quarter smaller."""
         if self.step % COMPACT_EVERY != COMPACT_EVERY - 1:
             return
         live = self.live()
