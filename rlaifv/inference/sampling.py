@@ -11,11 +11,13 @@ prompt's keys are read once a step for all n samples instead of n times, and not
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import shares_prefix
 from rlaifv.inference.memory import Budget
@@ -88,6 +90,17 @@ def generate_batch(
     for prompt in prompts:
         e = encode(vlm, prompt.image, prompt.text)
         encoded.append(EncodedPrompt(e.prompt_ids, [e.prompt_ids], [len(e.prompt_ids)], e.inputs))
+    return sample_encoded(vlm, encoded, streams, decoding, shared)
+
+
+def sample_encoded(
+    vlm: VLM,
+    encoded: list[EncodedPrompt],
+    streams: Sequence[np.ndarray],
+    decoding: Decoding,
+    shared: bool | None = None,
+) -> list[list[Generation]]:
+    """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
     if not (shared if shared is not None else shares_prefix(vlm, encoded)):
@@ -100,11 +113,11 @@ def generate_batch(
         return sample_shared(vlm, [encoded[i] for i in batch], np.stack([streams[i] for i in batch]), decoding)
 
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
-    order = sorted(range(len(prompts)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
+    order = sorted(range(len(encoded)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
     results: dict[int, list[Generation]] = {}
-    for batch, samples in Budget(vlm.name, len(prompts), "prompts").batches(order, sample, kind=kind):
+    for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
-    return [results[i] for i in range(len(prompts))]
+    return [results[i] for i in range(len(encoded))]
 
 
 def check_decoding(decoding: Decoding, prompts: Sequence[Prompt], streams: Sequence[np.ndarray]) -> None:
@@ -267,32 +280,53 @@ class DrawFromStream(LogitsProcessor):
 
 
 @torch.inference_mode()
-def sample_plain(vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decoding: Decoding) -> list[Generation]:
-    """The same samples of one prompt through `model.generate`, for architectures that cannot share a prefix."""
-    if len(uniforms) == 0:
-        return []
-    steps = decoding.max_new_tokens
-    config = GenerationConfig(
-        max_new_tokens=steps,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_return_sequences=len(uniforms),
-        eos_token_id=vlm.eos_token_ids,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-    )
-    ids = torch.tensor([encoded.prompt_ids], device=vlm.device)
+def generate(
+    vlm: VLM,
+    encoded: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+    streamer: BaseStreamer | None = None,
+    **config: Any,
+) -> list[list[int]]:
+    """transformers' own decoding of prompts of one length with like images; the new tokens of every row.
+
+    What the checkpoint's generation_config.json says counts only where `config` (the rest of a GenerationConfig) and
+    the settings here leave it open; end tokens are the model's.
+    """
+    ids = torch.tensor([e.prompt_ids for e in encoded], device=vlm.device)
     output = vlm.network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=[DrawFromStream(uniforms, decoding)],
-        **collate_inputs(vlm, [encoded.inputs], [len(encoded.prompt_ids)]),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=vlm.eos_token_ids,
+            pad_token_id=vlm.tokenizer.pad_token_id,
+            **config,
+        ),
+        logits_processor=list(processors),
+        streamer=streamer,
+        **collate_inputs(vlm, [e.inputs for e in encoded], [ids.shape[1]] * len(ids)),
     )
+    return output[:, ids.shape[1] :].tolist()
+
+
+def sample_plain(
+    vlm: VLM,
+    encoded: EncodedPrompt,
+    uniforms: np.ndarray,
+    decoding: Decoding,
+    streamer: BaseStreamer | None = None,
+) -> list[Generation]:
+    """The same samples of one prompt through `generate`: for architectures that cannot share a prefix, and to stream
+    the one answer that `uniforms` (1, steps) draws."""
+    if len(uniforms) == 0:
+        return []
+    steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
+    neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
     generations = []
-    for row in output[:, len(encoded.prompt_ids) :].tolist():
+    for row in generate(vlm, [encoded], steps, [draws], streamer, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations
