@@ -29,7 +29,7 @@ from rlaifv import ROOT
 from rlaifv.inference.logprobs import continuation_logprobs
 from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, sample_plain, uniforms
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
-from rlaifv.vlm.chat_format import EncodedPrompt, special_tokens_needed
+from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
 from rlaifv.vlm.images import decode_image, open_image
 from rlaifv.vlm.loading import VLM, load_vlm, resolve_checkpoint
 
@@ -150,18 +150,12 @@ class Chat:
         """The conversation so far and the new question, by the checkpoint's own template, image expanded."""
         if not question.strip():
             raise ValueError("the question is empty")
-        messages = []
-        for asked, answer in [*self.history, (question, None)]:
-            picture = [{"type": "image"}] if self.image is not None and not messages else []
-            messages.append({"role": "user", "content": [*picture, {"type": "text", "text": asked}]})
+        turns = []
+        for number, (asked, answer) in enumerate([*self.history, (question, None)]):
+            turns.append(turn(self.vlm, "user", asked, image=self.image is not None and number == 0))
             if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        special = special_tokens_needed(self.vlm, text)
-        images = {"images": [self.image]} if self.image is not None else {}
-        batch = self.vlm.processor(text=[text], add_special_tokens=special, return_tensors="pt", **images)
-        ids = batch["input_ids"][0].tolist()
-        inputs = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and torch.is_tensor(v)}
+                turns.append(turn(self.vlm, "assistant", answer))
+        ids, inputs = expand_image(self.vlm, self.image, render(self.vlm, turns, add_generation_prompt=True))
         return EncodedPrompt(ids, [ids], [len(ids)], inputs)
 
     def decoding(self, temperature: float) -> Decoding:

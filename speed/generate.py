@@ -1,7 +1,7 @@
 """Speed of sampling: python speed/generate.py [--size small] [--device cpu] [--json] [--keep]
 
 Draws 10 samples of 100 tokens to prompts with one image (576 tokens) each, in one run: with
-`generate(num_return_sequences=10)`, and with one prefill and one shared row of keys (rlaifv/sampling.py).
+`generate(num_return_sequences=10)`, and with one prefill and one shared row of keys (rlaifv/inference/sampling.py).
 The samples are compared with those that `generate` gives when it draws from the same uniform numbers.
 """
 

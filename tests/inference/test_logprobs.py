@@ -107,7 +107,7 @@ def test_a_hybrid_model_copies_its_prefix_and_the_log_says_so(models, caplog):
     assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) < 1e-4
     caplog.clear()
     next_token_logprobs(vlm, encoded)
-    assert not caplog.text, "said once a model"
+    assert not caplog.text, "logged once per model"
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -201,7 +201,7 @@ def test_text_without_an_image_shares_its_prefix_too(models):
     assert largest_difference(shared, plain) < 1e-4
 
 
-def test_running_out_of_memory_halves_the_tokens_a_forward_and_goes_on(models, monkeypatch, caplog):
+def test_running_out_of_memory_halves_the_tokens_per_forward_pass_and_goes_on(models, monkeypatch, caplog):
     vlm = model(models, "llava")
     encoded = [encode_questions(vlm, picture(seed=i), QUESTIONS) for i in range(6)]
     expected = next_token_logprobs(vlm, encoded, shared=True)
