@@ -22,15 +22,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, GenerationConfig, TextIteratorStreamer
+from transformers import AutoConfig, TextIteratorStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rlaifv import ROOT
-from rlaifv.inference.logprobs import continuation_logprobs, shares_prefix
-from rlaifv.inference.sampling import Decoding, DrawFromStream, Generation, sample_plain, sample_shared, uniforms
+from rlaifv.inference.logprobs import continuation_logprobs
+from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, sample_plain, uniforms
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
-from rlaifv.vlm.chat_format import EncodedPrompt, special_tokens_needed
-from rlaifv.vlm.collate import collate_inputs
+from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
 from rlaifv.vlm.images import decode_image, open_image
 from rlaifv.vlm.loading import VLM, load_vlm, resolve_checkpoint
 
@@ -40,9 +39,9 @@ BEST_OF_TEMPERATURE = 0.7
 
 
 def default_model() -> str:
-    """The policy of the newest finished round, else the shipped tiny policy; relative to the repository."""
-    rounds = [folder.parent for folder in ROOT.glob("data/iterations/*/policy") if (folder / "config.json").is_file()]
-    newest = max((folder for folder in rounds if folder.name.isdigit()), key=lambda f: int(f.name), default=None)
+    """The policy of the newest finished iteration, else the shipped tiny policy; relative to the repository."""
+    found = [folder.parent for folder in ROOT.glob("data/iterations/*/policy") if (folder / "config.json").is_file()]
+    newest = max((folder for folder in found if folder.name.isdigit()), key=lambda f: int(f.name), default=None)
     return str((newest / "policy").relative_to(ROOT)) if newest else BASE_MODEL
 
 
@@ -129,11 +128,8 @@ class Chat:
         check_same_tokens(self.vlm, self.reference)
         encoded = self.encode(question)
         decoding = self.decoding(self.temperature or BEST_OF_TEMPERATURE)
-        if shares_prefix(self.vlm, [encoded]):
-            samples = sample_shared(self.vlm, [encoded], self.random_numbers(n)[None], decoding)[0]
-        else:
-            samples = sample_plain(self.vlm, encoded, self.random_numbers(n), decoding)
-        samples = list({s.text.strip(): s for s in samples if s.text.strip()}.values())
+        (drawn,) = sample_encoded(self.vlm, [encoded], [self.random_numbers(n)], decoding)
+        samples = list({s.text.strip(): s for s in drawn if s.text.strip()}.values())
         if not samples:
             raise ValueError(f"{self.vlm.name} gave {n} empty answers")
         scored = self.score(encoded, samples)
@@ -154,18 +150,12 @@ class Chat:
         """The conversation so far and the new question, by the checkpoint's own template, image expanded."""
         if not question.strip():
             raise ValueError("the question is empty")
-        messages = []
-        for asked, answer in [*self.history, (question, None)]:
-            picture = [{"type": "image"}] if self.image is not None and not messages else []
-            messages.append({"role": "user", "content": [*picture, {"type": "text", "text": asked}]})
+        turns = []
+        for number, (asked, answer) in enumerate([*self.history, (question, None)]):
+            turns.append(turn(self.vlm, "user", asked, image=self.image is not None and number == 0))
             if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        special = special_tokens_needed(self.vlm, text)
-        images = {"images": [self.image]} if self.image is not None else {}
-        batch = self.vlm.processor(text=[text], add_special_tokens=special, return_tensors="pt", **images)
-        ids = batch["input_ids"][0].tolist()
-        inputs = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and torch.is_tensor(v)}
+                turns.append(turn(self.vlm, "assistant", answer))
+        ids, inputs = expand_image(self.vlm, self.image, render(self.vlm, turns, add_generation_prompt=True))
         return EncodedPrompt(ids, [ids], [len(ids)], inputs)
 
     def decoding(self, temperature: float) -> Decoding:
@@ -183,27 +173,10 @@ def stream_answer(vlm: VLM, encoded: EncodedPrompt, numbers: np.ndarray, decodin
     """Decode one answer in a thread and yield its text as it grows; an error there is raised here."""
     streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
     errors: Queue[BaseException] = Queue()
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=vlm.eos_token_ids,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-    )
-    ids = torch.tensor([encoded.prompt_ids], device=vlm.device)
 
     def decode() -> None:
         try:
-            vlm.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                logits_processor=[DrawFromStream(numbers, decoding)],
-                streamer=streamer,
-                **(collate_inputs(vlm, [encoded.inputs], [ids.shape[1]]) if encoded.inputs else {}),
-            )
+            sample_plain(vlm, encoded, numbers, decoding, streamer)
         except BaseException as error:
             errors.put(error)
             streamer.end()

@@ -24,7 +24,7 @@ import pandas as pd
 
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
-from rlaifv.evaluation.outcome import describe_inputs, fingerprints, flat_rows, read_results
+from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
 from rlaifv.fingerprint import digest, digest_files
 from rlaifv.params import (
     DEFAULT,
@@ -42,6 +42,8 @@ from rlaifv.params import (
 )
 from rlaifv.records import read_jsonl, write_atomic
 from rlaifv.report import plots
+from rlaifv.results import FILES
+from rlaifv.steps.models import describe_models
 
 LIST = ROOT / "experiments" / "experiments.yaml"
 STAGE = "experiments/dvc.yaml:experiment"
@@ -64,7 +66,8 @@ class Experiment:
         """16 hex digits of all that determines the outcome: parameters, checkpoints, and the files of the repository
         that the pipeline's stages depend on. What the report alone reads is left out."""
         read = {key: value for key, value in vars(self.params).items() if key not in ("report", "self_feedback")}
-        return digest([read, fingerprints(self.params), self.sources])
+        marks = {role: model.fingerprint for role, model in describe_models(self.params).items()}
+        return digest([read, marks, self.sources])
 
     @property
     def run_name(self) -> str:
@@ -205,19 +208,17 @@ def outcome_of(experiment: Experiment, revision: str) -> dict:
 
 def compare(control: Experiment, other: Experiment) -> dict:
     """`paired_test` of the last iterations' policies on the same test rows; `base` in it is the control."""
-    split = control.params.prepare.test
-    if split != other.params.prepare.test:
+    if control.params.prepare.test != other.params.prepare.test:
         raise ValueError(f"{other.name} and {control.name} have other test sets: they cannot be compared row by row")
     answers = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        truth = [path for path in (split.instances, split.captions, split.questions) if path]
-        fetch(find_revision(control.run_name), ["data/prepared", *truth], folder)
+        fetch(find_revision(control.run_name), ["data/prepared"], folder)
         for experiment in (control, other):
-            last = f"data/results/{max(experiment.params.iterations, key=int)}/answers_test.jsonl"
+            last = f"data/results/{max(experiment.params.iterations, key=int)}/{FILES['answers']}"
             fetch(find_revision(experiment.run_name), [last], folder / experiment.name)
             answers.append(read_jsonl(folder / experiment.name / last))
-        test = load_split("test", split, folder / "data" / "prepared", folder, folder)
+        test = load_split("test", folder / "data" / "prepared", folder)
     return {"keys": [control.key, other.key], "rates": paired_test(*answers, test)}
 
 
@@ -238,7 +239,8 @@ def collect(group: Group, results: Mapping) -> dict:
 
 def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str], root: Path = ROOT) -> dict:
     """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
-    whole = {"group": group.name, "control": group.control, **describe_inputs(base), **results, "failed": list(failed)}
+    inputs = describe_inputs(base, describe_models(base))
+    whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
     write_atomic(root / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     if whole["experiments"]:
         table = pd.DataFrame(flat_rows(whole["experiments"])).to_csv(index=False, lineterminator="\n")

@@ -51,22 +51,28 @@ def _below(high: float) -> AfterValidator:
     return _expect(f"a value from 0 to below {high:g}", lambda v: 0 <= v < high)
 
 
-Name = Annotated[str, _expect("text that is not empty", bool)]
+Name = Annotated[str, _expect("text that is not empty", str.strip)]
 Seed = Annotated[int, _expect("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)]
 Count = Annotated[int, _at_least(1)]
 CountOrZero = Annotated[int, _at_least(0)]
 Positive = Annotated[float, _expect("a value above 0", lambda v: v > 0)]
 NotNegative = Annotated[float, _at_least(0)]
 Share = Annotated[float, _up_to(1)]
+Fraction = Annotated[float, _below(1)]
+LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
 TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 < v <= 1)]
 OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
 """A YAML list; a single value is a list of one."""
+Texts = Annotated[tuple[Name, ...], OneOrMore]
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust", "apo_zero", "apo_down", "sft", "hinge", "exo_pair", "nca_pair")
 LOSSES += ("bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop")
 """TRL's losses, written down here because TRL itself looks at the name only in the first training step."""
 
-SomeLosses = _expect("some of " + ", ".join(LOSSES), lambda v: v and set(v) <= set(LOSSES))
+Losses = Annotated[
+    tuple[str, ...], OneOrMore, _expect(f"some of {', '.join(LOSSES)}", lambda v: v and set(v) <= set(LOSSES))
+]
+Layers = Annotated[tuple[Name, ...], OneOrMore, _expect("at least one layer", bool)]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 """Those of transformers' schedules that need no further settings."""
@@ -183,43 +189,37 @@ class TrainParams(Section):
     """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
 
     beta: Positive = 0.1  # β of DPO: how strongly the policy is held to the reference (paper 0.1)
-    # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
-    learning_rate: Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)] = 5e-7
+    learning_rate: LearningRate = 5e-7  # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
     epochs: Count = 4  # passes over the pairs (paper 4)
     batch_size: Count = 8  # pairs per optimizer step over all processes (paper 8)
     micro_batch_size: Count = 1  # pairs per forward pass of one process; the rest of batch_size is accumulated
     scheduler: Scheduler = "cosine"  # a schedule of transformers (paper cosine)
-    warmup_ratio: Annotated[float, _below(1)] = 0.05  # share of the steps in which the learning rate rises (paper 0.05)
+    warmup_ratio: Fraction = 0.05  # share of the steps in which the learning rate rises (paper 0.05)
     weight_decay: NotNegative = 0.01  # of AdamW (paper 0.01)
     max_grad_norm: NotNegative = 1.0  # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
     # sigmoid is DPO's, sigmoid_norm its length-normalized form; several are added up; sft adds the negative
     # log-likelihood of the chosen answer
-    loss_type: Annotated[tuple[str, ...], OneOrMore, SomeLosses] = ("sigmoid",)
+    loss_type: Losses = ("sigmoid",)
     loss_weights: Annotated[tuple[Positive, ...], OneOrMore] | None = None  # one per loss_type; null is 1 each
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
     label_smoothing: Annotated[float, _below(0.5)] = 0.0
     segment_weight: Positive = 1.0  # of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
     lora_r: CountOrZero = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
     lora_alpha: Count = 16  # LoRA's scale times r (paper 16)
-    # makes log-ratios noisy, the reference has none (paper's script 0.05)
-    lora_dropout: Annotated[float, _below(1)] = 0.0
-    # linear layers of the language model that get an adapter
-    lora_targets: Annotated[tuple[Name, ...], OneOrMore, _expect("at least one layer", bool)] = LAYERS
+    lora_dropout: Fraction = 0.0  # makes log-ratios noisy, the reference has none (paper's script 0.05)
+    lora_targets: Layers = LAYERS  # linear layers of the language model that get an adapter
     load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits (needs bitsandbytes; slow on a CPU)
-    # the vision tower is always frozen; this freezes what joins it to the text as well
-    freeze_projector: bool = False
+    freeze_projector: bool = False  # the vision tower is always frozen; this freezes what joins it to the text as well
     # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # recompute activations in the backward pass: less memory, 30 % more time
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 30 % more time
     max_length: Count | None = None  # longest row in tokens, longer ones are rejected; null is the model's own limit
     checkpoints_per_epoch: Count = 4  # a checkpoint every 1/n epoch (paper 4)
     packed: bool = True  # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
     feature_cache_gb: NotNegative = 8.0
-    # warn when chosen answers lose this much log-prob per token against the reference
-    collapse_nats: Positive = 0.5
-    processes: Count = 1  # (GPUs) to train on; more than one goes through `accelerate launch`
+    collapse_nats: Positive = 0.5  # warn when chosen answers lose this much log-prob per token against the reference
+    processes: Count = 1  # (GPUs) to train on: more than one goes through `accelerate launch`
     accelerate_config: Name | None = None  # a file of the repository (params/accelerate/...); null is plain DDP
 
 
@@ -256,7 +256,7 @@ class JudgeParams(Section):
     name: Name
     base_url: Name | None
     # the published scorer's .py files, to use its prompts (RefoMB has two); empty: ours
-    prompts: Annotated[tuple[Name, ...], OneOrMore]
+    prompts: Texts
     strict_published: bool  # the published rule for unreadable replies (MMHal: they count as 0)
 
 
@@ -265,9 +265,9 @@ class BenchmarkParams(Section):
     """A published benchmark, and whose answers to it are scored. Paths start at the repository."""
 
     kind: Literal["chair", "object_halbench", "amber", "mmhal", "refomb", "pope"]
-    questions: Annotated[tuple[Name, ...], OneOrMore]  # what is asked: the benchmark's own files
+    questions: Texts  # what is asked: the benchmark's own files
     # what is true: COCO instances and captions (chair, object_halbench), AMBER's folder; else it is in `questions`
-    truth: Annotated[tuple[Name, ...], OneOrMore]
+    truth: Texts
     vocabulary: Name | None  # a synonym table instead of ours (chair, object_halbench)
     images: Name | None  # the folder below which the images lie; null: they are in `questions`
     suffix: str  # put after every question, such as "Please answer yes or no."
@@ -410,10 +410,10 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 # ---- what must fit together
 
 
-def check_train(params: TrainParams, where: str = "") -> None:
-    """Raise ParamsError for training parameters that cannot work together; `where` begins the message."""
+def check_train(params: TrainParams) -> None:
+    """Raise ParamsError for training parameters that cannot work together."""
     for problem in _train_problems(params):
-        raise ParamsError(f"{where}train.{problem}")
+        raise ParamsError(f"train.{problem}")
 
 
 def _train_problems(params: TrainParams) -> Iterator[str]:

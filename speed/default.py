@@ -29,14 +29,14 @@ from rlaifv.records import RATES, Candidate, Claim, Instruction, Judgement, batc
 from rlaifv.stage import PREPARED, Paths, start_logging
 from rlaifv.steps.feedback import feedback
 from rlaifv.store import Store
-from rlaifv.training.dpo import be_quiet, training_arguments
 from rlaifv.training.job import train
+from rlaifv.training.library_quirks import be_quiet
 from rlaifv.training.policy import freeze, load_policy
 from rlaifv.vlm.chat_format import prompt_text
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_vlm
 from speed.model import report
-from speed.train import for_trl
+from speed.train import for_trl, trl_arguments
 
 
 @torch.no_grad()
@@ -99,8 +99,7 @@ def train_trl(policy: str, params: Params, rows: list[dict], folder: Path) -> VL
     """The round's training by `trl.DPOTrainer` with the same hyperparameters; it reads its reference every step."""
     vlm, reference = load_policy(policy, params.train), load_policy(policy, params.train)
     freeze(vlm.model, params.train)
-    args = training_arguments(params.train, folder, params.seed)
-    args.report_to, args.precompute_ref_log_probs = [], False
+    args = trl_arguments(params.train, folder, params.seed)
     # a checkpoint to resume from as often as ours are written
     args.save_strategy, args.save_steps = "steps", 1 / (params.train.epochs * params.train.checkpoints_per_epoch)
     trainer = DPOTrainer(

@@ -1,7 +1,7 @@
 """Speed of claim feedback: python speed/feedback.py [--size small] [--device cpu] [--json] [--keep]
 
 Asks a LLaVA-shaped random model many questions about one image (576 tokens) three ways, in one run:
-one at a time with `generate` as the original does, in padded batches of 8, and behind one shared prefix
+one at a time with `generate` as the original does, in padded batches of 8, and after one shared prefix
 (rlaifv/inference/logprobs.py).
 `--growth` measures how cost grows with questions and images instead.
 """

@@ -2,8 +2,11 @@
 
 import base64
 import io
+import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 from architectures import BUILDERS, build
 from architectures import picture as noise
@@ -13,10 +16,12 @@ from transformers import LlamaConfig
 
 import rlaifv.chat
 from rlaifv.chat import Chat, default_model, load_chat_model, main, read_image
-from rlaifv.inference.sampling import Generation
+from rlaifv.inference.decoding import beam_search, best_answers
+from rlaifv.inference.sampling import Generation, Prompt, generate_batch
 from rlaifv.steps.self_feedback import Asked, answer_logps
 
 QUESTION = "what is in the image ?"
+GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +160,20 @@ def test_the_default_model_is_the_newest_aligned_policy(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / file).write_text("{}")
     assert default_model() == "data/iterations/10/policy"
+
+
+def test_a_checkpoints_own_generation_defaults_change_an_answer_nowhere(folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "strict")
+    config = tmp_path / "strict" / "generation_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "repetition_penalty": 1.5, "no_repeat_ngram_size": 1})
+    )
+    strict = load_chat_model(str(tmp_path / "strict"))
+    assert strict.model.generation_config.repetition_penalty == 1.5
+    image = read_image(folder / "cat.png")
+    expected = best_answers(strict, [Prompt(image, QUESTION)], 1, 12)
+    assert chat(strict, folder).ask(QUESTION) == expected[0]
+    assert beam_search(strict, [Prompt(image, QUESTION)], 1, 12) == expected
+    numbers = [np.zeros((1, 12))]
+    plain = generate_batch(strict, [Prompt(image, QUESTION)], numbers, **GREEDY, shared=False)
+    assert plain[0][0].text.strip() == expected[0]

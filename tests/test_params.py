@@ -116,6 +116,7 @@ FILES = ("policy.path", "labeler.path", "divider.path", "prepare.image_root", "p
         *many("train.max_length", value=-5, message="expected a value of at least 1, got -5"),
         *many("train.lora_targets", value=[], message="expected at least one layer, got \\[\\]"),
         *many(*FILES, value="", message="expected text that is not empty, got ''"),
+        *many(*FILES, value=" ", message="expected text that is not empty, got ' '"),
         *many("train.accelerate_config", value="/etc/passwd", message="expected a file of the repository"),
         *many("train.accelerate_config", value="../x.yaml", message="expected a file of the repository"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import rlaifv.fingerprint
 import rlaifv.stage
 from rlaifv import ROOT
+from rlaifv.evaluation.outcome import describe_inputs
 from rlaifv.fingerprint import stage_sources, stages
 from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.stage import Stage, UndeclaredParameter
@@ -40,6 +41,11 @@ def test_a_parameter_that_dvc_yaml_does_not_declare_for_the_stage_cannot_be_read
         _ = params.prepare.dev
     with pytest.raises(AttributeError, match="nonsense"):
         _ = params.generate.nonsense
+
+
+def test_the_report_declares_the_settings_that_it_shows():
+    settings = describe_inputs(Stage("report", "params.yaml").params, {})["settings"]
+    assert settings["train.beta"] > 0 and settings["world.test"] > 0
 
 
 def test_a_stage_that_no_dvc_yaml_has_is_named():

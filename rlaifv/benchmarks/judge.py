@@ -8,24 +8,16 @@ is asked for again a bounded number of times, then listed; it is never turned in
 
 import ast
 import hashlib
-import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused
 
 T = TypeVar("T")
-
-
-class JudgeFailed(RuntimeError):
-    """No reply for one request; the message says why."""
-
-
-class JudgeRefused(ValueError):
-    """The judge will answer nothing: a wrong key, an unknown model, a wrong address."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +40,12 @@ class Judge:
 
     Attributes:
         name: stored with every reply and stated beside every score.
-        ask: requests → replies in the same order; a JudgeFailed in place of a reply that did not come.
+        ask: requests → replies in the same order; a NoReply in place of a reply that did not come.
         batch_size: requests handed to `ask` at once; replies are stored after each batch.
     """
 
     name: str
-    ask: Callable[[Sequence[Request]], Iterable[str | JudgeFailed]]
+    ask: Callable[[Sequence[Request]], Iterable[str | NoReply]]
     batch_size: int = 64
 
 
@@ -101,16 +93,16 @@ def ask_all(
 
     Raises:
         ValueError: two requests with one id.
-        JudgeRefused: the judge refuses everybody; replies that came before are in the cache.
+        ServerRefused: the judge refuses everybody; replies that came before are in the cache.
     """
     if len({request.id for request in requests}) < len(requests):
         raise ValueError("two requests to the judge have one id; verdicts could not be told apart")
-    store = ReplyCache(cache)
+    store = ReplyCache(cache, ("judge", "prompt_sha256", "run"), str)
     verdicts: dict[str, T] = {}
     replies: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for request in requests:
-        for reply in store.replies(judge.name, request, run):
+        for reply in store.replies(judge.name, request.digest, run):
             _take(request, reply, parse, verdicts, replies, reasons)
     cached, replied = len(verdicts), 0
     waiting = [request for request in requests if request.id not in verdicts]
@@ -119,11 +111,11 @@ def ask_all(
         for start in range(0, len(waiting), judge.batch_size):
             batch = waiting[start : start + judge.batch_size]
             for request, reply in zip(batch, judge.ask(batch), strict=True):
-                if isinstance(reply, JudgeFailed):
+                if isinstance(reply, NoReply):
                     reasons[request.id] = f"no reply: {reply}"
                     continue
                 replied += 1
-                store.add(judge.name, request, run, reply)
+                store.add(reply, id=request.id, judge=judge.name, prompt_sha256=request.digest, run=run)
                 _take(request, reply, parse, verdicts, replies, reasons)
                 if request.id not in verdicts:
                     unread.append(request)
@@ -173,66 +165,6 @@ def prompt_label(template: str, published: bool) -> str:
     return f"{'published' if published else 'ours'} {hashlib.sha256(template.encode()).hexdigest()[:12]}"
 
 
-class ReplyCache:
-    """Raw replies by (judge, prompt hash, run) in a JSON-lines file that is only appended to."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = Path(path) if path else None
-        self._replies: dict[tuple[str, str, int], list[str]] = {}
-        if self.path and self.path.exists():
-            if self.path.is_dir():
-                raise ValueError(f"the judge's cache {self.path} is a folder: give a file")
-            data = self.path.read_bytes()
-            for line in data.split(b"\n"):
-                self._read(line)
-            if data and not data.endswith(b"\n"):  # a process was killed while it wrote
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write("\n")
-        elif self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def _read(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            key, reply = (row["judge"], row["prompt_sha256"], row["run"]), row["reply"]
-        except (ValueError, KeyError, TypeError):
-            return  # an empty, half-written or damaged line: that reply is asked for again
-        if isinstance(reply, str):
-            self._replies.setdefault(key, []).append(reply)
-
-    def replies(self, judge: str, request: Request, run: int) -> list[str]:
-        """All replies to this request, oldest first."""
-        return self._replies.get((judge, request.digest, run), [])
-
-    def add(self, judge: str, request: Request, run: int, reply: str) -> None:
-        """Keep a reply, on disk before this returns."""
-        self._replies.setdefault((judge, request.digest, run), []).append(reply)
-        if self.path:
-            row = {"id": request.id, "judge": judge, "prompt_sha256": request.digest, "run": run, "reply": reply}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-@dataclass
-class _Health:
-    """Whether the server still serves: after some failures in a row, nobody is asked any more."""
-
-    limit: int
-    failures: int = 0
-    last: str = ""
-    refusal: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def served(self) -> None:
-        with self.lock:
-            self.failures = 0
-
-    def failed(self, reason: str) -> JudgeFailed:
-        with self.lock:
-            self.failures, self.last = self.failures + 1, reason
-        return JudgeFailed(reason)
-
-
 def open_judge(
     model: str,
     base_url: str | None = None,
@@ -257,51 +189,31 @@ def open_judge(
         max_tokens, temperature: of the reply; None leaves the temperature to the server.
         give_up_after: failed requests in a row after which the rest is listed without being asked.
     """
-    import openai
+    who = f"the judge {model} at {base_url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
+    server = Server(who, model, base_url, tries, timeout, key_variable, give_up_after)
+    options = {"max_tokens": max_tokens} | ({} if temperature is None else {"temperature": temperature})
 
-    key = os.environ.get(key_variable) or "none"
-    client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=tries - 1)
-    options: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
-    if temperature is not None:
-        options["temperature"] = temperature
-    health = _Health(give_up_after)
-
-    def ask_one(request: Request) -> str | JudgeFailed:
-        if health.refusal:
-            return JudgeFailed(health.refusal)
-        if health.failures >= health.limit:
-            return JudgeFailed(f"not asked after {health.failures} failures in a row, the last: {health.last}")
+    def ask_one(request: Request) -> str | NoReply:
         turns = [("system", request.system), ("user", request.text)]
-        messages = [{"role": role, "content": content} for role, content in turns if content]
         try:
-            response = client.chat.completions.create(messages=messages, **options)
-            text = response.choices[0].message.content
-        except openai.APIStatusError as error:
-            reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
-            if error.status_code in (401, 403, 404):
-                health.refusal = reason
-            if error.status_code < 500 and error.status_code != 429:
-                return JudgeFailed(reason)  # this row's fault, such as a prompt that is too long
-            return health.failed(reason)
-        except openai.OpenAIError as error:  # no connection, or no reply in time
-            return health.failed(f"{type(error).__name__} at {client.base_url} after {tries} tries: {error}")
-        except (AttributeError, IndexError, TypeError, ValueError):
-            return health.failed(f"no chat completion: is {client.base_url} an OpenAI-compatible address?")
-        health.served()
-        return text if text and text.strip() else JudgeFailed("an empty reply")
+            choice = server.complete([{"role": role, "content": text} for role, text in turns if text], **options)
+        except (NoReply, ServerRefused) as error:  # also of one row alone, such as a prompt that is too long
+            return NoReply(str(error))
+        text = choice.message.content
+        return text if text and text.strip() else NoReply("an empty reply")
 
-    def ask(requests: Sequence[Request]) -> Iterator[str | JudgeFailed]:
+    def ask(requests: Sequence[Request]) -> Iterator[str | NoReply]:
         with ThreadPoolExecutor(concurrency) as pool:
             yield from pool.map(ask_one, requests)
-        if health.refusal:
-            raise JudgeRefused(f"the judge {model} at {client.base_url} answers {health.refusal}")
+        if server.refusal:
+            raise ServerRefused(server.refusal)
 
     return Judge(model, ask)
 
 
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
-    import torch
+    import torch  # here, for a command that asks no model shall start at once
 
     from rlaifv.inference.decoding import best_answers
     from rlaifv.inference.sampling import Prompt
@@ -310,9 +222,9 @@ def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device
     on_gpu = device != "cpu" and torch.cuda.is_available()
     model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")
 
-    def ask(requests: Sequence[Request]) -> list[str | JudgeFailed]:
+    def ask(requests: Sequence[Request]) -> list[str | NoReply]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]
         replies = best_answers(model, prompts, 1, max_tokens)
-        return [reply or JudgeFailed("an empty reply") for reply in replies]
+        return [reply or NoReply("an empty reply") for reply in replies]
 
     return Judge(f"{path}@{model.fingerprint}", ask, batch_size)

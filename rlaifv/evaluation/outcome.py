@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rlaifv.evaluation.feedback_truth import score_round
-from rlaifv.params import Params, Section
+from rlaifv.params import Params
 from rlaifv.records import RATES, ModelRecord
 from rlaifv.results import Result
-from rlaifv.steps.models import describe
 
 SHOWN = (*RATES, *(f"{rate}_interval" for rate in RATES), "mean_words", "n")
 TRUTH = {"claim_accuracy": ("claims", "accuracy"), "pair_agreement": ("pairs", "agreement")}
@@ -92,32 +91,13 @@ SETTINGS = {
 """The parameters that a reader of the results wants to know."""
 
 
-def describe_models(params: Params) -> dict[str, ModelRecord]:
-    """Role → who plays it by the parameter file; for this nothing needs to have run."""
-    return {role: describe(getattr(params, role)) for role in ("policy", "labeler", "divider")}
-
-
-def fingerprints(params: Params) -> dict[str, str]:
-    """Role → fingerprint of its checkpoint's bytes (a served labeler: of its address)."""
-    return {role: record.fingerprint for role, record in describe_models(params).items()}
-
-
-def describe_inputs(params: Params) -> dict[str, dict]:
-    """`inputs_of` by the parameter file alone, before anything has run."""
-    return inputs_of(describe_models(params), **{name: getattr(params, name) for name in ("seed", *SETTINGS)})
-
-
-def inputs_of(models: Mapping[str, ModelRecord], seed: int, **sections: Section) -> dict[str, dict]:
-    """What results came from: the three models, and the settings without an experiment's overrides.
-
-    Args:
-        models: role → its record, as the stage `models` left it.
-        sections: of the parameter file, those that `SETTINGS` names.
-    """
-    settings = {f"{name}.{key}": getattr(sections[name], key) for name, keys in SETTINGS.items() for key in keys}
+def describe_inputs(params: Params, models: Mapping[str, ModelRecord]) -> dict[str, dict]:
+    """What results came from: the three models, and the settings without an experiment's overrides (of `params` only
+    the seed and what `SETTINGS` names are read)."""
+    settings = {f"{s}.{key}": getattr(getattr(params, s), key) for s, keys in SETTINGS.items() for key in keys}
     return {
         "models": {role: {"path": r.path, "fingerprint": r.fingerprint} for role, r in models.items()},
-        "settings": {"seed": seed, **settings},
+        "settings": {"seed": params.seed, **settings},
     }
 
 

@@ -4,12 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from transformers import GenerationConfig
 
-from rlaifv.inference.sampling import Prompt, generate_batch
+from rlaifv.inference.sampling import Prompt, generate, generate_batch
 from rlaifv.vlm.chat_format import encode
-from rlaifv.vlm.collate import collate_inputs, inputs_shape
+from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
 
 
@@ -22,33 +20,19 @@ def best_answers(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens
     return [samples[0].text.strip() for samples in generations]
 
 
-@torch.inference_mode()
 def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int) -> list[str]:
     """The best of `beams` beams for each prompt, by transformers' own search, whatever the checkpoint's defaults are.
 
     Only prompts of one length with like images share a batch: nothing is padded, so a neighbor changes no answer.
     """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        do_sample=False,
-        length_penalty=1.0,
-        repetition_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=vlm.eos_token_ids,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-    )
+    search = {"num_beams": beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
     encoded = [encode(vlm, prompt.image, prompt.text) for prompt in prompts]
     groups: dict[tuple, list[int]] = defaultdict(list)
     for place, e in enumerate(encoded):
         groups[inputs_shape(e.inputs), len(e.prompt_ids)].append(place)
     answers = [""] * len(prompts)
-    for (_, length), places in groups.items():
-        ids = torch.tensor([encoded[place].prompt_ids for place in places], device=vlm.device)
-        inputs = collate_inputs(vlm, [encoded[place].inputs for place in places], [length] * len(places))
-        found = vlm.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
-        )
-        for place, row in zip(places, found[:, length:].tolist(), strict=True):
+    for places in groups.values():
+        found = generate(vlm, [encoded[place] for place in places], max_new_tokens, **search)
+        for place, row in zip(places, found, strict=True):
             answers[place] = vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers

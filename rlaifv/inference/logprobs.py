@@ -1,8 +1,8 @@
 """Many continuations of one image and prompt: the image and the shared prefix are computed once.
 
-Feedback asks dozens of questions about one image, best-of-N and the DPO reference score several answers to one
-prompt. Every one of them is a row of tokens that starts with the same image and the same text. Here that prefix goes
-through the model's ordinary forward once; the continuations then follow as *branches* in packed rows:
+Feedback asks dozens of questions about one image, best-of-N scores several answers to one prompt. Every one of them is
+a row of tokens that starts with the same image and the same text. Here that prefix goes through the model's ordinary
+forward once; the continuations then follow as *branches* in packed rows:
 
     keys     [ prefix .............. | branch 0 | branch 1 | branch 2 ]
     queries                          [ branch 0 | branch 1 | branch 2 ]
@@ -21,11 +21,13 @@ attention keeps one running state, not keys that a mask could hide, so its branc
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
-from rlaifv.inference.plain_rows import Reduce, Results, Tree, out_of_memory, plant, project, run_copied, run_plain
+from rlaifv.inference.memory import Budget
+from rlaifv.inference.plain_rows import Reduce, Results, Tree, plant, project, run_copied, run_plain
 from rlaifv.inference.prefix_cache import branch_masks, prefill, rewind
 from rlaifv.vlm.chat_format import EncodedPrompt
 from rlaifv.vlm.collate import inputs_shape, pad_rows
@@ -55,12 +57,52 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def row_capacity(vlm: VLM) -> int:
-    """Branch tokens a packed row.
+    """Branch tokens per packed row.
 
     In a row of q branch tokens, a token and layer spend about 2·q·D FLOPs on keys of other branches that the mask
     hides, against 24·D² in the linear layers: q = D wastes under a tenth, and the matrices are large enough.
     """
     return min(2048, max(64, vlm.network.get_decoder().config.hidden_size))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Branches of B trees laid out in B packed rows of K columns.
+
+    Attributes:
+        ids: (B, K) tokens.
+        owner: (B, K) the branch that a token belongs to, -1 for padding.
+        offset: (B, K) the token's place in its branch.
+        asked: (tree, branch) of each wanted place; trees in order, their branches in the row's order.
+        row, column: (places,) where the wanted places lie.
+    """
+
+    ids: torch.Tensor
+    owner: torch.Tensor
+    offset: torch.Tensor
+    asked: list[tuple[int, int]]
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def lay_out(trees: list[Tree], packs: list[list[int]], device: torch.device | str = "cpu") -> Layout:
+    """One packed row per tree, of those of its branches that `packs` names."""
+    cells = [
+        [(token, i, k) for i in pack for k, token in enumerate(tree.branches[i])]
+        for tree, pack in zip(trees, packs, strict=True)
+    ]
+    ids, owner, offset = (
+        pad_rows([[cell[part] for cell in row] for row in cells], padding).to(device)
+        for part, padding in ((0, 0), (1, -1), (2, 0))
+    )
+    wanted = [
+        (b, i, column)
+        for b, (tree, row) in enumerate(zip(trees, cells, strict=True))
+        for column, (_, i, k) in enumerate(row)
+        if k in tree.wanted[i]
+    ]
+    row, column = (torch.tensor([place[part] for place in wanted], dtype=torch.long, device=device) for part in (0, 2))
+    return Layout(ids, owner, offset, [(b, i) for b, i, _ in wanted], row, column)
 
 
 def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
@@ -70,88 +112,45 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
     state = prefill(vlm, [tree.prefix for tree in trees], [tree.inputs for tree in trees], max(widths))
     decoder = vlm.network.get_decoder()
     for turn in range(max(len(rows) for rows in packs)):
-        ids, owner, offset, place, asked = [], [], [], [], []
-        for b, (tree, rows) in enumerate(zip(trees, packs, strict=True)):
-            ids.append([]), owner.append([]), offset.append([])
-            for i in rows[turn] if turn < len(rows) else []:
-                place += [(b, len(ids[b]) + k) for k in tree.wanted[i]]
-                asked += [(b, i)] * len(tree.wanted[i])
-                ids[b] += tree.branches[i]
-                owner[b] += [i] * len(tree.branches[i])
-                offset[b] += range(len(tree.branches[i]))
-        owners, offsets = pad_rows(owner, -1).to(vlm.device), pad_rows(offset, 0).to(vlm.device)
+        row = lay_out(trees, [rows[turn] if turn < len(rows) else [] for rows in packs], vlm.device)
         rewind(state.cache, state.width)
-        output = decoder(
-            input_ids=pad_rows(ids, 0).to(vlm.device),
-            attention_mask=branch_masks(vlm, state.lengths, state.width, owners, offsets, slice(None)),
-            position_ids=state.positions[:, None] + offsets,
+        hidden = decoder(
+            input_ids=row.ids,
+            attention_mask=branch_masks(vlm, state.lengths, state.width, row.owner, row.offset, slice(None)),
+            position_ids=state.positions[:, None] + row.offset,
             past_key_values=state.cache,
             use_cache=True,
-        )
-        b, column = torch.tensor(place, device=output.last_hidden_state.device).T
-        yield asked, output.last_hidden_state[b, column]
+        ).last_hidden_state
+        yield row.asked, hidden[row.row.to(hidden.device), row.column.to(hidden.device)]
 
 
 @torch.inference_mode()
 def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> Results:
-    """Log-probs of all wanted places by (tree index, branch), trees of like images several to a forward.
+    """Log-probs of all wanted places by (tree index, branch), several trees of like images per forward pass."""
+    # to start with, what keeps a GPU busy, or a CPU's caches warm
+    guess = Budget(vlm.name, 16384 if vlm.device.type == "cuda" else 1024, "tokens", least=16)
+    budget = _budgets.setdefault(vlm.model, guess)
 
-    The tokens a forward start at a guess; on running out of memory they are halved, said, and kept.
-    """
-    results: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
+    def capacity() -> int:
+        return min(row_capacity(vlm), budget.size) if budget.halved else row_capacity(vlm)
+
+    def ask(batch: list[Tree]) -> Results:
+        values = defaultdict(list)
+        for asked, hidden in run_branches(vlm, batch, capacity()):
+            asked = [(batch[b].index, i) for b, i in asked]
+            target = torch.cat([targets[key] for key in dict.fromkeys(asked)]).to(hidden.device) if targets else None
+            for key, value in zip(asked, project(vlm, hidden, target, reduce), strict=True):
+                values[key].append(value)
+        return {key: torch.stack(found) for key, found in values.items()}
+
+    def tokens(tree: Tree) -> int:
+        return max(len(tree.prefix), min(capacity(), sum(map(len, tree.branches))))
+
+    results: Results = {}
     order = sorted(trees, key=lambda t: (repr(inputs_shape(t.inputs)), len(t.prefix), sum(map(len, t.branches))))
-    capacity, start = row_capacity(vlm), 0
-    while start < len(order):
-        batch = next_batch(order[start:], _budgets.get(vlm.model, default_budget(vlm)), capacity)
-        try:
-            parts = []
-            for asked, hidden in run_branches(vlm, batch, capacity):
-                target = [targets[batch[b].index, i] for b, i in dict.fromkeys(asked)] if targets else None
-                target = torch.cat(target).to(hidden.device) if target else None
-                parts.append((asked, project(vlm, hidden, target, reduce)))
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            halve_budget(vlm, sum(row_tokens(tree, capacity) for tree in batch))
-            capacity = min(capacity, _budgets[vlm.model])
-            continue
-        for asked, values in parts:
-            for (b, i), value in zip(asked, values, strict=True):
-                results[batch[b].index, i].append(value)
-        start += len(batch)
-    return {key: torch.stack(values) for key, values in results.items()}
-
-
-def row_tokens(tree: Tree, capacity: int) -> int:
-    return max(len(tree.prefix), min(capacity, sum(map(len, tree.branches))))
-
-
-def next_batch(trees: list[Tree], budget: int, capacity: int) -> list[Tree]:
-    """As many of the first trees as have like images and fit the tokens of a forward; at least one."""
-    batch, widest = [], 0
-    for tree in trees:
-        widest = max(widest, row_tokens(tree, capacity))
-        alike = not batch or inputs_shape(tree.inputs) == inputs_shape(batch[0].inputs)
-        if batch and (not alike or widest * (len(batch) + 1) > budget):
-            break
-        batch.append(tree)
-    return batch
-
-
-def default_budget(vlm: VLM) -> int:
-    """Tokens a forward to start with: what keeps a GPU busy, or a CPU's caches warm."""
-    return 16384 if vlm.device.type == "cuda" else 1024
-
-
-def halve_budget(vlm: VLM, used: int) -> None:
-    """Fewer tokens a forward from now on; raises RuntimeError when one row alone does not fit."""
-    budget = min(used, _budgets.get(vlm.model, default_budget(vlm))) // 2
-    if budget < 16:
-        raise RuntimeError(f"{vlm.name}: out of memory with a single short row; use a smaller model or dtype") from None
-    log.warning("%s: out of memory with %d tokens a forward, going on with %d", vlm.name, used, budget)
-    _budgets[vlm.model] = budget
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for _, values in budget.batches(order, ask, tokens, lambda tree: inputs_shape(tree.inputs)):
+        results |= values
+    return results
 
 
 PATHS: dict[str, Callable[..., Results]] = {"packed": run_shared, "copied": run_copied, "plain": run_plain}
@@ -176,7 +175,7 @@ def prefix_path(vlm: VLM, encoded: list[EncodedPrompt]) -> str:
 
 
 def shares_prefix(vlm: VLM, encoded: list[EncodedPrompt]) -> bool:
-    """Whether this model's branches can be packed behind one prefix."""
+    """Whether this model's branches can be packed after one prefix."""
     return prefix_path(vlm, encoded) == "packed"
 
 

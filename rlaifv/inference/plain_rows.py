@@ -6,22 +6,21 @@ keys that a mask could hide.
 """
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import Cache, DynamicCache
 
+from rlaifv.inference.memory import Budget
 from rlaifv.inference.prefix_cache import forget_positions, logits_of
 from rlaifv.vlm.chat_format import EncodedPrompt, common_length
 from rlaifv.vlm.collate import collate_inputs, inputs_shape, pad_rows
 from rlaifv.vlm.loading import VLM
 
-log = logging.getLogger(__name__)
-
 ROWS = 8
-"""Rows a forward."""
+"""Rows per forward pass."""
 
 HEAD_ELEMENTS = 1 << 26
 """Logits computed at once: a quarter of a GB in fp32."""
@@ -73,27 +72,18 @@ def run_plain(
     vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict, batch: int | None = None, side: str = "right"
 ) -> Results:
     """The same log-probs with every row whole through the model's forward, `batch` rows at a time."""
-    batch = batch or ROWS
     jobs = [(tree, i) for tree in trees for i in range(len(tree.branches))]
     jobs.sort(key=lambda job: (repr(inputs_shape(job[0].inputs)), job[0].index))
-    results, start = {}, 0
-    while start < len(jobs):
-        shape = inputs_shape(jobs[start][0].inputs)
-        part = [job for job in jobs[start : start + batch] if inputs_shape(job[0].inputs) == shape]
-        try:
-            results |= plain_batch(vlm, part, reduce, targets, side)
-        except RuntimeError as error:
-            if not out_of_memory(error) or batch == 1:
-                raise
-            batch = max(1, batch // 2)
-            log.warning("%s: out of memory, going on with %d rows a forward", vlm.name, batch)
-            continue
-        start += len(part)
+    results: Results = {}
+    for _, values in Budget(vlm.name, batch or ROWS, "rows").batches(
+        jobs, lambda part: plain_batch(vlm, part, reduce, targets, side), kind=lambda job: inputs_shape(job[0].inputs)
+    ):
+        results |= values
     return results
 
 
 def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce, targets: dict, side: str) -> Results:
-    """One padded and masked forward."""
+    """One padded and masked forward pass."""
     rows = [tree.prefix + tree.branches[i] for tree, i in jobs]
     lengths = [len(row) for row in rows]
     ids = pad_rows(rows, vlm.tokenizer.pad_token_id or 0, side).to(vlm.device)
@@ -138,28 +128,19 @@ def copies(cache: Cache, count: int, device: torch.device) -> Cache:
 @torch.inference_mode()
 def run_copied(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> Results:
     """Log-probs of all wanted places with each prefix computed once and its cache copied for some rows at a time."""
-    results: Results = {}
+    results, rows = {}, Budget(vlm.name, ROWS, "rows")
     for tree in trees:
         cache, position = prefix_cache(vlm, tree)
-        count, start = ROWS, 0
-        while start < len(tree.branches):
-            part = range(start, min(start + count, len(tree.branches)))
-            try:
-                results |= copied_batch(vlm, tree, part, cache, position, reduce, targets)
-            except RuntimeError as error:
-                if not out_of_memory(error) or count == 1:
-                    raise
-                count //= 2
-                log.warning("%s: out of memory, going on with %d rows a forward", vlm.name, count)
-                continue
-            start += len(part)
+        ask = partial(copied_batch, vlm, tree, cache=cache, position=position, reduce=reduce, targets=targets)
+        for _, values in rows.batches(range(len(tree.branches)), ask):
+            results |= values
     return results
 
 
 def copied_batch(
-    vlm: VLM, tree: Tree, part: range, cache: Cache, position: int, reduce: Reduce, targets: dict
+    vlm: VLM, tree: Tree, part: list[int], cache: Cache, position: int, reduce: Reduce, targets: dict
 ) -> Results:
-    """One forward of some branches, padded on the right, each behind its copy of the prefix."""
+    """One forward pass of some branches, padded on the right, each after its copy of the prefix."""
     branches = [tree.branches[i] for i in part]
     ids = pad_rows(branches, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
     lengths = torch.tensor([len(branch) for branch in branches], device=vlm.device)
@@ -177,7 +158,3 @@ def copied_batch(
         target = targets[tree.index, i].to(vlm.device) if targets else None
         results[tree.index, i] = project(vlm, output.last_hidden_state[k, list(tree.wanted[i])], target, reduce)
     return results
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

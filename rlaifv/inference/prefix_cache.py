@@ -1,6 +1,6 @@
-"""One forward over a prompt's prefix, and the masks under which its branches follow.
+"""One forward pass over a prompt's prefix, and the masks under which its branches follow.
 
-The prefix's keys and values lie in one buffer a layer. What follows is written behind them and forgotten by setting
+The prefix's keys and values lie in one buffer per layer. What follows is written after them and forgotten by setting
 back the length: nothing is copied.
 """
 
@@ -15,7 +15,7 @@ from rlaifv.vlm.loading import VLM
 
 
 class BufferLayer(CacheLayerMixin):
-    """Keys and values of one layer in one buffer with room behind them; `length` can be set back at no cost."""
+    """Keys and values of one layer in one buffer with room after them; `length` can be set back at no cost."""
 
     is_sliding = False
 
@@ -31,7 +31,7 @@ class BufferLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write (batch, heads, new, dim) behind what is there; return views of everything up to here."""
+        """Write (batch, heads, new, dim) after what is there; return views of everything up to here."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
@@ -61,14 +61,14 @@ def buffer_cache(vlm: VLM, room: int) -> Cache:
 
 
 def rewind(cache: Cache, length: int) -> None:
-    """Forget everything behind the first `length` tokens."""
+    """Forget everything after the first `length` tokens."""
     for layer in cache.layers:
         layer.length = length
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Prefixes of several prompts after their one forward.
+    """Prefixes of several prompts after their one forward pass.
 
     `lengths` (B,) counts each prefix's tokens in the width P of the padded batch, `positions` (B,) is the position id
     that the next token takes (not the length where an image's tokens share positions), `hidden` is (B, P, D).
@@ -136,11 +136,11 @@ def windowed(vlm: VLM) -> bool:
 def branch_masks(
     vlm: VLM, lengths: torch.Tensor, width: int, owner: torch.Tensor, offset: torch.Tensor, queries: slice
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive attention masks (B, 1, Q, width + K) for branches behind padded prefixes.
+    """Additive attention masks (B, 1, Q, width + K) for branches after padded prefixes.
 
     Args:
         lengths: (B,) tokens of each prefix, of which `width` are stored.
-        owner: (B, K) branch that a token behind the prefix belongs to; -1 for padding.
+        owner: (B, K) branch that a token after the prefix belongs to; -1 for padding.
         offset: (B, K) place of the token in its branch.
         queries: the tokens among the K that are asked now.
 

@@ -1,4 +1,4 @@
-"""Sample answers: image and prompt are computed once, n samples decode together behind them.
+"""Sample answers: image and prompt are computed once, n samples decode together after them.
 
 Token t of a sample is drawn by inverse CDF from the t-th number of that sample's own uniform stream, so a sample is a
 function of model, prompt and stream: neither batch size nor order nor the other samples change it.
@@ -9,23 +9,22 @@ prompt's keys are read once a step for all n samples instead of n times, and not
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import shares_prefix
-from rlaifv.inference.plain_rows import out_of_memory
-from rlaifv.inference.prefix_cache import Prefilled, branch_masks, logits_of, prefill, windowed
+from rlaifv.inference.memory import Budget
+from rlaifv.inference.prefix_cache import branch_masks, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
-
-log = logging.getLogger(__name__)
 
 COMPACT_EVERY = 8
 """Steps between looks at which samples are done (a look makes a GPU wait)."""
@@ -91,29 +90,34 @@ def generate_batch(
     for prompt in prompts:
         e = encode(vlm, prompt.image, prompt.text)
         encoded.append(EncodedPrompt(e.prompt_ids, [e.prompt_ids], [len(e.prompt_ids)], e.inputs))
+    return sample_encoded(vlm, encoded, streams, decoding, shared)
+
+
+def sample_encoded(
+    vlm: VLM,
+    encoded: list[EncodedPrompt],
+    streams: Sequence[np.ndarray],
+    decoding: Decoding,
+    shared: bool | None = None,
+) -> list[list[Generation]]:
+    """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
     if not (shared if shared is not None else shares_prefix(vlm, encoded)):
         return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
-    results: list[list[Generation]] = [[] for _ in prompts]
+
+    def kind(i: int) -> tuple:
+        return inputs_shape(encoded[i].inputs), len(streams[i])
+
+    def sample(batch: list[int]) -> list[list[Generation]]:
+        return sample_shared(vlm, [encoded[i] for i in batch], np.stack([streams[i] for i in batch]), decoding)
+
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
-    groups: dict[tuple, list[int]] = {}
-    for i in sorted(range(len(prompts)), key=lambda i: len(encoded[i].prompt_ids)):
-        groups.setdefault((inputs_shape(encoded[i].inputs), len(streams[i])), []).append(i)
-    waiting = list(groups.values())
-    while waiting:
-        group = waiting.pop(0)
-        try:
-            samples = sample_shared(vlm, [encoded[i] for i in group], np.stack([streams[i] for i in group]), decoding)
-        except RuntimeError as error:
-            if not out_of_memory(error) or len(group) == 1:
-                raise
-            log.warning("%s: out of memory with %d prompts at once, halving them", vlm.name, len(group))
-            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
-            continue
-        for i, generations in zip(group, samples, strict=True):
-            results[i] = generations
-    return results
+    order = sorted(range(len(encoded)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
+    results: dict[int, list[Generation]] = {}
+    for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
+        results |= zip(batch, samples, strict=True)
+    return [results[i] for i in range(len(encoded))]
 
 
 def check_decoding(decoding: Decoding, prompts: Sequence[Prompt], streams: Sequence[np.ndarray]) -> None:
@@ -157,40 +161,87 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
-class Columns:
-    """What the columns behind the prompts hold, and what each query slot may see of them.
+class Decode:
+    """The n samples of each of B prompts with like images while they decode: a row a prompt, a slot a sample.
 
-    `slots` (B, m) names the sample behind each of the m tokens that a step feeds to a row. When samples are done the
-    slots shrink; a prompt with fewer live samples than m feeds done ones along, whose tokens go nowhere.
+    Samples are numbered through, prompt by prompt: `tokens` (B·n, steps) holds what was drawn, `length` (B·n,) where
+    a sample ended. `slots` (b, m) are the numbers of the samples that are still fed. They become fewer as samples end;
+    a row with fewer live samples than m feeds ended ones along, whose tokens go nowhere. `logits` (b, m, V) are those
+    of the next token; `owner` and `offset` (b, columns) the sample and the step of every column after the prompts.
     """
 
-    def __init__(self, vlm: VLM, state: Prefilled, samples: int, steps: int):
-        self.vlm, self.steps, self.step, self.used = vlm, steps, 0, 0
-        self.lengths, self.width = state.lengths, state.width
-        self.owner = self.offset = state.lengths.new_empty(len(state.lengths), 0)
-        self.plan(torch.arange(samples, device=state.lengths.device).expand(len(state.lengths), -1))
+    def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray):
+        count, samples, self.steps = streams.shape
+        self.vlm, self.step = vlm, 0
+        self.streams = torch.from_numpy(streams.reshape(-1, self.steps)).to(vlm.device)
+        self.ends = torch.tensor(vlm.eos_token_ids, device=vlm.device)
+        self.slots = torch.arange(count * samples, device=vlm.device).view(count, samples)
+        self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
+        self.length = torch.full((count * samples,), self.steps, device=vlm.device)
+        room = samples * min(self.steps, 64)  # a buffer that is full grows by half
+        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
+        self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
+        self.owner = self.offset = self.slots[:, :0]
+        last = (state.lengths - 1).to(state.hidden.device)
+        logits = logits_of(vlm, state.hidden[torch.arange(count, device=last.device), last]).to(vlm.device)
+        self.logits = logits[:, None].expand(-1, samples, -1)
 
-    def plan(self, slots: torch.Tensor) -> None:
-        """Lay out all steps to come: who owns which column is known, so one mask serves them all."""
-        self.slots = slots
-        steps = torch.arange(self.step, self.steps, device=slots.device).repeat_interleave(slots.shape[1])
-        self.owner = torch.cat([self.owner[:, : self.used], slots.repeat(1, self.steps - self.step)], 1)
-        self.offset = torch.cat([self.offset[:, : self.used], steps.expand(len(slots), -1)], 1)
-        self.mask = None if windowed(self.vlm) or self.step == self.steps else self.mask_of(self.owner.shape[1])
+    def draw(self, decoding: Decoding) -> torch.Tensor:
+        """(b, m) tokens by the numbers of this step."""
+        uniform = self.streams[self.slots, self.step]
+        return draw(self.logits.flatten(0, 1), uniform.flatten(), decoding).view_as(self.slots)
 
-    def mask_of(self, end: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask (B, 1, m, width + end) of the m tokens in the columns before `end`."""
-        queries = slice(end - self.slots.shape[1], end)
-        return branch_masks(self.vlm, self.lengths, self.width, self.owner[:, :end], self.offset[:, :end], queries)
+    def live(self) -> torch.Tensor:
+        """(b, m) whether the sample has not ended."""
+        return self.length[self.slots] == self.steps
 
-    def next_mask(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        self.used += self.slots.shape[1]
+    def append(self, chosen: torch.Tensor) -> None:
+        """Write down one token of every slot; an end token ends its sample there."""
+        ended = torch.isin(chosen, self.ends) & self.live()
+        self.tokens[self.slots, self.step] = chosen
+        self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
+
+    def drop_finished(self) -> None:
+        """Every `COMPACT_EVERY` steps, take ended prompts and samples out if the batch gets a quarter smaller."""
+        if self.step % COMPACT_EVERY != COMPACT_EVERY - 1:
+            return
+        live = self.live()
+        if live.any(1).float().mean() <= 0.75:
+            kept = live.any(1).nonzero().squeeze(1)
+            live, self.slots, self.lengths, self.positions = (
+                rows[kept] for rows in (live, self.slots, self.lengths, self.positions)
+            )
+            self.owner, self.offset = self.owner[kept], self.offset[kept]
+            self.cache.reorder_cache(kept)
+        widest = max(live.sum(1).tolist(), default=0)
+        if widest <= 0.75 * self.slots.shape[1]:
+            # live samples first, ended ones fill up
+            order = live.long().sort(dim=1, descending=True, stable=True).indices[:, :widest]
+            self.slots = self.slots.gather(1, order)
+
+    def finished(self) -> bool:
+        """Whether no sample can grow any more; ended ones count once they are dropped."""
+        return self.step + 1 == self.steps or not self.slots.numel()
+
+    def forward(self) -> None:
+        """Feed the newest token of every slot: the logits of the next one."""
+        self.owner = torch.cat([self.owner, self.slots], 1)
+        self.offset = torch.cat([self.offset, torch.full_like(self.slots, self.step)], 1)
+        newest = slice(-self.slots.shape[1], None)
+        output = self.vlm.network.get_decoder()(
+            input_ids=self.tokens[self.slots, self.step],
+            attention_mask=branch_masks(self.vlm, self.lengths, self.width, self.owner, self.offset, newest),
+            position_ids=(self.positions + self.step)[:, None].expand_as(self.slots),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits = logits_of(self.vlm, output.last_hidden_state).to(self.vlm.device)
         self.step += 1
-        # a sample's later columns do not exist yet, so the last step's mask, cut, is every step's
-        return self.mask_of(self.used) if self.mask is None else self.mask[..., : self.width + self.used]
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        self.lengths, self.owner, self.offset = self.lengths[rows], self.owner[rows], self.offset[rows]
+    def generations(self) -> list[Generation]:
+        """What was drawn, by the samples' numbers."""
+        ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
+        return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
 
 
 @torch.inference_mode()
@@ -198,65 +249,21 @@ def sample_shared(
     vlm: VLM, encoded: list[EncodedPrompt], uniforms: np.ndarray, decoding: Decoding
 ) -> list[list[Generation]]:
     """All samples of B prompts with like images; `uniforms` is (B, n, steps)."""
-    count, samples, steps = len(encoded), uniforms.shape[1], decoding.max_new_tokens
+    samples = uniforms.shape[1]
     if samples == 0:
         return [[] for _ in encoded]
-    device, decoder = vlm.device, vlm.network.get_decoder()
-    u = torch.from_numpy(np.ascontiguousarray(uniforms)).to(device)
-    ends = torch.tensor(vlm.eos_token_ids, device=device)
-    # room for some steps; a buffer that is full grows by half
-    room = samples * min(steps, 64)
-    state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
-    cache, position = state.cache, state.positions
-    ends_at = (state.lengths - 1).to(state.hidden.device)
-    last = logits_of(vlm, state.hidden[torch.arange(count, device=ends_at.device), ends_at]).to(device)
-    columns = Columns(vlm, state, samples, steps - 1)
-    del state
-    tokens = torch.zeros(count, samples, steps, dtype=torch.long, device=device)
-    length = torch.full((count, samples), steps, device=device)
-    rows = torch.arange(count, device=device)
-    logits = last[:, None].expand(-1, samples, -1)
-    for step in range(steps):
-        slots = columns.slots
-        chosen = draw(logits.flatten(0, 1), u[rows[:, None], slots, step].flatten(), decoding).view_as(slots)
-        tokens[rows[:, None], slots, step] = chosen
-        ended = torch.isin(chosen, ends) & (length[rows[:, None], slots] == steps)
-        length[rows[:, None], slots] = torch.where(ended, step, length[rows[:, None], slots])
-        if step + 1 == steps:
+    decode = Decode(vlm, encoded, uniforms[..., : decoding.max_new_tokens])
+    while True:
+        decode.append(decode.draw(decoding))
+        decode.drop_finished()
+        if decode.finished():
             break
-        if step % COMPACT_EVERY == COMPACT_EVERY - 1:
-            live = length[rows] == steps
-            if not live.any():
-                break
-            if live.any(1).float().mean() <= 0.75:
-                kept = live.any(1).nonzero().squeeze(1)
-                rows, position, live, chosen = rows[kept], position[kept], live[kept], chosen[kept]
-                columns.keep_rows(kept)
-                columns.slots = slots = slots[kept]
-                for layer in cache.layers:
-                    layer.keys, layer.values = layer.keys[kept], layer.values[kept]
-                columns.plan(slots)
-            widest = int(live.sum(1).max())
-            if widest <= 0.75 * slots.shape[1]:
-                # live samples first, done ones fill up
-                order = live.gather(1, slots).long().sort(dim=1, descending=True, stable=True).indices[:, :widest]
-                chosen = chosen.gather(1, order)
-                columns.plan(slots.gather(1, order))
-        output = decoder(
-            input_ids=chosen,
-            attention_mask=columns.next_mask(),
-            position_ids=(position + step)[:, None].expand_as(chosen),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = logits_of(vlm, output.last_hidden_state).to(device)
-    return [
-        [finished(vlm, ids[:end], end < steps) for ids, end in zip(per_prompt, per_length, strict=True)]
-        for per_prompt, per_length in zip(tokens.tolist(), length.tolist(), strict=True)
-    ]
+        decode.forward()
+    found = decode.generations()
+    return [found[start : start + samples] for start in range(0, len(found), samples)]
 
 
-def finished(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
+def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
     return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
 
 
@@ -273,34 +280,55 @@ class DrawFromStream(LogitsProcessor):
 
 
 @torch.inference_mode()
-def sample_plain(vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decoding: Decoding) -> list[Generation]:
-    """The same samples of one prompt through `model.generate`, for architectures that cannot share a prefix."""
-    if len(uniforms) == 0:
-        return []
-    steps = decoding.max_new_tokens
-    config = GenerationConfig(
-        max_new_tokens=steps,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_return_sequences=len(uniforms),
-        eos_token_id=vlm.eos_token_ids,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-    )
-    ids = torch.tensor([encoded.prompt_ids], device=vlm.device)
+def generate(
+    vlm: VLM,
+    encoded: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+    streamer: BaseStreamer | None = None,
+    **config: Any,
+) -> list[list[int]]:
+    """transformers' own decoding of prompts of one length with like images; the new tokens of every row.
+
+    What the checkpoint's generation_config.json says counts only where `config` (the rest of a GenerationConfig) and
+    the settings here leave it open; end tokens are the model's.
+    """
+    ids = torch.tensor([e.prompt_ids for e in encoded], device=vlm.device)
     output = vlm.network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=[DrawFromStream(uniforms, decoding)],
-        **collate_inputs(vlm, [encoded.inputs], [len(encoded.prompt_ids)]),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=vlm.eos_token_ids,
+            pad_token_id=vlm.tokenizer.pad_token_id,
+            **config,
+        ),
+        logits_processor=list(processors),
+        streamer=streamer,
+        **collate_inputs(vlm, [e.inputs for e in encoded], [ids.shape[1]] * len(ids)),
     )
+    return output[:, ids.shape[1] :].tolist()
+
+
+def sample_plain(
+    vlm: VLM,
+    encoded: EncodedPrompt,
+    uniforms: np.ndarray,
+    decoding: Decoding,
+    streamer: BaseStreamer | None = None,
+) -> list[Generation]:
+    """The same samples of one prompt through `generate`: for architectures that cannot share a prefix, and to stream
+    the one answer that `uniforms` (1, steps) draws."""
+    if len(uniforms) == 0:
+        return []
+    steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
+    neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
     generations = []
-    for row in output[:, len(encoded.prompt_ids) :].tolist():
+    for row in generate(vlm, [encoded], steps, [draws], streamer, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
-        generations.append(finished(vlm, row[:end], end < steps))
+        generations.append(generation(vlm, row[:end], end < steps))
     return generations
 
 

@@ -1,8 +1,9 @@
-"""A labeler behind an OpenAI-compatible server (vLLM, SGLang, …): `http://host:8000/v1#model` in place of a folder.
+"""Models behind an OpenAI-compatible server (vLLM, SGLang, …): a labeler's P(yes), and what a benchmark's judge says.
 
-The question goes with the image (a base64 data URL) to the chat endpoint, one token is asked for, and p_yes and p_no
-are read off its `top_logprobs`. Each answer is on disk before the next is awaited, so a run that was stopped, or whose
-server died, goes on and asks nothing twice. The key comes from the environment and is stored nowhere.
+A labeler is named by `http://host:8000/v1#model` in place of a folder. The question goes with the image (a base64 data
+URL) to the chat endpoint, one token is asked for, and p_yes and p_no are read off its `top_logprobs`. Each answer is on
+disk as soon as it came, so a run that was stopped, or whose server died, goes on and asks nothing twice. The key comes
+from the environment and is stored nowhere.
 """
 
 import base64
@@ -13,6 +14,7 @@ import logging
 import math
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,12 +31,132 @@ TOP_LOGPROBS = 20
 """The most that OpenAI's interface gives; a word that is not among them counts as probability 0."""
 
 
-class ServerGone(RuntimeError):
-    """The server does not answer any more; what it answered before is kept."""
+class NoReply(RuntimeError):
+    """No reply to one request; the message says why. What came before is kept."""
 
 
 class ServerRefused(ValueError):
-    """The server answers, but not as a labeler must: a wrong key, an unknown model, no log-probs."""
+    """The server answers, but not as it must: a wrong key, an unknown model, a request that it cannot take."""
+
+
+class Server:
+    """A model at an OpenAI-compatible address, and whether it still serves.
+
+    Once it refuses everybody (`refusal`), or after `give_up_after` requests in a row without a reply, nothing more is
+    sent.
+
+    Args:
+        who: how messages name it.
+        model: its name there.
+        base_url: such as http://localhost:8000/v1; None is OpenAI's, or the environment's OPENAI_BASE_URL.
+        tries: how often a request is sent when it times out, or the server answers 429 or 5xx or is not there; the
+            pauses between grow from half a second to eight.
+        timeout: seconds for one try.
+        key_variable: environment variable with the key; local servers need none.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        model: str,
+        base_url: str | None,
+        tries: int,
+        timeout: float,
+        key_variable: str,
+        give_up_after: int = 1,
+    ):
+        import openai
+
+        key = os.environ.get(key_variable) or "none"
+        self.client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=tries - 1)
+        self.who, self.model, self.tries, self.give_up_after = who, model, tries, give_up_after
+        self.refusal, self.failures, self.last = "", 0, ""
+
+    def complete(self, messages: list[dict], **options: Any) -> Any:
+        """The choice of one chat completion; every way in which it can fail becomes one clear line.
+
+        Raises:
+            NoReply: none after all tries, or the server was given up before.
+            ServerRefused: HTTP 4xx, for this request or (401, 403, 404) for all.
+        """
+        import openai
+
+        if self.refusal:
+            raise ServerRefused(self.refusal)
+        if self.failures >= self.give_up_after:
+            raise NoReply(f"not asked after {self.failures} failures in a row, the last: {self.last}")
+        try:
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **options).choices[0]
+            _ = choice.message.content  # where there is none, this is no chat completion
+        except openai.APIStatusError as error:
+            reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
+            if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                if error.status_code in (401, 403, 404):
+                    self.refusal = f"{self.who} answers {reason}"
+                raise ServerRefused(f"{self.who} answers {reason}") from None
+        except openai.OpenAIError as error:  # no connection, or no reply in time
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except (AttributeError, IndexError, TypeError, ValueError):
+            reason = "no chat completion: is this an OpenAI-compatible address?"
+        else:
+            self.failures = 0
+            return choice
+        self.failures, self.last = self.failures + 1, reason
+        raise NoReply(f"{self.who} does not answer after {self.tries} tries ({reason})")
+
+
+class ReplyCache:
+    """Replies by what was asked, in a JSON-lines file that is only appended to; without a path, in memory alone.
+
+    Args:
+        path: made when absent.
+        key: the fields of a line that say what was asked; "reply" holds the reply.
+        kind: the type of a reply; a line without one (a process was killed while it wrote) counts as not there.
+    """
+
+    def __init__(self, path: str | Path | None, key: Sequence[str], kind: type):
+        self.path, self.key = Path(path) if path else None, key
+        self._replies: dict[tuple, list] = defaultdict(list)
+        self._lock = threading.Lock()
+        if self.path is None:
+            return
+        if self.path.is_dir():
+            raise ValueError(f"the file of replies {self.path} is a folder: give a file")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = self.path.read_bytes() if self.path.exists() else b""
+        damaged = 0
+        for line in filter(bytes.strip, data.split(b"\n")):
+            try:
+                row = json.loads(line)
+                asked, reply = self._asked(row), row["reply"]
+            except (ValueError, KeyError, TypeError):
+                reply = None
+            if isinstance(reply, kind):
+                self._replies[asked].append(reply)
+            else:
+                damaged += 1
+        if damaged:
+            log.warning("%s: %d lines hold no reply; what they answered is asked again", self.path, damaged)
+        if self._replies:
+            log.info("%s: %d replies of earlier runs are kept", self.path, sum(map(len, self._replies.values())))
+        if data and not data.endswith(b"\n"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def _asked(self, row: dict) -> tuple:
+        return tuple(row[name] for name in self.key)
+
+    def replies(self, *asked: Any) -> list:
+        """All replies to what was asked, oldest first."""
+        return self._replies.get(asked, [])
+
+    def add(self, reply: Any, **row: Any) -> None:
+        """Keep a reply, on disk before this returns; `row` holds the key and whatever else a reader may want."""
+        with self._lock:
+            self._replies[self._asked(row)].append(reply)
+            if self.path:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**row, "reply": reply}, ensure_ascii=False) + "\n")
 
 
 def is_served(path: str) -> bool:
@@ -44,44 +166,34 @@ def is_served(path: str) -> bool:
 
 @dataclass(frozen=True)
 class ServedLabeler:
-    """A model behind a server.
+    """A labeler behind a server.
 
     Attributes:
         url, model: the server's base address (ending in /v1) and the model's name there.
         name, fingerprint: stored with every judgement. Nobody can fingerprint weights that are elsewhere: it covers
             address and name only.
-        cache: JSON-lines file of answers, made when absent and only appended to; None keeps them in memory.
+        answers: [p_yes, p_no] by `answer_key`.
         concurrency: requests in flight.
-        tries: how often a request is sent when it times out, or the server answers 429 or 5xx or is not there; the
-            pauses between grow from half a second to eight.
-        timeout: seconds for one try.
-        key_variable: environment variable with the key; local servers need none.
+        tries, timeout, key_variable: of `Server`.
     """
 
     url: str
     model: str
-    cache: Path | None = None
+    name: str
+    fingerprint: str
+    answers: ReplyCache = field(repr=False)
     concurrency: int = 16
     tries: int = 5
     timeout: float = 120.0
     key_variable: str = "OPENAI_API_KEY"
-    _answers: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        return f"{self.url}#{self.model}"
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(self.name.encode(), digest_size=8).hexdigest()
 
 
-def open_served(path: str, cache: Path | None = None, **options: Any) -> ServedLabeler:
+def open_served(path: str, folder: Path | None = None, **options: Any) -> ServedLabeler:
     """The labeler of a path such as `http://127.0.0.1:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
 
     Args:
         path: address and model.
-        cache: where answers are kept; a folder, or None.
+        folder: where its answers are kept; None keeps them in memory.
         options: `concurrency`, `tries`, `timeout`, `key_variable` of `ServedLabeler`.
 
     Raises:
@@ -90,32 +202,11 @@ def open_served(path: str, cache: Path | None = None, **options: Any) -> ServedL
     url, _, model = path.partition("#")
     if not is_served(path) or not model:
         raise ValueError(f"{path!r} is no served model: write http://HOST:PORT/v1#MODEL")
-    labeler = ServedLabeler(url.rstrip("/"), model, **options)
-    if cache is None:
-        return labeler
-    file = cache / f"served-{labeler.fingerprint}.jsonl"
-    labeler = ServedLabeler(labeler.url, model, file, **options)
-    labeler._answers.update(read_answers(file))
-    if labeler._answers:
-        log.info("%s: %d answers of an earlier run are kept in %s", labeler.name, len(labeler._answers), file)
-    return labeler
-
-
-def read_answers(file: Path) -> dict[str, tuple[float, float]]:
-    """Answers by key; a line that a killed process left half written is asked for again."""
-    answers = {}
-    if file.exists():
-        text = file.read_text(encoding="utf-8")
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-                answers[row["key"]] = (row["p_yes"], row["p_no"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        if text and not text.endswith("\n"):
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write("\n")
-    return answers
+    url = url.rstrip("/")
+    name = f"{url}#{model}"
+    fingerprint = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+    answers = ReplyCache(folder / f"served-{fingerprint}.jsonl" if folder else None, ("key",), list)
+    return ServedLabeler(url, model, name, fingerprint, answers, **options)
 
 
 def judge_served(
@@ -124,89 +215,44 @@ def judge_served(
     """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question asked once.
 
     Raises:
-        ServerGone: after `tries` attempts at one request; no more are started.
+        NoReply: after `tries` attempts at one request; no more are started.
         ServerRefused: a wrong key or model, or a server that gives no `top_logprobs`.
     """
-    images = [data_url(image) for image, _ in items]
-    keys = [
-        [answer_key(url, question) for question in questions] for url, (_, questions) in zip(images, items, strict=True)
-    ]
-    waiting: dict[str, tuple[str, str]] = {}
-    for url, row, (_, questions) in zip(images, keys, items, strict=True):
-        waiting |= {k: (url, q) for k, q in zip(row, questions, strict=True) if k not in labeler._answers}
-    if waiting:
-        ask_server(labeler, waiting)
-    return [[labeler._answers[key] for key in row] for row in keys]
+    keys, requests = [], {}
+    for image, questions in items:
+        url = data_url(image)
+        keys.append([answer_key(url, question) for question in questions])
+        requests |= {key: (url, question) for key, question in zip(keys[-1], questions, strict=True)}
+    ask_server(labeler, {key: asked for key, asked in requests.items() if not labeler.answers.replies(key)})
+    return [[tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys]
 
 
 def ask_server(labeler: ServedLabeler, waiting: dict[str, tuple[str, str]]) -> None:
     """Ask (image, question) pairs, some at a time, and keep every answer as it comes."""
-    import openai
+    if not waiting:
+        return
+    who = f"the labeler {labeler.name}"
+    server = Server(who, labeler.model, labeler.url, labeler.tries, labeler.timeout, labeler.key_variable)
 
-    client = openai.OpenAI(
-        api_key=os.environ.get(labeler.key_variable) or "none",
-        base_url=labeler.url,
-        timeout=labeler.timeout,
-        max_retries=labeler.tries - 1,
-    )
-    lock, stop = threading.Lock(), threading.Event()
-    if labeler.cache is not None:
-        labeler.cache.parent.mkdir(parents=True, exist_ok=True)
-
-    def ask_one(key: str, image: str, question: str) -> None:
-        if stop.is_set():
-            return
-        try:
-            answer = read_probabilities(labeler, complete(labeler, client, image, question))
-        except BaseException:
-            stop.set()
-            raise
-        with lock:
-            labeler._answers[key] = answer
-            if labeler.cache is not None:
-                with labeler.cache.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"key": key, "p_yes": answer[0], "p_no": answer[1]}) + "\n")
-
-    with ThreadPoolExecutor(labeler.concurrency) as pool:
-        futures = [pool.submit(ask_one, key, *request) for key, request in waiting.items()]
-        for future in futures:
-            future.add_done_callback(lambda f: f.exception() and pool.shutdown(wait=False, cancel_futures=True))
-    failures = [f.exception() for f in futures if not f.cancelled() and f.exception()]
-    if failures:
-        raise failures[0]
-
-
-def complete(labeler: ServedLabeler, client: Any, image: str, question: str) -> Any:
-    """One request; every way in which it can fail becomes one clear line."""
-    import openai
-
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
-    try:
+    def ask_one(key: str) -> None:
+        image, question = waiting[key]
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
         # temperature 1: some servers report log-probs after dividing by it
-        return client.chat.completions.create(
-            model=labeler.model,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=1,
-            temperature=1.0,
-            logprobs=True,
-            top_logprobs=TOP_LOGPROBS,
-        )
-    except openai.APIStatusError as error:
-        reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
-        if error.status_code < 500 and error.status_code not in (408, 409, 429):
-            raise ServerRefused(f"the labeler {labeler.name} refuses, {reason}") from None
-    except openai.OpenAIError as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ServerGone(
-        f"the labeler {labeler.name} does not answer after {labeler.tries} tries ({reason}); "
-        "its answers so far are kept: start the server and run the stage again"
-    )
+        options = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        choice = server.complete([{"role": "user", "content": content}], **options)
+        labeler.answers.add(read_probabilities(labeler, choice), key=key)
+
+    try:
+        with ThreadPoolExecutor(labeler.concurrency) as pool:
+            list(pool.map(ask_one, waiting))
+    except NoReply as failure:
+        raise NoReply(f"{failure}; its answers so far are kept: start the server and run the stage again") from None
 
 
-def read_probabilities(labeler: ServedLabeler, response: Any) -> tuple[float, float]:
+def read_probabilities(labeler: ServedLabeler, choice: Any) -> list[float]:
     """p_yes and p_no of a chat completion: the words' spellings with and without a space before them are added up."""
     try:
-        top = response.choices[0].logprobs.content[0].top_logprobs
+        top = choice.logprobs.content[0].top_logprobs
     except (AttributeError, IndexError, TypeError):
         top = None
     if not top:
@@ -214,7 +260,7 @@ def read_probabilities(labeler: ServedLabeler, response: Any) -> tuple[float, fl
             f"the labeler {labeler.name} gives no top_logprobs, so P(yes) and P(no) cannot be read: "
             "use a server that does (vLLM, SGLang) or load the model in this process"
         )
-    return mass(top, YES_WORDS), mass(top, NO_WORDS)
+    return [mass(top, YES_WORDS), mass(top, NO_WORDS)]
 
 
 def mass(top: Iterable[Any], words: Sequence[str]) -> float:

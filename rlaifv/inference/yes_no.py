@@ -2,7 +2,7 @@
 
 p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no"). "Yes", " Yes" and "▁Yes" are different tokens, and which of
 them a model starts its answer with depends on its tokenizer and chat template: the ids are found by tokenizing the
-word in its place, behind the template's assistant prefix.
+word in its place, after the template's assistant prefix.
 """
 
 from collections.abc import Sequence

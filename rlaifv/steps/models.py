@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from rlaifv.inference.server import is_served, open_served
-from rlaifv.params import ModelParams
+from rlaifv.params import ModelParams, Params
 from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.vlm.loading import fingerprint_checkpoint
+
+ROLES = ("policy", "labeler", "divider")
 
 
 def describe(model: ModelParams) -> ModelRecord:
@@ -15,9 +17,14 @@ def describe(model: ModelParams) -> ModelRecord:
     return ModelRecord(model.path, model.revision, model.dtype, model.device, mark)
 
 
-def write_models(models: dict[str, ModelParams], out: Path) -> dict[str, ModelRecord]:
+def describe_models(params: Params) -> dict[str, ModelRecord]:
+    """Role → who plays it by the parameter file; nothing needs to have run for it."""
+    return {role: describe(getattr(params, role)) for role in ROLES}
+
+
+def write_models(params: Params, out: Path) -> dict[str, ModelRecord]:
     """Write `out`/ROLE.json for every role; a stage that a role matters to depends on its file."""
-    records = {role: describe(model) for role, model in models.items()}
+    records = describe_models(params)
     for role, record in records.items():
         write_atomic(out / f"{role}.json", to_json(record) + "\n")
     return records

@@ -18,27 +18,41 @@ def prompt_text(
     template renders it and ends with exactly one end token: the one of the model's that the template ends a turn with
     (Gemma's `<end_of_turn>`), else the tokenizer's. Some templates (LLaVA-1.5) end a turn without one, and a model
     trained on them never learns to stop.
+
+    Raises:
+        ValueError: the template changes the answer.
     """
-    content = [{"type": "image"}] if image else []
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    if not vlm.sees_images:
-        messages = [{"role": "user", "content": question}]
-    templated = vlm.processor or vlm.tokenizer
+    asked = turn(vlm, "user", question, image)
     if prompt is None:
-        prompt = templated.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = render(vlm, [asked], add_generation_prompt=True)
     if answer is None:
         return prompt
-    reply = [{"type": "text", "text": answer}] if vlm.sees_images else answer
-    full = templated.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
-    # the first place behind the prompt: a short answer ("end") may stand in the template's own end of turn as well
-    start = full.find(answer, len(prompt)) if full.startswith(prompt) else full.rfind(answer)
+    whole = render(vlm, [asked, turn(vlm, "assistant", answer)])
+    if whole.startswith(prompt):
+        # the first place after the prompt: a short answer ("end") may stand in the template's own end of turn as well
+        start = whole.find(answer, len(prompt))
+        # what the template puts between the generation prompt and the answer (a space for LLaVA, nothing for Qwen)
+        separator = whole[len(prompt) : start]
+    else:
+        start, separator = whole.rfind(answer), ""
     if start < 0:
         raise ValueError(f"the chat template of {vlm.name} changes the answer {answer[:40]!r}: cannot train on it")
-    # what the template puts between the generation prompt and the answer (a space for LLaVA, nothing for Qwen)
-    separator = full[len(prompt) : start] if full.startswith(prompt) else ""
-    behind = full[start + len(answer) :].lstrip()
+    after = whole[start + len(answer) :].lstrip()
     ends = vlm.tokenizer.convert_ids_to_tokens(vlm.eos_token_ids)
-    return prompt + separator + answer + next((end for end in ends if behind.startswith(end)), vlm.tokenizer.eos_token)
+    end = next((end for end in ends if after.startswith(end)), vlm.tokenizer.eos_token)
+    return prompt + separator + answer + end
+
+
+def turn(vlm: VLM, role: str, text: str, image: bool = False) -> dict:
+    """One message of a chat; `image` puts the picture before its text."""
+    picture = [{"type": "image"}] if image else []
+    return {"role": role, "content": [*picture, {"type": "text", "text": text}] if vlm.sees_images else text}
+
+
+def render(vlm: VLM, turns: list[dict], add_generation_prompt: bool = False) -> str:
+    """The text of a chat, by the checkpoint's own template."""
+    templated = vlm.processor or vlm.tokenizer
+    return templated.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False)
 
 
 def special_tokens_needed(vlm: VLM, text: str) -> bool:
@@ -66,13 +80,12 @@ def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str
     """Tokenize a prompt and the answers to it; the image is preprocessed and its placeholders expanded once.
 
     The tokens are those of the whole text at once, never of prompt and answer apart. The processor only rewrites
-    the image placeholder, so everything behind it is tokenized as plain text and put after the expanded part.
+    the image placeholder, so everything after it is tokenized as plain text and put after the expanded part.
     """
     prompt = prompt_text(vlm, question, image=image is not None)
     special = special_tokens_needed(vlm, prompt)
     plain = vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    expanded, inputs = expand_image(vlm, image, prompt, special)
-    expanded = expanded or plain
+    expanded, inputs = expand_image(vlm, image, prompt)
     head, kept = expanded_head(plain, expanded)
     rows, starts = [], []
     for answer in answers or []:
@@ -95,10 +108,9 @@ def encode_questions(vlm: VLM, image: Image.Image | None, questions: list[str]) 
     prompts = [prompt_text(vlm, question, image=image is not None) for question in questions]
     if not prompts:
         return EncodedPrompt([], [], [], {})
-    special = special_tokens_needed(vlm, prompts[0])
-    rows = vlm.tokenizer(prompts, add_special_tokens=special)["input_ids"]
-    expanded, inputs = expand_image(vlm, image, prompts[0], special)
-    head, kept = expanded_head(rows[0], expanded or rows[0])
+    rows = vlm.tokenizer(prompts, add_special_tokens=special_tokens_needed(vlm, prompts[0]))["input_ids"]
+    expanded, inputs = expand_image(vlm, image, prompts[0])
+    head, kept = expanded_head(rows[0], expanded)
     for question, row in zip(questions, rows, strict=True):
         if row[:kept] != rows[0][:kept]:
             raise ValueError(f"{vlm.name}: the question {question[:40]!r} changes tokens before the image")
@@ -107,12 +119,11 @@ def encode_questions(vlm: VLM, image: Image.Image | None, questions: list[str]) 
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
 
 
-def expand_image(
-    vlm: VLM, image: Image.Image | None, prompt: str, special: bool
-) -> tuple[list[int], dict[str, torch.Tensor]]:
+def expand_image(vlm: VLM, image: Image.Image | None, prompt: str) -> tuple[list[int], dict[str, torch.Tensor]]:
     """A prompt's ids with its image placeholders expanded, and what the processor made of the image."""
+    special = special_tokens_needed(vlm, prompt)
     if image is None:
-        return [], {}
+        return vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"], {}
     batch = vlm.processor(images=[image], text=[prompt], add_special_tokens=special, return_tensors="pt")
     dropped = ("input_ids", "attention_mask")
     return batch["input_ids"][0].tolist(), {
@@ -123,7 +134,7 @@ def expand_image(
 def expanded_head(plain: list[int], expanded: list[int]) -> tuple[list[int], int]:
     """The expanded tokens up to where both agree until the end, and how many plain tokens they stand for.
 
-    The tokens behind the image are the same in both: only what stands before them was expanded.
+    The tokens after the image are the same in both: only what stands before them was expanded.
     """
     tail = common_length(plain[::-1], expanded[::-1])
     return expanded[: len(expanded) - tail], len(plain) - tail

@@ -19,7 +19,7 @@ def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: lis
     """What the processor made of several images, as one batch on the model's device.
 
     Per-token inputs (`token_type_ids`, `mm_token_type_ids`) are cut or zero-padded to each row's length: what follows
-    an image is text. Everything else must agree in shape behind the first dimension (see `inputs_shape`).
+    an image is text. Everything else must agree in shape after the first dimension (see `inputs_shape`).
     """
     batch = {}
     for key in inputs[0]:

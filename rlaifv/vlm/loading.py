@@ -1,8 +1,4 @@
-"""Load a vision-language model, format its chat, and tokenize prompt and answer jointly.
-
-Everything that touches a checkpoint goes through this file, so that generation, feedback, training and chat see
-the same bytes: the same chat template, the same begin and end tokens, the same image preprocessing.
-"""
+"""Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
 import hashlib
 import json

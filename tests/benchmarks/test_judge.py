@@ -9,8 +9,6 @@ from openai_server import seen
 
 from rlaifv.benchmarks.judge import (
     Judge,
-    JudgeFailed,
-    JudgeRefused,
     Request,
     ask_all,
     load_judge,
@@ -18,6 +16,7 @@ from rlaifv.benchmarks.judge import (
     published_prompt,
 )
 from rlaifv.benchmarks.mmhal import parse_rating
+from rlaifv.inference.server import NoReply, ServerRefused
 
 REQUESTS = [Request(f"row {i}", f"Rate this.\n### Answer of the assistant\n{'word ' * i}") for i in range(12)]
 
@@ -104,7 +103,7 @@ def test_a_judge_that_does_not_answer_in_time_is_given_up(serve, tmp_path):
 
 
 def test_an_unknown_model_stops_the_run_with_one_clear_line(serve, tmp_path):
-    with pytest.raises(JudgeRefused, match=r"the judge rules at http.* answers HTTP 404: .*no model rules"):
+    with pytest.raises(ServerRefused, match=r"the judge rules at http.* answers HTTP 404: .*no model rules"):
         ask(serve("unknown"), tmp_path / "cache.jsonl")
 
 
@@ -149,7 +148,7 @@ def test_a_judge_in_this_process_is_a_plain_callable_asked_in_batches(tmp_path):
 
 
 def test_failures_of_single_rows_do_not_touch_the_others():
-    flaky = Judge("flaky", lambda rs: [JudgeFailed("lost") if r.id == "row 3" else "Rating: 5" for r in rs])
+    flaky = Judge("flaky", lambda rs: [NoReply("lost") if r.id == "row 3" else "Rating: 5" for r in rs])
     result = ask_all(REQUESTS, flaky, parse_rating)
     assert [dict(row) for row in result.missing] == [{"id": "row 3", "reason": "no reply: lost"}]
 
@@ -188,7 +187,7 @@ def test_a_model_of_this_machine_can_judge(tmp_path):
     assert judge.name.startswith(str(tmp_path / "model") + "@")
 
 
-def test_damaged_lines_of_the_cache_cost_only_their_own_replies(serve, tmp_path):
+def test_damaged_lines_of_the_cache_cost_only_their_own_replies(serve, tmp_path, caplog):
     cache = tmp_path / "cache.jsonl"
     ask(serve("well"), cache)
     lines = cache.read_bytes().splitlines(keepends=True)
@@ -197,3 +196,12 @@ def test_damaged_lines_of_the_cache_cost_only_their_own_replies(serve, tmp_path)
     address = serve("well")
     assert ask(address, cache).verdicts == {f"row {i}": i % 7 for i in range(12)}
     assert seen(address)["seen"] == 9
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "rlaifv.inference.server"]
+    assert line == f"{cache}: 4 lines hold no reply; what they answered is asked again"
+
+
+def test_a_row_that_the_server_cannot_take_costs_only_itself(serve, tmp_path):
+    address = serve("picky", 3)  # HTTP 400 for a prompt of three words or more
+    result = ask(address, tmp_path / "cache.jsonl", give_up_after=1)
+    assert len(result.verdicts) == 3 and len(result.missing) == 9
+    assert all("HTTP 400" in row["reason"] for row in result.missing), "nobody was left unasked"

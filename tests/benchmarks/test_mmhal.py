@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaifv.benchmarks import mmhal
-from rlaifv.benchmarks.judge import Judge, JudgeFailed
+from rlaifv.benchmarks.judge import Judge
+from rlaifv.inference.server import NoReply
 
 
 def rows(*types):
@@ -61,7 +62,7 @@ def test_an_unreadable_reply_is_listed_by_default_and_zero_under_the_published_r
 
 
 def test_a_reply_that_did_not_come_is_never_scored_not_even_under_the_published_rule():
-    judge = Judge("gone", lambda rs: [JudgeFailed("HTTP 500") for _ in rs])
+    judge = Judge("gone", lambda rs: [NoReply("HTTP 500") for _ in rs])
     result = mmhal.evaluate(rows("attribute"), judge, strict_published=True)
     assert result.metrics["n"] == 0
     assert result.metrics["n_without_verdict"] == 1

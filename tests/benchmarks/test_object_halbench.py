@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from rlaifv.benchmarks import object_halbench
-from rlaifv.benchmarks.judge import Judge, JudgeFailed
+from rlaifv.benchmarks.judge import Judge
 from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import Answer
+from rlaifv.inference.server import NoReply
 
 VOCABULARY = chair.load_vocabulary(extra=object_halbench.WORDS)
 
@@ -75,7 +76,7 @@ def test_short_answers_are_not_shown_to_the_judge_and_lost_ones_are_listed():
 
     def ask(requests):
         asked.extend(requests)
-        return [JudgeFailed("HTTP 500") if "lost" in r.text else '["dog"]' for r in requests]
+        return [NoReply("HTTP 500") if "lost" in r.text else '["dog"]' for r in requests]
 
     texts = ["Yes it is.", "There is a dog here.", "A lost dog is here.", "A dog is somewhere else."]
     answers = [Answer(f"q{i}", text, image="9" if i == 3 else "1") for i, text in enumerate(texts)]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rlaifv.benchmarks import refomb
-from rlaifv.benchmarks.judge import Judge, JudgeFailed
+from rlaifv.benchmarks.judge import Judge
+from rlaifv.inference.server import NoReply
 
 ROWS = [refomb.Row(str(i), "OCR" if i else "Creative", f"Q{i}?", "A long one.", "ref", f"answer {i}") for i in range(4)]
 
@@ -58,7 +59,7 @@ def test_the_second_judge_reads_the_first_ones_review_and_every_run_asks_anew(tm
 
 
 def test_rows_that_the_judge_left_are_listed_with_their_run():
-    judge = Judge("j", lambda rs: [JudgeFailed("HTTP 500") if r.id == "2" else "[[B]]" for r in rs])
+    judge = Judge("j", lambda rs: [NoReply("HTTP 500") if r.id == "2" else "[[B]]" for r in rs])
     result = refomb.evaluate(ROWS, judge, runs=3)
     assert result.metrics["n"] == 3
     assert [row["reason"] for row in result.missing] == [f"run {n}, review: no reply: HTTP 500" for n in range(3)]

@@ -5,7 +5,7 @@
 It prints its port, judges by fixed rules, and on HABIT: "well" always answers; "nonsense" talks of the weather;
 "slow" takes longer than anyone waits; "broken" answers 500; "busy" answers 429 to the first NUMBER requests; "dying"
 leaves without a word after NUMBER replies; "unknown" knows no model; "empty" says nothing; "html" is no judge at all;
-"sometimes" talks nonsense about every request that it sees for the first time.
+"sometimes" talks nonsense about every request that it sees for the first time; "picky" takes no answer of NUMBER words.
 """
 
 import json
@@ -61,6 +61,8 @@ class Judge(Handler):
             return self.reply(429, {"error": {"message": "slow down"}}, {"retry-after-ms": "5"})
         if HABIT == "unknown":
             return self.reply(404, {"error": {"message": f"no model {body['model']}"}})
+        if HABIT == "picky" and prompt.count("word ") >= NUMBER:
+            return self.reply(400, {"error": {"message": "the prompt is too long"}})
         if HABIT == "html":
             return self.send("<html>It works!</html>", "text/html", 200)
         text = judge(prompt)

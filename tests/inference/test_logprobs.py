@@ -107,7 +107,7 @@ def test_a_hybrid_model_copies_its_prefix_and_the_log_says_so(models, caplog):
     assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) < 1e-4
     caplog.clear()
     next_token_logprobs(vlm, encoded)
-    assert not caplog.text, "said once a model"
+    assert not caplog.text, "logged once per model"
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -201,7 +201,7 @@ def test_text_without_an_image_shares_its_prefix_too(models):
     assert largest_difference(shared, plain) < 1e-4
 
 
-def test_running_out_of_memory_halves_the_tokens_a_forward_and_goes_on(models, monkeypatch, caplog):
+def test_running_out_of_memory_halves_the_tokens_per_forward_pass_and_goes_on(models, monkeypatch, caplog):
     vlm = model(models, "llava")
     encoded = [encode_questions(vlm, picture(seed=i), QUESTIONS) for i in range(6)]
     expected = next_token_logprobs(vlm, encoded, shared=True)
@@ -249,3 +249,27 @@ def test_packs_hold_every_branch_once_in_order_and_little_more_than_fits(lengths
     packs = pack(lengths, capacity)
     assert [i for row in packs for i in row] == list(range(len(lengths)))
     assert max(sum(lengths[i] for i in row) for row in packs) <= max(capacity, max(lengths)) + max(lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_packed_row_says_of_every_token_whose_it_is_and_where_what_is_asked_lies(data):
+    trees = []
+    for number in range(data.draw(st.integers(1, 3))):
+        lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+        branches = [data.draw(st.lists(st.integers(1, 99), min_size=n, max_size=n)) for n in lengths]
+        wanted = [range(data.draw(st.integers(0, n - 1)), n) for n in lengths]
+        trees.append(rows.Tree(number, [0], branches, wanted, {}))
+    packs = [data.draw(st.lists(st.sampled_from(range(len(t.branches))), unique=True)) for t in trees]
+    layout = prefix.lay_out(trees, packs)
+    assert layout.asked == [(b, i) for b, branches in enumerate(packs) for i in branches for _ in trees[b].wanted[i]]
+    places = list(zip(layout.asked, layout.row.tolist(), layout.column.tolist(), strict=True))
+    for b, (tree, branches) in enumerate(zip(trees, packs, strict=True)):
+        for i in branches:
+            mine = layout.owner[b] == i
+            assert layout.ids[b][mine].tolist() == tree.branches[i]
+            assert layout.offset[b][mine].tolist() == list(range(len(tree.branches[i])))
+            columns = [column for asked, row, column in places if asked == (b, i) and row == b]
+            assert layout.offset[b][columns].tolist() == list(tree.wanted[i])
+            assert layout.owner[b][columns].tolist() == [i] * len(tree.wanted[i])
+        assert int((layout.owner[b] >= 0).sum()) == sum(len(tree.branches[i]) for i in branches), "the rest is padding"

@@ -4,7 +4,7 @@ import pytest
 from openai_server import seen
 from PIL import Image
 
-from rlaifv.inference.server import ServerGone, ServerRefused, is_served, judge_served, open_served
+from rlaifv.inference.server import NoReply, ServerRefused, is_served, judge_served, open_served
 from rlaifv.inference.yes_no import judge_many
 
 RED, BLACK = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8))
@@ -48,7 +48,7 @@ def test_a_busy_server_is_asked_again(serve):
 
 def test_a_server_that_dies_stops_the_run_and_the_next_run_asks_only_for_the_rest(serve, tmp_path):
     path = serve("dying", 4)
-    with pytest.raises(ServerGone, match="does not answer after 2 tries") as caught:
+    with pytest.raises(NoReply, match="does not answer after 2 tries") as caught:
         judge_served(open_served(path, tmp_path, concurrency=1, tries=2), [(RED, QUESTIONS)])
     assert "\n" not in str(caught.value) and path in str(caught.value)
     (file,) = tmp_path.glob("served-*.jsonl")
@@ -57,7 +57,7 @@ def test_a_server_that_dies_stops_the_run_and_the_next_run_asks_only_for_the_res
         stream.write('{"key": "half a li')  # killed while it wrote
     again = serve("well")
     # the same model comes back at another port here, so its answers are handed over by name
-    file.rename(open_served(again, tmp_path).cache)
+    file.rename(open_served(again, tmp_path).answers.path)
     answers = judge_served(open_served(again, tmp_path), [(RED, QUESTIONS)])
     assert len(answers[0]) == 10 and all(a == pytest.approx((0.8, 0.0), abs=1e-6) for a in answers[0])
     assert sorted(seen(again)["seen"]) == QUESTIONS[4:]
@@ -67,7 +67,7 @@ def test_a_server_that_dies_stops_the_run_and_the_next_run_asks_only_for_the_res
 
 def test_a_server_that_is_not_there_gets_one_clear_line():
     labeler = open_served("http://127.0.0.1:9/v1#some/model", tries=1)
-    with pytest.raises(ServerGone, match="start the server and run the stage again"):
+    with pytest.raises(NoReply, match="start the server and run the stage again"):
         judge_served(labeler, [(RED, QUESTIONS)])
 
 
@@ -84,7 +84,7 @@ def test_the_key_comes_from_the_environment_and_is_kept_nowhere(serve, tmp_path,
     monkeypatch.setenv("OPENAI_API_KEY", "right")
     labeler = open_served(path, tmp_path)
     judge_served(labeler, [(RED, QUESTIONS[:1])])
-    assert "right" not in repr(labeler) + labeler.cache.read_text()
+    assert "right" not in repr(labeler) + labeler.answers.path.read_text()
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:8000/v1", "models/tiny/labeler#x", "https://host/v1#"])

@@ -15,7 +15,7 @@ QUESTIONS = ["Is there a cat? Please answer yes or no.", "Is there a blue kite o
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_ids_are_those_of_the_words_behind_the_assistant_prefix(name):
+def test_the_ids_are_those_of_the_words_after_the_assistant_prefix(name):
     vlm = build(name)
     ids = yes_no_ids(vlm)
     space = " " if "ASSISTANT:" in vlm.tokenizer.chat_template or "Assistant:" in vlm.tokenizer.chat_template else ""

@@ -1,4 +1,4 @@
-"""The text that training and scoring read is the template's own, with exactly one end token behind the answer."""
+"""The text that training and scoring read is the template's own, with exactly one end token after the answer."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def chat(end: str, also_ends: list[str]) -> VLM:
 
 
 @pytest.mark.parametrize("answer", ["A dog.", "end", "user", "_"])
-def test_an_answer_is_found_behind_the_prompt_also_where_the_template_holds_its_letters(answer):
+def test_an_answer_is_found_after_the_prompt_also_where_the_template_holds_its_letters(answer):
     text = prompt_text(chat("<|im_end|>", ["<|im_end|>"]), "What is it?", answer=answer)
     assert text == f"user\nWhat is it?<|im_end|>\nassistant\n{answer}<|im_end|>"
 
