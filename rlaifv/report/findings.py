@@ -25,7 +25,7 @@ def findings_html(metrics: Path, groups: Sequence[str], inputs: Mapping, policy:
     Args:
         metrics: the folder of their files.
         groups: of experiments.
-        inputs: `describe_inputs` of this report's run.
+        inputs: of this report's run, as `outcome.inputs_of` says them.
         policy: the fingerprint of its aligned policy.
     """
     sections = [experiments_html(read_results(metrics / f"{group}.json"), inputs) for group in groups]
@@ -36,7 +36,7 @@ def findings_html(metrics: Path, groups: Sequence[str], inputs: Mapping, policy:
 
 
 def experiments_html(results: Mapping, current: Mapping) -> Markup:
-    """The section of one group; "" when none of its experiments were run. `current` is `describe_inputs` of today."""
+    """The section of one group; "" when none of its experiments were run. `current` are this report's `inputs_of`."""
     if not results["experiments"]:
         return Markup()
     known_truth = any(name in row for e in results["experiments"] for row in e["rounds"].values() for name in TRUTH)
