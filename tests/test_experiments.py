@@ -1,7 +1,6 @@
 """Experiments: the list is checked before anything runs, what is done is not done again, and the report says what
 came out, and of which checkpoints."""
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -16,13 +15,12 @@ from rlaifv import ROOT, experiments
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
 from rlaifv.experiments import LIST, Experiment, collect, load_groups, needed, overrides, run_group, write_results
 from rlaifv.params import DEFAULT, ParamsError, check_params, load_params, merge, read_content, read_yaml
-from rlaifv.records import ModelRecord
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
 from rlaifv.results import Result
 from rlaifv.steps.models import describe_models
 
 BASE = load_params()
-INPUTS = describe_inputs(BASE, describe_models(BASE))
+MODELS = describe_models(BASE)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +192,7 @@ def made(groups, name: str, rates: dict[str, float], **extra) -> dict:
         if name != group.control
     }
     results = {"experiments": rows, "tests": tests, "failed": []}
-    return {"group": name, "control": group.control, **copy.deepcopy(INPUTS), **results, **extra}
+    return {"group": name, "control": group.control, **describe_inputs(BASE, MODELS), **results, **extra}
 
 
 ABLATIONS = {"control": 0.03, "whole-answer": 0.5, "mixed-temperatures": 0.04, "no-length-balance": 0.02,
@@ -309,7 +307,7 @@ def test_a_table_has_a_row_for_the_base_and_every_round(groups):
 
 
 def test_the_report_shows_every_experiment_with_its_intervals_and_its_test(groups):
-    section = experiments_html(made(groups, "ablations", ABLATIONS), INPUTS)
+    section = experiments_html(made(groups, "ablations", ABLATIONS), describe_inputs(BASE, MODELS))
     for text in (*ABLATIONS, "50.0 <small>(40.0–60.0)", "98.1 <small>(97.0–99.0)", "87.6 <small>(80.0–93.0)",
                  "77 (29.4 / 30.6)", "1.2 / 76.5",
                  "whole-answer: hallucinates in more answers (+47.0 points, +42.0 to +52.0",
@@ -323,21 +321,20 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
     results = made(groups, "ablations", ABLATIONS)
     results["models"]["labeler"]["fingerprint"] = "another"
     results["settings"]["train.epochs"] += 1
-    section = experiments_html(results, INPUTS)
+    section = experiments_html(results, describe_inputs(BASE, MODELS))
     assert "came from other checkpoints or settings than this report's: labeler, train.epochs changed since" in section
     assert "make ablations" in section
 
 
-def test_what_results_came_from_is_told_of_the_records_of_the_stage_models():
-    records = {role: ModelRecord("a", None, "float32", "cpu", f"of {role}") for role in ("policy", "labeler")}
-    found = describe_inputs(BASE, records)
-    assert found["models"]["labeler"] == {"path": "a", "fingerprint": "of labeler"}
-    assert (found["settings"]["seed"], found["settings"]["train.beta"]) == (BASE.seed, BASE.train.beta)
+def test_what_results_came_from_are_the_records_of_the_models_and_the_settings():
+    found = describe_inputs(BASE, MODELS)
+    assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": MODELS["labeler"].fingerprint}
+    assert found["settings"]["train.beta"] == BASE.train.beta
 
 
 def test_a_failed_experiment_is_named_in_the_report(groups):
     results = made(groups, "ablations", {"control": 0.03}, failed=["self"])
-    assert "Failed: self." in experiments_html(results, INPUTS)
+    assert "Failed: self." in experiments_html(results, describe_inputs(BASE, MODELS))
 
 
 def test_the_verdict_says_in_words_which_of_two_is_better():
@@ -385,12 +382,13 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
 
 
 def test_without_results_the_report_has_no_such_section(tmp_path, groups):
+    inputs = describe_inputs(BASE, MODELS)
     for group in groups.values():
         write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
-    assert findings_html(tmp_path / "metrics", tuple(groups), INPUTS, "aaaaaaaa") == ""
+    assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
-    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), INPUTS, "aaaaaaaa")
+    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa")
 
 
 def test_the_files_that_the_report_depends_on_are_in_the_repository():
