@@ -34,14 +34,14 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
-ablations: $(READY) ## what each ingredient of the method is worth: experiments of one round each
+ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.experiments ablations
 
-rounds: $(READY) ## four rounds against one round of as many instructions, and self-alignment
+rounds: $(READY) ## four iterations against one of as many instructions, and self-alignment
 	python -m rlaifv.experiments rounds
 
 test: $(READY) ## run the tests
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY) ## check code, formatting and that notebooks are stripped
 	ruff check .
@@ -66,4 +66,4 @@ tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothin
 	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/self_feedback .dvc/cache .dvc/tmp
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback .dvc/cache .dvc/tmp

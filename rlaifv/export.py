@@ -15,9 +15,10 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from markupsafe import Markup
+from ruamel.yaml import YAML
 
 from rlaifv import stage
-from rlaifv.params import DEFAULT, ModelParams, Params, load_params
+from rlaifv.params import DEFAULT, ModelParams, Params, load_params, read_content
 from rlaifv.records import RATES, write_atomic
 from rlaifv.report.render import render
 from rlaifv.results import Result, read_result
@@ -60,7 +61,8 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     shutil.rmtree(partial, ignore_errors=True)
     model, dataset = partial / "model", partial / "dataset"
     shutil.copytree(Paths(iteration).policy, model)
-    shutil.copyfile(params_file, model / "training_params.yaml")
+    with (model / "training_params.yaml").open("w", encoding="utf-8") as stream:
+        YAML().dump(read_content(params_file.resolve()), stream)  # a profile with the default that it changes
     metrics = {name: result.test for name, result in results.items()}
     write_atomic(model / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_atomic(model / "README.md", model_card(params, results, read_exam(), license_name))

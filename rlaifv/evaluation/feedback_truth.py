@@ -1,6 +1,6 @@
 """Score feedback itself against the truth, which the embedded world knows: are judgements right, are pairs right?
 
-    python -m rlaifv.evaluation.feedback_truth --iteration 1     # prints the numbers of a finished round
+    python -m rlaifv.evaluation.feedback_truth --iteration 1     # prints the numbers of a finished iteration
 
 The counterpart of the paper's human check (section 3.3: with divide-and-conquer 96.7 % of the pairs agree with people).
 """
@@ -30,7 +30,7 @@ def false_claims(text: str, scene: Scene) -> int:
 
 
 def holds(claim: str, scene: Scene) -> bool:
-    """Whether a claim is true; a text that is no atomic claim (`divide.whole_answer`) is when all of its claims are."""
+    """Whether a claim is true; a text that is no atomic claim (the ablation `whole_answer`) is when all of its claims are."""
     try:
         return is_true(claim, scene)
     except ValueError:
@@ -112,8 +112,8 @@ def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed:
     return percentile_interval(sums[0][drawn].sum(1) / sums[1][drawn].sum(1))
 
 
-def score_round(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
-    """Claim accuracy and pair agreement of the round in `folder` (data/iterations/K); `instances` lists its images."""
+def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
+    """Claim accuracy and pair agreement of the iteration in `folder` (data/iterations/K); `instances` lists its images."""
     scenes = read_scenes(instances)
     path_of = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
     candidates = read_records(folder / "candidates" / "candidates.jsonl", Candidate)
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         instances = instructions.with_name("instances_train.json")
         if not instances.is_file():
             raise FileNotFoundError(f"{instances} is absent: the truth is known of the embedded world only")
-        result = score_round(Paths(options.iteration).folder, PREPARED, instances)
+        result = score_iteration(Paths(options.iteration).folder, PREPARED, instances)
     except (ParamsError, OSError, ValueError) as error:
         print(f"truth: {error}", file=sys.stderr)
         return 1

@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rlaifv.evaluation.feedback_truth import score_round
+from rlaifv.evaluation.feedback_truth import score_iteration
 from rlaifv.params import Params
 from rlaifv.records import RATES, ModelRecord
 from rlaifv.results import Result
 
 SHOWN = (*RATES, *(f"{rate}_interval" for rate in RATES), "mean_words", "n")
 TRUTH = {"claim_accuracy": ("claims", "accuracy"), "pair_agreement": ("pairs", "agreement")}
-"""Our names of what truth tells of feedback → where `score_round` has it."""
+"""Our names of what truth tells of feedback → where `score_iteration` has it."""
 WORDS = ("mean_words_chosen", "mean_words_rejected")
 NEEDED = ("test", "pairs", "selection", "dev")
 """The parts of an iteration's `Result` that an outcome is made of; of the base only "test"."""
@@ -37,7 +37,7 @@ def score_run(results: Mapping[str, Result], iterations: Path, prepared: Path, i
                 **_test(result),
                 "pairs": {"n": result.pairs["pairs"], **{key: result.pairs[key] for key in WORDS}},
                 "training": _training(result),
-                **(_truth(score_round(iterations / name, prepared, instances)) if instances.is_file() else {}),
+                **(_truth(score_iteration(iterations / name, prepared, instances)) if instances.is_file() else {}),
             }
             for name, result in results.items()
             if name != "0"

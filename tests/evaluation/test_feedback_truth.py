@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaifv.evaluation.feedback_truth import claim_accuracy, false_claims, holds, interval, pair_agreement, score_round
+from rlaifv.evaluation.feedback_truth import (
+    claim_accuracy,
+    false_claims,
+    holds,
+    interval,
+    pair_agreement,
+    score_iteration,
+)
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, write_jsonl
 from rlaifv.steps.pairs import Pair, write_pairs
 from rlaifv.tinyworld.coco import write_world
@@ -110,7 +117,7 @@ def test_a_finished_round_is_scored_from_its_files(tmp_path):
     write_pairs(
         folder / "pairs" / "pairs.parquet", [Pair(instruction, *candidates, 0, -1)], tmp_path / "world/images", "t"
     )
-    result = score_round(folder, tmp_path / "prepared", tmp_path / "world" / "instances_train.json")
+    result = score_iteration(folder, tmp_path / "prepared", tmp_path / "world" / "instances_train.json")
     expected = [not is_true(c.claim, make_scene(7, 1)) for c in found]
     assert result["claims"]["accuracy"] == pytest.approx(sum(expected) / len(expected))
     assert result["pairs"]["n"] == 1
