@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro self-feedback ablations rounds test lint format lab speed tiny clean
+.PHONY: help env profile repro self-feedback ablations rounds test lint format lab speed tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
+	python -m rlaifv.profile $(NAME) $(if $(FORCE),--force)
 
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	dvc repro

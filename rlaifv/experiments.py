@@ -1,4 +1,4 @@
-"""Experiments: ablations of the method and comparisons of rounds, each one `dvc exp run` with a few overrides.
+"""Experiments: ablations of the method and comparisons of iterations, each one `dvc exp run` with a few other values.
 
     python -m rlaifv.experiments ablations     # or: rounds
 
@@ -9,30 +9,41 @@ not stop the others.
 """
 
 import argparse
-import csv
-import dataclasses
 import functools
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import pandas as pd
 
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
-from rlaifv.evaluation.outcome import describe_inputs, fingerprints, flat_rows, read_results
+from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
 from rlaifv.fingerprint import digest, digest_files
-from rlaifv.params import DEFAULT, Params, ParamsError, load_params
+from rlaifv.params import (
+    DEFAULT,
+    NAMED,
+    Params,
+    ParamsError,
+    Section,
+    build,
+    check_params,
+    load_params,
+    merge,
+    read_content,
+    read_yaml,
+    section,
+)
 from rlaifv.records import read_jsonl, write_atomic
 from rlaifv.report import plots
+from rlaifv.results import FILES
+from rlaifv.steps.models import describe_models
 
 LIST = ROOT / "experiments" / "experiments.yaml"
 STAGE = "experiments/dvc.yaml:experiment"
@@ -41,11 +52,10 @@ OUTCOME = "metrics/experiment.json"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One `dvc exp run`: its `overrides`, the parameters that they make of params.yaml, and the `digest_sources` of
-    the repository that it runs in."""
+    """One `dvc exp run`: its overlay as DVC's `overrides`, the parameters that it makes of params.yaml, and the
+    `digest_sources` of the repository that it runs in."""
 
     name: str
-    group: str
     asks: str
     overrides: tuple[str, ...]
     params: Params
@@ -55,8 +65,9 @@ class Experiment:
     def key(self) -> str:
         """16 hex digits of all that determines the outcome: parameters, checkpoints, and the files of the repository
         that the pipeline's stages depend on. What the report alone reads is left out."""
-        params = dataclasses.replace(self.params, report=None, self_feedback=None)
-        return digest([params, fingerprints(self.params), self.sources])
+        read = {key: value for key, value in vars(self.params).items() if key not in ("report", "self_feedback")}
+        marks = {role: model.fingerprint for role, model in describe_models(self.params).items()}
+        return digest([read, marks, self.sources])
 
     @property
     def run_name(self) -> str:
@@ -73,59 +84,67 @@ class Group:
     experiments: tuple[Experiment, ...]
 
 
+@section
+class Listed(Section):
+    """A group as experiments.yaml lists it."""
+
+    control: str
+    common: dict[str, Any]
+    experiments: dict[str, dict[str, Any]]
+
+
 def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
     """Read the list and compose every experiment's parameters.
 
-    Raises ParamsError that names the experiment when an override names no parameter or gives it an impossible value.
+    Raises ParamsError that names the experiment when it sets an unknown parameter or gives one an impossible value.
     """
-    try:
-        content = YAML(typ="safe", pure=True).load(path)
-    except YAMLError as error:
-        raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    code = digest_sources()  # once: it reads every source and checkpoint of the repository
-    return {name: _group(name, section, path.name, params, code) for name, section in content.items()}
+    base, code = read_content(params), digest_sources()  # once: it reads every source and checkpoint of the repository
+    groups = build(dict[str, Listed], read_yaml(path), path.name)
+    return {name: _group(name, listed, path.name, base, code) for name, listed in groups.items()}
 
 
-def _group(name: str, section: Mapping, file: str, params: Path, code: str) -> Group:
-    if set(section) != {"control", "common", "experiments"}:
-        raise ParamsError(f"{file}: {name}: expected the keys control, common and experiments, got {list(section)}")
-    listed = []
-    for key, row in section["experiments"].items():
+def _group(name: str, listed: Listed, file: str, base: Mapping, code: str) -> Group:
+    made = []
+    for key, row in listed.experiments.items():
         where = f"{file}: {name}.{key}"
-        if set(row) != {"asks", "set"}:
-            raise ParamsError(f"{where}: expected the keys asks and set, got {list(row)}")
-        overrides = (*section["common"], *row["set"])
-        listed.append(Experiment(key, name, row["asks"], overrides, compose(overrides, where, params), code))
-    if section["control"] not in section["experiments"]:
-        raise ParamsError(f"{file}: {name}.control: no experiment {section['control']!r} in this group")
-    return Group(name, section["control"], tuple(listed))
+        if set(row) not in ({"asks", "set"}, {"asks", "profile"}):
+            raise ParamsError(f"{where}: expected the keys asks and set, or asks and profile, got {list(row)}")
+        profile = ROOT / "params" / f"{row.get('profile', 'default')}.yaml"
+        if not profile.is_file():
+            raise ParamsError(f"{where}.profile: no profile {row['profile']!r} in params/")
+        overlay = merge(listed.common, row["set"] if "set" in row else read_yaml(profile))
+        params = check_params(merge(base, overlay), where)
+        made.append(Experiment(key, row["asks"], tuple(overrides(overlay, where)), params, code))
+    if listed.control not in listed.experiments:
+        raise ParamsError(f"{file}: {name}.control: no experiment {listed.control!r} in this group")
+    return Group(name, listed.control, tuple(made))
 
 
-def compose(overrides: Sequence[str], where: str, params: Path = DEFAULT) -> Params:
-    """The parameters that `dvc exp run -S ...` would run with, by DVC's own code, checked as a stage checks them."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copy(params, folder))
-        try:
-            apply_overrides(copy, list(overrides))
-            return load_params(copy)
-        except DvcException as error:
-            raise ParamsError(f"{where}: {' '.join(str(error.__cause__ or error).split())}") from None
-        except ParamsError as error:
-            raise ParamsError(f"{where}: {error}") from None
+def overrides(overlay: Mapping[str, Any], where: str, path: str = "") -> Iterator[str]:
+    """An overlay as `dvc exp run --set-param` takes it: in Hydra's syntax, in which ~ removes a key and + adds one."""
+    for key, value in overlay.items():
+        if key in NAMED:
+            yield f"~{key}"
+            yield from overrides(value, where, f"+{key}.") if value else [f"+{key}={{}}"]
+        elif isinstance(value, Mapping):
+            yield from overrides(value, where, f"{path}{key}.")
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+            if "\\" in text or "$" in text:
+                raise ParamsError(f"{where}: {path}{key}: DVC cannot set text with quotes, \\ or $: {value!r}")
+            yield f"{path}{key}={text}"
 
 
 def sources() -> list[Path]:
     """The files of the repository that the stages of an experiment depend on, as both dvc.yaml list them."""
     found: set[Path] = set()
     for file in (ROOT / "dvc.yaml", ROOT / "experiments" / "dvc.yaml"):
-        for name, stage in YAML(typ="safe", pure=True).load(file)["stages"].items():
+        for name, stage in read_yaml(file)["stages"].items():
             if not stage.get("frozen") and name not in ("report", "self_feedback"):
                 deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
                 found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
-    return sorted(f for path in found for f in (path.rglob("*") if path.is_dir() else [path]) if _is_source(f))
+    files = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    return sorted(file for file in files if "__pycache__" not in file.parts)
 
 
 def digest_sources() -> str:
@@ -133,21 +152,22 @@ def digest_sources() -> str:
     return digest_files(*sources(), *sorted((ROOT / "data").rglob("*.dvc")))
 
 
-def _is_source(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
+def still_valid(group: Group, results: Mapping) -> tuple[dict[str, dict], dict[str, dict]]:
+    """By name, those rows and tests of `results` whose inputs are those of today."""
+    keys = {e.name: e.key for e in group.experiments}
+    rows = {row["name"]: row for row in results["experiments"] if keys.get(row["name"]) == row["key"]}
+    tests = results["tests"].items()
+    return rows, {name: test for name, test in tests if test["keys"] == [keys[group.control], keys.get(name)]}
 
 
 def needed(group: Group, results: Mapping) -> list[Experiment]:
     """The experiments of which more is needed than `results` hold: an outcome for the inputs of today, or the answers
     for a test against the control."""
-    keys = {e.name: e.key for e in group.experiments}
-    rows = {row["name"] for row in results["experiments"] if keys.get(row["name"]) == row["key"]}
-    tested = {name for name, test in results["tests"].items() if test["keys"] == [keys[group.control], keys.get(name)]}
-    others = keys.keys() - {group.control}
-    names = (keys.keys() - rows) | (others - tested)
-    if others - tested:
-        names |= {group.control}
-    return [e for e in group.experiments if e.name in names]
+    rows, tests = still_valid(group, results)
+    names = {e.name for e in group.experiments}
+    untested = names - tests.keys() - {group.control}
+    wanted = (names - rows.keys()) | untested | ({group.control} if untested else set())
+    return [e for e in group.experiments if e.name in wanted]
 
 
 def find_revision(run_name: str) -> str | None:
@@ -187,33 +207,29 @@ def outcome_of(experiment: Experiment, revision: str) -> dict:
 
 
 def compare(control: Experiment, other: Experiment) -> dict:
-    """`paired_test` of the last rounds' policies on the same test rows; `base` in it is the control."""
-    split = control.params.prepare.test
-    if split != other.params.prepare.test:
+    """`paired_test` of the last iterations' policies on the same test rows; `base` in it is the control."""
+    if control.params.prepare.test != other.params.prepare.test:
         raise ValueError(f"{other.name} and {control.name} have other test sets: they cannot be compared row by row")
     answers = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        truth = [path for path in (split.instances, split.captions, split.questions) if path]
-        fetch(find_revision(control.run_name), ["data/prepared", *truth], folder)
+        fetch(find_revision(control.run_name), ["data/prepared"], folder)
         for experiment in (control, other):
-            last = f"data/results/{max(experiment.params.iterations, key=int)}/answers_test.jsonl"
+            last = f"data/results/{max(experiment.params.iterations, key=int)}/{FILES['answers']}"
             fetch(find_revision(experiment.run_name), [last], folder / experiment.name)
             answers.append(read_jsonl(folder / experiment.name / last))
-        test = load_split("test", split, folder / "data" / "prepared", folder, folder)
+        test = load_split("test", folder / "data" / "prepared", folder)
     return {"keys": [control.key, other.key], "rates": paired_test(*answers, test)}
 
 
 def collect(group: Group, results: Mapping) -> dict:
     """Results as far as they go: old rows whose inputs are those of today, and all finished experiments."""
-    keys = {e.name: e.key for e in group.experiments}
-    rows = {row["name"]: row for row in results["experiments"] if keys.get(row["name"]) == row["key"]}
-    tests = {name: test for name, test in results["tests"].items() if name in rows}
-    control = next(e for e in group.experiments if e.name == group.control)
+    rows, tests = still_valid(group, results)
     found = {e.name: find_revision(e.run_name) for e in needed(group, results)}
     for experiment in group.experiments:
         if experiment.name not in rows and found.get(experiment.name):
             rows[experiment.name] = outcome_of(experiment, found[experiment.name])
+    control = next(e for e in group.experiments if e.name == group.control)
     for experiment in group.experiments:
         if experiment is not control and found.get(experiment.name) and found.get(control.name):
             tests[experiment.name] = compare(control, experiment)
@@ -223,15 +239,12 @@ def collect(group: Group, results: Mapping) -> dict:
 
 def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str], root: Path = ROOT) -> dict:
     """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
-    whole = {"group": group.name, "control": group.control, **describe_inputs(base), **results, "failed": list(failed)}
+    inputs = describe_inputs(base, describe_models(base))
+    whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
     write_atomic(root / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     if whole["experiments"]:
-        rows = flat_rows(whole["experiments"])
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(root / "plots" / f"{group.name}.csv", stream.getvalue())
+        table = pd.DataFrame(flat_rows(whole["experiments"])).to_csv(index=False, lineterminator="\n")
+        write_atomic(root / "plots" / f"{group.name}.csv", table)
         plots.save(plots.EXPERIMENTS[group.name](whole), root / "plots" / f"{group.name}.png")
     return whole
 

@@ -1,18 +1,20 @@
-"""Typed parameters: `params.yaml` (or any profile in `params/`) read as YAML 1.2 into frozen dataclasses.
+"""Typed parameters: `params.yaml` or a profile in `params/`, read as YAML 1.2 into frozen dataclasses that pydantic
+checks.
 
 Unknown or missing keys, wrong types and impossible values stop the run in its first second with the key, the value
 and what was expected. This file imports nothing heavy, so that the check really is the first second.
 """
 
-import dataclasses
-import math
-import types
-import typing
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, field
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -25,270 +27,284 @@ class ParamsError(ValueError):
     """A parameter file that cannot be used; the message names the file, the key, the value and the way out."""
 
 
-def _checked(check: Callable[[Any], bool], expected: str, default: Any) -> Any:
-    return field(default=default, metadata={"check": check, "expected": expected})
+# ---- what a value may be
 
 
-def _at_least(low: float, default: Any = MISSING) -> Any:
-    return _checked(lambda v: v >= low, f"a value of at least {low:g}", default)
+def _expect(expected: str, check: Callable[[Any], bool]) -> AfterValidator:
+    def checked(value: Any) -> Any:
+        if not check(value):
+            raise PydanticCustomError("expected", expected)
+        return value
+
+    return AfterValidator(checked)
 
 
-def _more_than(low: float, default: Any = MISSING, *, upto: float = math.inf) -> Any:
-    bound = "" if upto == math.inf else f" and not above {upto:g}"
-    return _checked(lambda v: low < v <= upto, f"a value above {low:g}{bound}", default)
+def _at_least(low: int) -> AfterValidator:
+    return _expect(f"a value of at least {low}", lambda v: v >= low)
 
 
-def _between(low: float, high: float) -> Any:
-    return _checked(lambda v: low <= v <= high, f"a value from {low:g} to {high:g}", MISSING)
+def _up_to(high: float) -> AfterValidator:
+    return _expect(f"a value from 0 to {high:g}", lambda v: 0 <= v <= high)
 
 
-def _below(high: float, default: Any = MISSING) -> Any:
-    return _checked(lambda v: 0 <= v < high, f"a value from 0 to below {high:g}", default)
+def _below(high: float) -> AfterValidator:
+    return _expect(f"a value from 0 to below {high:g}", lambda v: 0 <= v < high)
 
 
-def _one_of(*choices: str, default: Any = MISSING) -> Any:
-    return _checked(lambda v: v in choices, "one of " + ", ".join(choices), default)
-
-
-def _some_of(choices: Collection[str], default: Any = MISSING) -> Any:
-    return _checked(lambda v: v and set(v) <= set(choices), "some of " + ", ".join(choices), default)
-
+Name = Annotated[str, _expect("text that is not empty", str.strip)]
+Seed = Annotated[int, _expect("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)]
+Count = Annotated[int, _at_least(1)]
+CountOrZero = Annotated[int, _at_least(0)]
+Positive = Annotated[float, _expect("a value above 0", lambda v: v > 0)]
+NotNegative = Annotated[float, _at_least(0)]
+Share = Annotated[float, _up_to(1)]
+Fraction = Annotated[float, _below(1)]
+LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
+TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 < v <= 1)]
+OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
+"""A YAML list; a single value is a list of one."""
+Texts = Annotated[tuple[Name, ...], OneOrMore]
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust", "apo_zero", "apo_down", "sft", "hinge", "exo_pair", "nca_pair")
 LOSSES += ("bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop")
 """TRL's losses, written down here because TRL itself looks at the name only in the first training step."""
 
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+Losses = Annotated[
+    tuple[str, ...], OneOrMore, _expect(f"some of {', '.join(LOSSES)}", lambda v: v and set(v) <= set(LOSSES))
+]
+Layers = Annotated[tuple[Name, ...], OneOrMore, _expect("at least one layer", bool)]
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 """Those of transformers' schedules that need no further settings."""
 
 
-@dataclass(frozen=True)
-class ModelParams:
+class Section:
+    """What all sections share: in a file, every key must be there and no other."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            known = [field.name for field in fields(cls)]
+            for key in value:
+                if key not in known:
+                    raise PydanticCustomError("unknown", "; known here: " + ", ".join(sorted(known)), {"key": key})
+            for key in known:
+                if key not in value:
+                    raise PydanticCustomError("missing", "", {"key": key})
+        return value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable) -> Mapping:
+        # strict is for values: a section is made of a mapping, not only of an instance of its class
+        return handler(source) | {"strict": False}
+
+
+section = functools.partial(
+    dataclass, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+)
+
+
+# ---- the sections
+
+
+@section
+class ModelParams(Section):
     """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision."""
 
-    path: str
+    path: Name
     revision: str | None
-    dtype: str = _one_of("float32", "bfloat16", "float16")
-    device: str = _one_of("auto", "cpu", "cuda")
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["auto", "cpu", "cuda"]
 
 
-@dataclass(frozen=True)
-class WorldParams:
+@section
+class WorldParams(Section):
     """The embedded world: how many scenes each split has, and the seed that draws them."""
 
-    seed: int
-    train: int = _at_least(1)
-    dev: int = _at_least(1)
-    test: int = _at_least(1)
+    seed: Seed
+    train: Count
+    dev: Count
+    test: Count
 
 
-@dataclass(frozen=True)
-class SplitParams:
+@section
+class SplitParams(Section):
     """An evaluation split: instructions with the COCO annotations of their images, and yes/no questions."""
 
-    instructions: str
-    instances: str
-    captions: str | None
-    questions: str | None
+    instructions: Name
+    instances: Name
+    captions: Name | None
+    questions: Name | None
 
 
-@dataclass(frozen=True)
-class PrepareParams:
-    instructions: str
-    image_root: str
+@section
+class PrepareParams(Section):
+    image_root: Name
+    instructions: Name
+    per_iteration: Count
+    max_reject_rate: Share
     dev: SplitParams
     test: SplitParams
-    per_iteration: int = _at_least(1)
-    max_reject_rate: float = _between(0, 1)
 
 
-@dataclass(frozen=True)
-class GenerateParams:
+@section
+class GenerateParams(Section):
     """Sampling of candidates: identical settings for all samples of an instruction (section 2.1: deconfounded)."""
 
-    samples: int = _at_least(2)
-    temperature: float = _more_than(0)
-    # ablation: samples at temperatures of 1 ± this times `temperature`; 0 in the method
-    temperature_spread: float = _between(0, 0.95)
-    top_p: float = _more_than(0, upto=1)
-    top_k: int = _at_least(0)
-    max_new_tokens: int = _at_least(1)
-    batch_size: int = _at_least(1)
-    max_reject_rate: float = _between(0, 1)
+    samples: Annotated[int, _at_least(2)]
+    temperature: Positive
+    top_p: TopP
+    top_k: CountOrZero
+    max_new_tokens: Count
+    batch_size: Count
+    max_reject_rate: Share
 
 
-@dataclass(frozen=True)
-class DivideParams:
-    # ablation: judge the answer as a whole instead of claim by claim; false in the method
-    whole_answer: bool
-    temperature: float = _at_least(0)
-    top_p: float = _more_than(0, upto=1)
-    max_new_tokens: int = _at_least(1)
-    batch_size: int = _at_least(1)
-    max_reject_rate: float = _between(0, 1)
+@section
+class DivideParams(Section):
+    temperature: NotNegative
+    top_p: TopP
+    max_new_tokens: Count
+    batch_size: Count
+    max_reject_rate: Share
 
 
-@dataclass(frozen=True)
-class FeedbackParams:
+@section
+class FeedbackParams(Section):
     suffix: str
-    # ablation: share of the claims that a coin judges instead of the labeler; 0 in the method
-    coin_share: float = _between(0, 1)
-    batch_size: int = _at_least(1)
-    min_answer_mass: float = _between(0, 1)
-    max_reject_rate: float = _between(0, 1)
+    batch_size: Count
+    min_answer_mass: Share
+    max_reject_rate: Share
 
 
-@dataclass(frozen=True)
-class PairsParams:
-    balance_length: bool
-    min_gap: int = _at_least(1)
-    max_per_instruction: int = _at_least(1)
+@section
+class PairsParams(Section):
+    min_gap: Count
+    max_per_instruction: Count
 
 
-@dataclass(frozen=True)
-class TrainParams:
+@section
+class TrainParams(Section):
     """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
 
-    # β of DPO: how strongly the policy is held to the reference (paper 0.1)
-    beta: float = _more_than(0, 0.1)
-    # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
-    learning_rate: float = _checked(lambda v: 0 < v < 1, "a value above 0 and below 1", 5e-7)
-    # passes over the pairs (paper 4)
-    epochs: int = _at_least(1, 4)
-    # pairs per optimizer step over all processes (paper 8)
-    batch_size: int = _at_least(1, 8)
-    # pairs per forward pass of one process; the rest of batch_size is accumulated
-    micro_batch_size: int = _at_least(1, 1)
-    # a schedule of transformers (paper cosine)
-    scheduler: str = _one_of(*SCHEDULERS, default="cosine")
-    # share of the steps in which the learning rate rises (paper 0.05)
-    warmup_ratio: float = _below(1, 0.05)
-    # of AdamW (paper 0.01)
-    weight_decay: float = _at_least(0, 0.01)
-    # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
-    max_grad_norm: float = _at_least(0, 1.0)
+    beta: Positive = 0.1  # β of DPO: how strongly the policy is held to the reference (paper 0.1)
+    learning_rate: LearningRate = 5e-7  # peak of the schedule (paper: full fine-tuning 5e-7, LoRA 1e-5)
+    epochs: Count = 4  # passes over the pairs (paper 4)
+    batch_size: Count = 8  # pairs per optimizer step over all processes (paper 8)
+    micro_batch_size: Count = 1  # pairs per forward pass of one process; the rest of batch_size is accumulated
+    scheduler: Scheduler = "cosine"  # a schedule of transformers (paper cosine)
+    warmup_ratio: Fraction = 0.05  # share of the steps in which the learning rate rises (paper 0.05)
+    weight_decay: NotNegative = 0.01  # of AdamW (paper 0.01)
+    max_grad_norm: NotNegative = 1.0  # gradients are scaled down to this norm; 0 turns it off (paper 1.0)
     # sigmoid is DPO's, sigmoid_norm its length-normalized form; several are added up; sft adds the negative
     # log-likelihood of the chosen answer
-    loss_type: tuple[str, ...] = _some_of(LOSSES, ("sigmoid",))
-    # one weight per loss_type; null is 1 each
-    loss_weights: tuple[float, ...] | None = None
+    loss_type: Losses = ("sigmoid",)
+    loss_weights: Annotated[tuple[Positive, ...], OneOrMore] | None = None  # one per loss_type; null is 1 each
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    label_smoothing: float = _below(0.5, 0.0)
-    # weight of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
-    segment_weight: float = _more_than(0, 1.0)
-    # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
-    lora_r: int = _at_least(0, 0)
-    # LoRA's scale times r (paper 16)
-    lora_alpha: int = _at_least(1, 16)
-    # makes log-ratios noisy, the reference has none (paper's script 0.05)
-    lora_dropout: float = _below(1, 0.0)
-    # linear layers of the language model that get an adapter
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # QLoRA: the frozen base in 4 bits (needs bitsandbytes; slow on a CPU)
-    load_in_4bit: bool = False
-    # the vision tower is always frozen; this freezes what joins it to the text as well
-    freeze_projector: bool = False
+    label_smoothing: Annotated[float, _below(0.5)] = 0.0
+    segment_weight: Positive = 1.0  # of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
+    lora_r: CountOrZero = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
+    lora_alpha: Count = 16  # LoRA's scale times r (paper 16)
+    lora_dropout: Fraction = 0.0  # makes log-ratios noisy, the reference has none (paper's script 0.05)
+    lora_targets: Layers = LAYERS  # linear layers of the language model that get an adapter
+    load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits (needs bitsandbytes; slow on a CPU)
+    freeze_projector: bool = False  # the vision tower is always frozen; this freezes what joins it to the text as well
     # of computation and of written checkpoints; float32 on a CPU (paper bfloat16)
-    dtype: str = _one_of("float32", "bfloat16", default="bfloat16")
-    # recompute activations in the backward pass: less memory, 30 % more time
-    gradient_checkpointing: bool = False
-    # longest row in tokens, longer ones are rejected; null is the model's own limit
-    max_length: int | None = None
-    # a checkpoint every 1/n epoch (paper 4)
-    checkpoints_per_epoch: int = _at_least(1, 4)
-    # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
-    packed: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 30 % more time
+    max_length: Count | None = None  # longest row in tokens, longer ones are rejected; null is the model's own limit
+    checkpoints_per_epoch: Count = 4  # a checkpoint every 1/n epoch (paper 4)
+    packed: bool = True  # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
-    feature_cache_gb: float = _at_least(0, 8.0)
-    # warn when chosen answers lose this much log-prob per token against the reference
-    collapse_nats: float = _more_than(0, 0.5)
-    # processes (GPUs) to train on; more than one goes through `accelerate launch`
-    processes: int = _at_least(1, 1)
-    # an accelerate configuration file (params/accelerate/...), else plain DDP
-    accelerate_config: str | None = None
+    feature_cache_gb: NotNegative = 8.0
+    collapse_nats: Positive = 0.5  # warn when chosen answers lose this much log-prob per token against the reference
+    processes: Count = 1  # (GPUs) to train on: more than one goes through `accelerate launch`
+    accelerate_config: Name | None = None  # a file of the repository (params/accelerate/...); null is plain DDP
 
 
-@dataclass(frozen=True)
-class EvaluateParams:
+@section
+class EvaluateParams(Section):
     """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
 
-    beams: int = _at_least(1)
-    max_new_tokens: int = _at_least(1)
-    batch_size: int = _at_least(1)
+    beams: Count
+    max_new_tokens: Count
+    batch_size: Count
 
 
-@dataclass(frozen=True)
-class SelectParams:
-    max_recall_drop: float = _between(0, 1)
+@section
+class SelectParams(Section):
+    max_recall_drop: Share
 
 
-@dataclass(frozen=True)
-class JudgeParams:
+@section
+class AblationParams(Section):
+    """What the experiments change of the method; whoever uses the method leaves it as it is."""
+
+    whole_answer: bool  # divide: judge the answer as a whole instead of claim by claim; false in the method
+    # generate: samples at temperatures of 1 ± this times `temperature`; 0 in the method
+    temperature_spread: Annotated[float, _up_to(0.95)]
+    coin_share: Share  # feedback: of the claims that a coin judges instead of the labeler; 0 in the method
+    balance_length: bool  # pairs: drop some until chosen and rejected are equally long; true in the method
+
+
+@section
+class JudgeParams(Section):
     """A benchmark's judge: `name` at the OpenAI-compatible server `base_url`, or, with null there, a checkpoint folder
     or hub id that judges in this process."""
 
-    name: str
-    base_url: str | None
+    name: Name
+    base_url: Name | None
     # the published scorer's .py files, to use its prompts (RefoMB has two); empty: ours
-    prompts: tuple[str, ...]
-    # the published rule for unreadable replies (MMHal: they count as 0)
-    strict_published: bool
+    prompts: Texts
+    strict_published: bool  # the published rule for unreadable replies (MMHal: they count as 0)
 
 
-@dataclass(frozen=True)
-class BenchmarkParams:
+@section
+class BenchmarkParams(Section):
     """A published benchmark, and whose answers to it are scored. Paths start at the repository."""
 
-    # what is asked: the benchmark's own files
-    questions: tuple[str, ...]
+    kind: Literal["chair", "object_halbench", "amber", "mmhal", "refomb", "pope"]
+    questions: Texts  # what is asked: the benchmark's own files
     # what is true: COCO instances and captions (chair, object_halbench), AMBER's folder; else it is in `questions`
-    truth: tuple[str, ...]
-    # a synonym table instead of ours (chair, object_halbench)
-    vocabulary: str | None
-    # the folder below which the images lie; null: they are in `questions`
-    images: str | None
-    # put after every question, such as "Please answer yes or no."
-    suffix: str
-    # null: our models answer; a file: these answers of someone else's model are scored
-    answers: str | None
-    # of the benchmarks that ask one
-    judge: JudgeParams | None
-    kind: str = _one_of("chair", "object_halbench", "amber", "mmhal", "refomb", "pope")
-    # 1: greedy
-    beams: int = _at_least(1)
+    truth: Texts
+    vocabulary: Name | None  # a synonym table instead of ours (chair, object_halbench)
+    images: Name | None  # the folder below which the images lie; null: they are in `questions`
+    suffix: str  # put after every question, such as "Please answer yes or no."
+    beams: Count  # 1: greedy
+    answers: Name | None  # null: our models answer; a file: these answers of someone else's model are scored
+    judge: JudgeParams | None  # of the benchmarks that ask one
 
 
-@dataclass(frozen=True)
-class SelfFeedbackParams:
+@section
+class SelfFeedbackParams(Section):
     """Best-of-N at inference time with the aligned policy's own DPO reward (section 2.4); sampling is `generate`'s."""
 
-    # the round whose policy is π_ref of the reward, "0" the base model; None: what the last round was trained against
+    # whose policy is π_ref of the reward, "0" the base model; None: what the last iteration was trained against
     reference: str | None
-    # the first so many test instructions
-    instructions: int = _at_least(1)
-    # the largest N; smaller ones are drawn from its answers
-    candidates: int = _at_least(2)
+    instructions: Count  # the first so many test instructions
+    candidates: Annotated[int, _at_least(2)]  # the largest N; smaller ones are drawn from its answers
     # resamples of the instructions that intervals are taken over
-    resamples: int = _at_least(20)
-    # instructions at a time
-    batch_size: int = _at_least(1)
+    resamples: Annotated[int, _at_least(20)]
+    batch_size: Count  # instructions at a time
 
 
-@dataclass(frozen=True)
-class ReportParams:
-    gallery: int = _at_least(1)
+@section
+class ReportParams(Section):
+    gallery: Count
 
 
-@dataclass(frozen=True)
-class IterationParams:
+@section
+class IterationParams(Section):
     """`prev` names the iteration whose policy this one starts from; "0" is the base model."""
 
     prev: str
 
 
-@dataclass(frozen=True)
-class Params:
-    seed: int
+@section
+class Params(Section):
+    seed: Seed
+    iterations: dict[str, IterationParams]
     policy: ModelParams
     labeler: ModelParams
     divider: ModelParams
@@ -301,144 +317,169 @@ class Params:
     train: TrainParams
     evaluate: EvaluateParams
     select: SelectParams
+    ablation: AblationParams
     benchmarks: dict[str, BenchmarkParams]
     self_feedback: SelfFeedbackParams
     report: ReportParams
-    iterations: dict[str, IterationParams]
+
+
+# ---- files
 
 
 def load_params(path: str | Path = DEFAULT) -> Params:
-    """Read and check a whole parameter file; a relative path is taken from the repository."""
-    path = Path(path) if Path(path).is_absolute() else ROOT / path
+    """Read and check a whole parameter file or a profile; a relative path is taken from the repository."""
+    path = ROOT / path
+    return check_params(read_content(path), path.name)
+
+
+def read_content(path: Path) -> Any:
+    """The plain content of a parameter file.
+
+    A file with a `default.yaml` beside it, as all in params/ have, is an overlay: it holds what differs from that
+    default, and what is returned is the whole.
+    """
+    content, default = read_yaml(path), path.with_name("default.yaml")
+    if path.name == default.name or not default.is_file():
+        return content
+    base = read_yaml(default)
+    check_params(base, default.name)
+    return merge(base, {} if content is None else content)
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain content of a YAML 1.2 file; raises ParamsError in one line when it has none."""
     if not path.is_file():
-        raise ParamsError(f"no parameter file {path}; the complete profiles are params.yaml and params/*.yaml")
+        raise ParamsError(f"no parameter file {path}; there are params.yaml and the profiles params/*.yaml")
     try:
-        content = YAML(typ="safe", pure=True).load(path)
-    except YAMLError as error:
+        return YAML(typ="safe", pure=True).load(path)
+    except (YAMLError, ValueError, RecursionError) as error:
         raise ParamsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    params = _build(Params, content, "", path.name)
-    _check_iterations(params.iterations, path.name)
-    check_train(params.train, f"{path.name}: ")
-    _check_benchmarks(params.benchmarks, path.name)
-    reference = params.self_feedback.reference
-    if reference not in (None, "0", *params.iterations):
-        raise ParamsError(f'{path.name}: self_feedback.reference: no iteration {reference!r}; "0" is the base model')
+
+
+def merge(base: Any, overlay: Any) -> Any:
+    """`base` with the values of `overlay`. Sections are merged key by key, but `iterations` and `benchmarks`, whose
+    keys are names, are replaced whole."""
+    if not (isinstance(base, dict) and isinstance(overlay, dict)):
+        return overlay
+    return base | {k: v if k in NAMED else merge(base.get(k), v) for k, v in overlay.items()}
+
+
+NAMED = ("iterations", "benchmarks")
+
+
+def check_params(content: Any, file: str) -> Params:
+    """The parameters of a whole content; `file` begins the message of a ParamsError."""
+    params = build(Params, content, file)
+    for problem in _problems(params):
+        raise ParamsError(f"{file}: {problem}")
     return params
 
 
-def _check_iterations(iterations: dict[str, IterationParams], file: str) -> None:
-    if not iterations:
-        raise ParamsError(f"{file}: iterations: expected a section with at least one entry, got {{}}")
-    for name, item in iterations.items():
-        if not name.isdecimal() or int(name) < 1:
-            raise ParamsError(f'{file}: iterations: expected names "1", "2", ..., got {name!r}')
-        if item.prev != "0" and item.prev not in iterations:
-            raise ParamsError(f"{file}: iterations.{name}.prev: no iteration {item.prev!r} to start from")
-        if int(item.prev) >= int(name):
-            raise ParamsError(f"{file}: iterations.{name}.prev: {item.prev!r} is not before {name!r}")
+def build(kind: Any, content: Any, file: str) -> Any:
+    """`content` as an instance of `kind`; raises ParamsError that says in one line what is wrong first."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ParamsError(" ".join(f"{file}: {_explain(**first)}".split())) from None
 
 
-def check_train(params: TrainParams, where: str = "") -> None:
-    """Raise ParamsError for training parameters that cannot work together; `where` begins the message."""
+EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
+EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
+
+
+def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: Mapping = {}) -> str:
+    """What is wrong, from one of pydantic's errors."""
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).lstrip(".")
+    if type in ("unknown", "missing"):
+        return f"{type} key {key}{'.' if key else ''}{ctx['key']}{msg}"
+    if loc[-1:] == ("[key]",):
+        place = ".".join(map(str, loc[:-2]))
+        return f'{place}: names are text: write "{input}": with quotes (DVC drops others)'
+    expected = EXPECTED.get(type, msg)
+    if type == "literal_error":
+        expected = "one of " + ctx["expected"].replace("'", "").replace(" or ", ", ")
+    quoted = type in ("int_type", "float_type") and isinstance(input, str) and NUMBER.fullmatch(input)
+    hint = " (a number in quotes is text: remove the quotes)" if quoted else ""
+    return f"{key or 'the file'}: expected {expected}, got {input!r}{hint}"
+
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
+# ---- what must fit together
+
+
+def check_train(params: TrainParams) -> None:
+    """Raise ParamsError for training parameters that cannot work together."""
+    for problem in _train_problems(params):
+        raise ParamsError(f"train.{problem}")
+
+
+def _train_problems(params: TrainParams) -> Iterator[str]:
     per_pass = params.micro_batch_size * params.processes
     if params.batch_size % per_pass:
-        raise ParamsError(
-            f"{where}train.batch_size {params.batch_size} is not a multiple of micro_batch_size x processes = "
+        yield (
+            f"batch_size {params.batch_size} is not a multiple of micro_batch_size x processes = "
             f"{params.micro_batch_size} x {params.processes}: the global batch would depend on the machine"
         )
-    if params.loss_weights is not None and len(params.loss_weights) != len(params.loss_type):
-        raise ParamsError(
-            f"{where}train.loss_weights {params.loss_weights} must have one weight per loss_type {params.loss_type}"
-        )
+    weights = params.loss_weights
+    if weights is not None and len(weights) != len(params.loss_type):
+        yield f"loss_weights {weights} must have one weight per loss_type {params.loss_type}"
     if "exo_pair" in params.loss_type and params.label_smoothing == 0:
-        raise ParamsError(f"{where}train.label_smoothing: the loss exo_pair needs more than 0, such as 1.0e-3")
+        yield "label_smoothing: the loss exo_pair needs more than 0, such as 1.0e-3"
     if "sft" in params.loss_type and params.segment_weight != 1:
-        raise ParamsError(
-            f"{where}train.segment_weight {params.segment_weight:g} would weigh the sft loss too, which is then no "
-            "likelihood: use one of the two"
+        yield (
+            f"segment_weight {params.segment_weight:g} would weigh the sft loss too, which is then no likelihood: "
+            "use one of the two"
         )
     if params.load_in_4bit and not params.lora_r:
-        raise ParamsError(f"{where}train.load_in_4bit keeps the base model frozen: it needs train.lora_r > 0")
+        yield "load_in_4bit keeps the base model frozen: it needs train.lora_r > 0"
     if params.accelerate_config and not (ROOT / params.accelerate_config).is_file():
-        raise ParamsError(f"{where}train.accelerate_config {params.accelerate_config} does not exist")
+        yield f"accelerate_config {params.accelerate_config} does not exist"
 
 
-def _check_benchmarks(benchmarks: dict[str, BenchmarkParams], file: str) -> None:
-    """Refuse an entry whose judge, truth, vocabulary or prompts are missing, or are not of its kind of benchmark."""
-    for name, item in benchmarks.items():
-        key = f"{file}: benchmarks.{name}"
-        if not name.replace("_", "").isalnum() or not name.isascii():
-            raise ParamsError(f"{key}: a name is letters, digits and _ (files are called after it)")
-        judged = item.kind in ("object_halbench", "mmhal", "refomb")
-        looked_up = item.kind in ("chair", "object_halbench", "amber")
-        if judged != (item.judge is not None):
-            raise ParamsError(f"{key}.judge: {item.kind} {'needs a judge' if judged else 'has no judge: write null'}")
-        if looked_up != bool(item.truth):
-            wanted = (
-                "needs the files or the folder of its truth" if looked_up else "has its truth in questions: write []"
-            )
-            raise ParamsError(f"{key}.truth: {item.kind} {wanted}")
-        if item.vocabulary and item.kind not in ("chair", "object_halbench"):
-            raise ParamsError(f"{key}.vocabulary: {item.kind} has no synonym table: write null")
-        if not item.questions and (item.answers is None or not looked_up):
-            raise ParamsError(f"{key}.questions: expected at least one file of {item.kind}")
-        if len(item.questions) > 1 and not looked_up:
-            raise ParamsError(f"{key}.questions: {item.kind} takes one file an entry, got {len(item.questions)}")
-        prompts = 2 if item.kind == "refomb" else 1
-        if item.judge and len(item.judge.prompts) not in (0, prompts):
-            raise ParamsError(f"{key}.judge.prompts: expected [] or {prompts} of the published scorer's files")
+def _problems(params: Params) -> Iterator[str]:
+    """What is wrong with a parameter file although every value by itself is possible."""
+    names, reference = params.iterations, params.self_feedback.reference
+    if not names:
+        yield "iterations: expected a section with at least one entry, got {}"
+    for name, item in names.items():
+        if not re.fullmatch("[1-9][0-9]*", name):
+            yield f'iterations: expected names "1", "2", ..., got {name!r}'
+        if item.prev != "0" and item.prev not in names:
+            yield f"iterations.{name}.prev: no iteration {item.prev!r} to start from"
+        if item.prev != "0" and int(item.prev) >= int(name):
+            yield f"iterations.{name}.prev: {item.prev!r} is not before {name!r}"
+    if reference not in (None, "0", *names):
+        yield f'self_feedback.reference: no iteration {reference!r}; "0" is the base model'
+    config = params.train.accelerate_config
+    if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
+        yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
+    yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    for name, item in params.benchmarks.items():
+        yield from (f"benchmarks.{name}{problem}" for problem in _benchmark_problems(name, item))
 
 
-def _build(kind: Any, value: Any, key: str, file: str) -> Any:
-    """Turn plain YAML into `kind`, checking names, types and values on the way."""
-    if dataclasses.is_dataclass(kind):
-        return _build_section(kind, value, key, file)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        if value is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value, key, file)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ParamsError(f"{file}: {key}: expected a section, got {value!r}")
-        for name in value:
-            if not isinstance(name, str):
-                raise ParamsError(f'{file}: {key}: names are text: write "{name}": with quotes (DVC drops others)')
-        return {name: _build(arguments[1], item, f"{key}.{name}", file) for name, item in value.items()}
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_build(arguments[0], item, f"{key}[{i}]", file) for i, item in enumerate(items))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
-        hint = " (a number in quotes is text: remove the quotes)" if _is_number(value) and kind is not str else ""
-        raise ParamsError(f"{file}: {key}: expected {expected}, got {value!r}{hint}")
-    return value
-
-
-def _build_section(kind: Any, value: Any, key: str, file: str) -> Any:
-    if not isinstance(value, dict):
-        raise ParamsError(f"{file}: {key or 'the file'}: expected a section, got {value!r}")
-    prefix = f"{key}." if key else ""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    if unknown := [name for name in value if name not in fields]:
-        raise ParamsError(f"{file}: unknown key {prefix}{unknown[0]}; known here: {', '.join(sorted(fields))}")
-    if missing := [name for name in fields if name not in value]:
-        raise ParamsError(f"{file}: missing key {prefix}{missing[0]}")
-    built = {}
-    for name, item in value.items():
-        built[name] = _build(hints[name], item, prefix + name, file)
-        check = fields[name].metadata.get("check")
-        if check and built[name] is not None and not check(built[name]):
-            raise ParamsError(f"{file}: {prefix}{name}: expected {fields[name].metadata['expected']}, got {item!r}")
-    return kind(**built)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+def _benchmark_problems(name: str, item: BenchmarkParams) -> Iterator[str]:
+    """An entry whose judge, truth, vocabulary or prompts are missing, or are not of its kind of benchmark."""
+    kind = item.kind
+    judged = kind in ("object_halbench", "mmhal", "refomb")
+    looked_up = kind in ("chair", "object_halbench", "amber")
+    if not name.replace("_", "").isalnum() or not name.isascii():
+        yield ": a name is letters, digits and _ (files are called after it)"
+    if judged != (item.judge is not None):
+        yield f".judge: {kind} {'needs a judge' if judged else 'has no judge: write null'}"
+    if looked_up and not item.truth:
+        yield f".truth: {kind} needs the files or the folder of its truth"
+    if item.truth and not looked_up:
+        yield f".truth: {kind} has its truth in questions: write []"
+    if item.vocabulary and kind not in ("chair", "object_halbench"):
+        yield f".vocabulary: {kind} has no synonym table: write null"
+    if not item.questions and (item.answers is None or not looked_up):
+        yield f".questions: expected at least one file of {kind}"
+    if len(item.questions) > 1 and not looked_up:
+        yield f".questions: {kind} takes one file an entry, got {len(item.questions)}"
+    prompts = 2 if kind == "refomb" else 1
+    if item.judge and len(item.judge.prompts) not in (0, prompts):
+        yield f".judge.prompts: expected [] or {prompts} of the published scorer's files"

@@ -1,4 +1,4 @@
-"""Record schemas, JSON lines, and the resumable store that every long stage writes through.
+"""Record schemas, and how they are written to and read from JSON lines.
 
 Rows are plain dataclasses with stable ids. A stage reads rows and writes one output row (or several) per input row,
 or a reject saying why not; nothing disappears.
@@ -7,7 +7,9 @@ or a reject saying why not; nothing disappears.
 import dataclasses
 import json
 import logging
+import math
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +59,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The labeler's P(yes) and P(no) at the first answer token; accepted iff p_yes > p_no."""
+    """The labeler's P(yes) and P(no) at the first answer token; accepted iff p_yes > p_no (ValueError otherwise)."""
 
     claim_id: str
     p_yes: float
     p_no: float
     accepted: bool
     labeler: str
+
+    def __post_init__(self) -> None:
+        if self.accepted != (self.p_yes > self.p_no):
+            verdict = "accepted" if self.accepted else "rejected"
+            raise ValueError(f"claim {self.claim_id} is {verdict} although p_yes is {self.p_yes} and p_no {self.p_no}")
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Who plays a role in a run (policy, labeler or divider), as the stage `models` found it. `fingerprint` changes
+    with any byte of a checkpoint, with the commit of a hub model, or with a server's address and model name."""
+
+    path: str
+    revision: str | None
+    dtype: str
+    device: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,31 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path, kind: type[T]) -> list[T]:
-    return [kind(**row) for row in read_jsonl(path)]
+    """All rows of a file as records of one kind, whose first field is their id.
+
+    Raises ValueError with file and line for a row that is none (a field missing, unknown or of another type, a number
+    that is not finite, what the record itself refuses) and for an id that was there before.
+    """
+    hints, rows, seen = typing.get_type_hints(kind), [], set()
+    identity = next(iter(hints))
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict) or row.keys() != hints.keys():
+            raise ValueError(f"{where}: no {kind.__name__}: its fields are {', '.join(hints)}, got {str(row)[:80]}")
+        for name, hint in hints.items():
+            value = row[name]
+            if type(value) is not hint and not (hint is float and type(value) is int):
+                raise ValueError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
+            if hint is float and not math.isfinite(value):
+                raise ValueError(f"{where}: {name} is {value}, expected a finite number")
+        if row[identity] in seen:
+            raise ValueError(f"{where}: {identity} {row[identity]!r} was there before")
+        seen.add(row[identity])
+        try:
+            rows.append(kind(**row))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return rows
 
 
 def batched(rows: Sequence[T], size: int) -> list[Sequence[T]]:

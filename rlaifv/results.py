@@ -1,27 +1,91 @@
-"""What an iteration leaves in data/results, read back for report and cards."""
+"""What an iteration leaves in data/results/K, as one record with one writer and one reader."""
 
-import csv
 import json
-import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from rlaifv.records import read_jsonl
+from rlaifv.records import read_jsonl, to_json, write_atomic, write_jsonl
+
+FILES = {
+    "dev": "dev/dev.jsonl",
+    "selection": "selection/selection.json",
+    "pairs": "selection/pairs.json",
+    "log": "selection/log.jsonl",
+    "test": "test/metrics.json",
+    "answers": "test/answers.jsonl",
+    "paired_test": "test/paired_test.json",
+    "gallery": "test/gallery.jsonl",
+    "benchmarks": "benchmarks/scores.json",
+}
+"""Part of a result → its file below data/results/K. The folder is the output of the stage that writes the part:
+evaluate (dev), select, test and benchmarks."""
+
+OF_TRAINING = ("selection", "pairs", "log", "paired_test")
+"""What iteration 0, the base model, has not: it was not trained, chosen, or compared with itself."""
 
 
-def read_result(folder: Path) -> dict:
-    """Everything that one round's select (or the baseline) left in `data/results/<round>`."""
-    result = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    result |= {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
-    if (folder / "log.csv").is_file():
-        with (folder / "log.csv").open() as stream:
-            result["log"] = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
-    return result
+@dataclass(frozen=True)
+class Result:
+    """One iteration's results; rates are fractions, with their 95 % intervals beside them. A part is None until its
+    stage has run (`read_result` raises then, unless told what it needs).
+
+    Attributes:
+        dev: metrics on dev, a row per checkpoint; of iteration 0 one row, the base model.
+        selection: the chosen row of `dev`.
+        pairs: `pairs.statistics` of what was trained on.
+        log: the training log, a row per step.
+        test: the policy's metrics on test.
+        answers: its test answers, rows of id, image, question, answer.
+        paired_test: it against the base on the same rows, by rate.
+        gallery: the first test answers with their judged claims.
+        benchmarks: name → what `suite.score` says; {} where none is configured.
+    """
+
+    dev: list[dict] | None = None
+    selection: dict | None = None
+    pairs: dict | None = None
+    log: list[dict] | None = None
+    test: dict | None = None
+    answers: list[dict] | None = None
+    paired_test: dict | None = None
+    gallery: list[dict] | None = None
+    benchmarks: dict[str, dict] | None = None
+
+
+def write_result(folder: Path, **parts: Any) -> None:
+    """Write some parts of a `Result` to an iteration's folder, each whole or not at all."""
+    for name, value in parts.items():
+        path = folder / FILES[name]
+        if path.suffix == ".jsonl":
+            write_jsonl(path, value)
+        else:
+            write_atomic(path, to_json(value) + "\n")
+
+
+def read_result(folder: Path, *needed: str) -> Result:
+    """Read an iteration's folder.
+
+    Args:
+        folder: data/results/K.
+        needed: the parts to read; none named: all that this iteration must have.
+
+    Raises:
+        FileNotFoundError: a part that its stage has not written, with the stage's name.
+    """
+    wanted: Iterable[str] = needed or (f.name for f in fields(Result))
+    if not needed and folder.name == "0":
+        wanted = (name for name in FILES if name not in OF_TRAINING)
+    parts = {}
+    for name in wanted:
+        path = folder / FILES[name]
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: the stage that writes {path.parent.name} has not run (dvc repro)")
+        parts[name] = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+    return Result(**parts)
 
 
 def read_timings(folder: Path) -> list[dict]:
     """The wall minutes and peak memory that every stage noted; they lie outside `data/`, for they are never equal."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def _number(text: str) -> float:
-    return float(text) if text else math.nan

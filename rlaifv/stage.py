@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -11,16 +12,20 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest, digest_files, digest_modules
+from rlaifv.fingerprint import digest, digest_data, stage_definition, stage_sources
 from rlaifv.params import Params, load_params
-from rlaifv.records import write_atomic
+from rlaifv.records import ModelRecord, write_atomic
+from rlaifv.store import SCRATCH, Store, sweep
 
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
-ANSWERING = ("images.py", "prefill.py", "prefix.py", "processors.py", "rows.py", "sampling.py", "vlm.py")
-"""The modules that everything which a model says runs through."""
+PREPARED = DATA / "prepared"
+WORLD = DATA / "world"
+MODELS = DATA / "models"
+EXAM = DATA / "results" / "exam" / "labeler.json"
 
 
 @dataclass(frozen=True)
@@ -59,56 +64,99 @@ class Paths:
         return self.folder / "checkpoints"
 
     @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation"
+    def trained(self) -> list[Path]:
+        """The folders of its trained checkpoints, first to last; iteration 0 has the base model alone."""
+        folders = self.checkpoints.glob("checkpoint-*")
+        return sorted(folders, key=lambda p: int(p.name.split("-")[1])) if self.iteration != "0" else [self.policy]
 
     @property
     def results(self) -> Path:
-        """The few small files of an iteration that the report reads."""
+        """The few small files of an iteration that the report reads: rlaifv/results.py."""
         return DATA / "results" / self.iteration
 
 
-PREPARED = DATA / "prepared"
-WORLD = DATA / "world"
+ANNOTATIONS = {"instances": "json", "captions": "json", "questions": "jsonl"}
+"""What may be known of an evaluation split → the ending of its file."""
+
+
+def annotations(prepared: Path, split: str, kind: str) -> Path:
+    """Where a split's annotations lie among the prepared files; absent where the parameter file has null."""
+    return prepared / f"{split}_{kind}.{ANNOTATIONS[kind]}"
+
+
+class UndeclaredParameter(AttributeError):
+    """A stage reads a parameter that dvc.yaml does not declare for it: DVC would not run it again for a change."""
+
+
+class DeclaredParams:
+    """The parameters that dvc.yaml declares for a stage, read by name like `Params`; any other is refused.
+
+    A section that is declared whole is the section itself, one of which some keys are declared has only these.
+    """
+
+    def __init__(self, params: Any, keys: list[str], stage: str, prefix: str = "") -> None:
+        self._params, self._keys, self._stage, self._prefix = params, keys, stage, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        value, key = getattr(self._params, name), self._prefix + name
+        if key in self._keys:
+            return value
+        if any(declared.startswith(f"{key}.") for declared in self._keys):
+            return DeclaredParams(value, self._keys, self._stage, f"{key}.")
+        raise UndeclaredParameter(f"stage {self._stage} reads {key}: add it to the stage's params in dvc.yaml")
 
 
 class Stage:
     """One run of one stage: its parameters, its files, its clock.
 
-    `name` is the stage's section in the parameter file; `iteration` and `prev` are "" outside the loop.
+    `name` is the stage's name in dvc.yaml (of iteration 0 it is NAME_base there); `iteration` and `prev` are "" outside
+    the loop. `params` holds what dvc.yaml declares for the stage, and nothing else.
     """
 
     def __init__(self, name: str, params_file: str, iteration: str | int = "", prev: str | int = "") -> None:
         self.name, self.iteration, self.prev = name, str(iteration), str(prev)
         start_logging()
-        self.params: Params = load_params(params_file)
-        if self.iteration and self.iteration != "0" and self.iteration not in self.params.iterations:
+        self._all: Params = load_params(params_file)
+        self.definition = f"{name}_base" if self.iteration == "0" else name
+        self.params = DeclaredParams(self._all, stage_definition(self.definition)["params"], self.definition)
+        if self.iteration and self.iteration != "0" and self.iteration not in self._all.iterations:
             raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
-        if self.iteration in self.params.iterations and self.prev != self.params.iterations[self.iteration].prev:
-            expected = self.params.iterations[self.iteration].prev
+        if self.iteration in self._all.iterations and self.prev != self._all.iterations[self.iteration].prev:
+            expected = self._all.iterations[self.iteration].prev
             raise ValueError(
                 f"iteration {self.iteration} of {params_file} starts from prev={expected}, not {self.prev!r}"
             )
         self.paths, self.prev_paths = Paths(self.iteration), Paths(self.prev)
+        sweep(SCRATCH, name)
 
     @property
     def label(self) -> str:
         return f"{self.name}@{self.iteration}" if self.iteration else self.name
 
-    def key(self, *inputs: Path, modules: tuple[str, ...], **extra: object) -> dict[str, object]:
-        """The scratch key: the stage's parameters and seed, its input files' bytes, its source.
+    def key(self) -> dict[str, object]:
+        """All that the stage's outputs depend on, as dvc.yaml lists it: declared parameters, code, data and models."""
+        definition = stage_definition(self.definition)
+        values = {key: _lookup(self._all, key) for key in definition["params"]}
+        deps = [self._fill(dep) for dep in definition["deps"] if not dep.startswith(("rlaifv/", "notebooks/"))]
+        images = self._all.prepare.image_root
+        data = {dep: digest_data(ROOT / dep, stat_only=dep == images) for dep in deps}
+        return {"params": digest(values), "source": stage_sources(self.definition), "data": data}
 
-        Args:
-            modules: the files below rlaifv/ that decide what the work comes to, beside those of `ANSWERING`;
-                tests/test_notebooks.py knows when one is missing.
-        """
-        return {
-            "params": digest(getattr(self.params, self.name, None)),
-            "seed": self.params.seed,
-            "inputs": digest_files(*inputs),
-            "source": digest_modules(*modules, *ANSWERING),
-            **extra,
-        }
+    def _fill(self, dep: str) -> str:
+        """A dependency with its `${…}` filled in as DVC does."""
+        known = {"key": self.iteration, "item.prev": self.prev}
+        return re.sub(r"\$\{([\w.]+)\}", lambda m: known.get(m[1]) or str(_lookup(self._all, m[1])), dep)
+
+    def store(self, part: str = "") -> Store:
+        """The store of this run's unfinished work, keyed by `key`; `part` names one of several."""
+        return Store(f"{self.label}{part and '-' + part}", self.key(), SCRATCH)
+
+    def model(self, role: str) -> ModelRecord:
+        """Who plays a role in this run, as the stage `models` wrote it; FileNotFoundError when it has not run."""
+        path = MODELS / f"{role}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.relative_to(ROOT)} yet: run the stage models (dvc repro)")
+        return ModelRecord(**json.loads(path.read_text()))
 
     def finish(self) -> None:
         """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session."""
@@ -119,6 +167,12 @@ class Stage:
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
         print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores; {versions}")
+
+
+def _lookup(params: Any, key: str) -> Any:
+    for name in key.split("."):
+        params = params[name] if isinstance(params, dict) else getattr(params, name)
+    return params
 
 
 def start_logging() -> None:

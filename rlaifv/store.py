@@ -1,13 +1,16 @@
-"""The resumable store that every long stage writes through: chunks that survive a kill, published whole."""
+"""The resumable store of every long stage: chunks of rows that survive a kill, published whole or not at all."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest
@@ -15,64 +18,185 @@ from rlaifv.records import Reject, T, to_json, write_atomic
 
 log = logging.getLogger(__name__)
 
+SCRATCH = ROOT / "scratch"
+FINISHED = "finished.json"
+"""Marks a folder of scratch whose work is published: `sweep` may delete it."""
+
+Work = Callable[[T], tuple[Iterable[Any], Iterable[Reject]]]
+"""Makes the rows and the rejects of one chunk."""
+
 
 class TooManyRejects(RuntimeError):
     """More rows were rejected than `max_reject_rate` allows: the input or the model does not fit the stage."""
 
 
+class IncompleteWork(RuntimeError):
+    """What is to be published is not all of it: chunks are missing, or rows and rejects do not add up to the inputs."""
+
+
+class InUse(RuntimeError):
+    """Another process is at the same work."""
+
+
+def lock_folder(folder: Path, what: str) -> FileLock:
+    """Keep every other process out of a folder of scratch until the lock is released or this process ends.
+
+    The lock lies beside the folder, so that the folder can be deleted while it is held. Raises InUse.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InUse(f"{what}: another process is at this work in {folder}: wait for it or stop it") from None
+    return lock
+
+
+def sweep(scratch: Path, stage: str) -> None:
+    """Delete finished work of other stages than `stage`, whose own finished work may be asked for once more: DVC has
+    not taken its outputs yet when a run dies in the stage's last second. What is unfinished or in use stays."""
+    for marker in scratch.glob(f"*/{FINISHED}"):
+        if not marker.parent.name.startswith((f"{stage}-", f"{stage}@")):
+            _delete(marker.parent)
+    for trash in scratch.glob("trash-*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that no process holds: out of sight at once, so that half of it is never taken for all of it."""
+    try:
+        lock = lock_folder(folder, folder.name)
+    except InUse:
+        return
+    try:
+        trash = folder.with_name(f"trash-{folder.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    finally:
+        lock.release()
+
+
 class Store:
     """Work that survives `kill -9`: chunks of rows, each written atomically under a key of all that determines it.
 
-    The key covers parameters, model fingerprints, input hashes and the stage's source, so work of another model or
-    input is never taken up again. Chunk borders depend on the input alone; a killed chunk is done again whole, so
-    that an interrupted run ends in the same bytes as an uninterrupted one.
+    The key covers parameters, models, inputs and the stage's source, so work of another model or input is never taken
+    up again. Chunk borders depend on the input alone; a killed chunk is done again whole, and so is one whose file is
+    not as it was written, so that an interrupted run ends in the same bytes as an uninterrupted one.
     """
 
     def __init__(self, stage: str, key: Mapping[str, Any], root: Path | None = None) -> None:
         self.stage = stage
-        self.folder = (root or ROOT / "scratch") / f"{stage}-{digest(key)}"
+        self.folder = (root or SCRATCH) / f"{stage}-{digest(key)}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        # one generation of work per stage is enough; older keys can never match again
-        for other in self.folder.parent.glob(f"{stage}-*"):
+        self._chunks: int | None = None
+        self._lock: FileLock | None = None
+
+    def run(self, chunks: Sequence[T], work: Work[T]) -> None:
+        """Do the chunks that are not done yet. `work` is first called when there is one, so what it loads (a model) is
+        loaded only then. Raises InUse while another process is at the same work."""
+        self._lock = self._lock or lock_folder(self.folder, self.stage)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._chunks = len(chunks)
+            todo = [i for i in range(len(chunks)) if self._read(i) is None]
+            if len(todo) < len(chunks):
+                done = len(chunks) - len(todo)
+                log.info("%s: %d of %d chunks are done already, going on", self.stage, done, len(chunks))
+            for i in progress(todo, self.stage):
+                self._write(i, *work(chunks[i]))
+        except BaseException:
+            self._release()
+            raise
+
+    def keep(self, name: str, make: Callable[[], str]) -> str:
+        """A text that belongs to the work (what a model said of itself), made once and kept with the chunks."""
+        path = self.folder / name
+        if not path.is_file():
+            write_atomic(path, make())
+        return path.read_text(encoding="utf-8")
+
+    def publish(self, rows_path: Path, n_inputs: int, max_reject_rate: float, of: str | None = None) -> tuple[int, int]:
+        """Put all chunks together as `rows_path` and `rejects.jsonl` beside it; return their row counts.
+
+        Args:
+            rows_path: the file of rows.
+            n_inputs: inputs that `run` was given, each of which gave a row or a reject.
+            max_reject_rate: the largest accepted share of rejects.
+            of: the field of a row that names its input, where an input gives several rows; None: one row an input.
+
+        Raises:
+            IncompleteWork: a chunk is missing, or rows and rejects do not add up; nothing is published then.
+            TooManyRejects: with the first reason, when rejects exceed `max_reject_rate` of `n_inputs`.
+        """
+        try:
+            if self._chunks is None:
+                raise IncompleteWork(f"{self.stage}: nothing was run before it is published")
+            parts = [self._read(i) for i in range(self._chunks)]
+            if missing := [i for i, part in enumerate(parts) if part is None]:
+                raise IncompleteWork(
+                    f"{self.stage}: {len(missing)} of {self._chunks} chunks are gone from {self.folder}, first number "
+                    f"{missing[0]}: run the stage again, it makes them anew"
+                )
+            rows = [row for part in parts for row in part[0]]
+            rejects = [reject for part in parts for reject in part[1]]
+            answered = len(rows) if of is None else len({json.loads(row)[of] for row in rows})
+            if answered + len(rejects) != n_inputs:
+                raise IncompleteWork(
+                    f"{self.stage}: {answered} inputs with rows and {len(rejects)} rejects are not the {n_inputs} "
+                    f"inputs: an input is lost or there twice; delete {self.folder} and run the stage again"
+                )
+            check_rejects(self.stage, [Reject(**json.loads(r)) for r in rejects], n_inputs, max_reject_rate)
+            write_atomic(rows_path.parent / "rejects.jsonl", "".join(row + "\n" for row in rejects))
+            write_atomic(rows_path, "".join(row + "\n" for row in rows))
+            write_atomic(self.folder / FINISHED, json.dumps({"rows": len(rows), "rejects": len(rejects)}) + "\n")
+        finally:
+            self._release()
+        for other in self.folder.parent.glob(f"{self.stage}-*/"):  # their keys can hardly match again
             if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+                _delete(other)
+        return len(rows), len(rejects)
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.release(force=True)
+            self._lock = None
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:06d}.jsonl"
 
-    def pending(self, chunks: Sequence[T]) -> Iterator[tuple[int, T]]:
-        """The chunks that are not done yet, with progress; says how much an earlier run had finished."""
-        todo = [i for i in range(len(chunks)) if not self._file(i).exists()]
-        if len(todo) < len(chunks):
-            log.info("%s: %d of %d chunks are done already, going on", self.stage, len(chunks) - len(todo), len(chunks))
-        for i in progress(todo, self.stage):
-            yield i, chunks[i]
+    def _write(self, index: int, rows: Iterable[Any], rejects: Iterable[Reject]) -> None:
+        body = "".join(
+            [f"row {to_json(row)}\n" for row in rows] + [f"reject {to_json(reject)}\n" for reject in rejects]
+        )
+        write_atomic(self._file(index), f"{body}end {_checksum(body)}\n")
 
-    def write(self, index: int, rows: Iterable[Any], rejects: Iterable[Reject] = ()) -> None:
-        lines = ["row " + to_json(row) + "\n" for row in rows] + ["reject " + to_json(r) + "\n" for r in rejects]
-        write_atomic(self._file(index), "".join(lines))
+    def _read(self, index: int) -> tuple[list[str], list[str]] | None:
+        """A chunk's rows and rejects as JSON, None where it is not done; one that is not as written is not done."""
+        path = self._file(index)
+        if not path.exists():
+            return None
+        body, found, end = path.read_bytes().decode("utf-8", errors="replace").rpartition("end ")
+        if not found or end != f"{_checksum(body)}\n":
+            log.warning("%s: chunk %d is broken (%s is cut or was changed): it is made again", self.stage, index, path)
+            path.unlink()
+            return None
+        lines = [line.partition(" ") for line in body.split("\n")[:-1]]  # splitlines also splits at U+0085
+        return [row for kind, _, row in lines if kind == "row"], [row for kind, _, row in lines if kind == "reject"]
 
-    def publish(self, rows_path: Path, n_inputs: int, max_reject_rate: float) -> tuple[int, int]:
-        """Put all chunks together as `rows_path` and `rejects.jsonl` beside it; return their row counts.
 
-        Raises TooManyRejects, with the commonest reason, when rejects exceed `max_reject_rate` of `n_inputs`.
-        """
-        rows, rejects = [], []
-        for file in sorted(self.folder.glob("*.jsonl")):
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines also splits at U+0085
-                kind, _, body = line.partition(" ")
-                (rows if kind == "row" else rejects).append(body + "\n")
-        check_rejects(self.stage, [Reject(**json.loads(r)) for r in rejects], n_inputs, max_reject_rate)
-        write_atomic(rows_path.parent / "rejects.jsonl", "".join(rejects))
-        write_atomic(rows_path, "".join(rows))
-        return len(rows), len(rejects)
+def _checksum(body: str) -> str:
+    return hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
 
 
 def check_rejects(stage: str, rejects: Sequence[Reject], n_inputs: int, max_reject_rate: float) -> None:
     if len(rejects) > max_reject_rate * n_inputs:
         reasons = [r.reason for r in rejects]
         raise TooManyRejects(
-            f"{stage}: {len(rejects)} of {n_inputs} rows rejected, more than {stage}.max_reject_rate = "
+            f"{stage}: {len(rejects)} of {n_inputs} rows rejected, more than {stage.split('@')[0]}.max_reject_rate = "
             f"{max_reject_rate:g}; the first reason: {reasons[0]}"
         )
 

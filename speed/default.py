@@ -22,21 +22,21 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOTrainer
 
 from rlaifv import ROOT
-from rlaifv.evaluation.hallucination import evaluate, load_split
+from rlaifv.evaluation.hallucination import load_split, measure
 from rlaifv.inference.yes_no import yes_no_ids
 from rlaifv.params import Params, load_params
 from rlaifv.records import RATES, Candidate, Claim, Instruction, Judgement, batched, read_records
 from rlaifv.stage import PREPARED, Paths, start_logging
 from rlaifv.steps.feedback import feedback
 from rlaifv.store import Store
-from rlaifv.training.dpo import be_quiet, training_arguments
 from rlaifv.training.job import train
+from rlaifv.training.library_quirks import be_quiet
 from rlaifv.training.policy import freeze, load_policy
 from rlaifv.vlm.chat_format import prompt_text
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_vlm
 from speed.model import report
-from speed.train import for_trl
+from speed.train import for_trl, trl_arguments
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def compare_feedback(params: Params, paths: Paths, batch: int, share: float) -> 
         out = Path(folder) / "judgements.jsonl"
         root, store = ROOT / params.prepare.image_root, Store("bench", {}, Path(folder))
         start = time.perf_counter()
-        counts = feedback(vlm, claims, images, root, params.feedback, store, out)
+        counts = feedback(lambda: vlm, claims, images, root, params.feedback, store, out)
         seconds["ours"] = time.perf_counter() - start
         ours = {judgement.claim_id: judgement.accepted for judgement in read_records(out, Judgement)}
     return {
@@ -99,8 +99,7 @@ def train_trl(policy: str, params: Params, rows: list[dict], folder: Path) -> VL
     """The round's training by `trl.DPOTrainer` with the same hyperparameters; it reads its reference every step."""
     vlm, reference = load_policy(policy, params.train), load_policy(policy, params.train)
     freeze(vlm.model, params.train)
-    args = training_arguments(params.train, folder, params.seed)
-    args.report_to, args.precompute_ref_log_probs = [], False
+    args = trl_arguments(params.train, folder, params.seed)
     # a checkpoint to resume from as often as ours are written
     args.save_strategy, args.save_steps = "steps", 1 / (params.train.epochs * params.train.checkpoints_per_epoch)
     trainer = DPOTrainer(
@@ -121,7 +120,7 @@ def compare_training(params: Params, paths: Paths, prev: Paths, seeds: int) -> d
     """Seconds of a round's training by TRL and by us, and what the last weights of each do on dev; medians of seconds
     and means of rates over `seeds` seeds."""
     be_quiet()
-    dev = load_split("dev", params.prepare.dev, PREPARED, ROOT / params.prepare.image_root, ROOT)
+    dev = load_split("dev", PREPARED, ROOT / params.prepare.image_root)
     rows = pq.read_table(paths.pairs).to_pylist()
     seconds, rates, steps = {"trl": [], "ours": []}, {"trl": [], "ours": []}, 0
     for seed in range(params.seed, params.seed + seeds):
@@ -136,7 +135,7 @@ def compare_training(params: Params, paths: Paths, prev: Paths, seeds: int) -> d
             seconds["ours"].append(time.perf_counter() - start)
             trained["ours"], steps = load_vlm(result.checkpoints[-1], dtype=params.policy.dtype), result.steps
         for name, vlm in trained.items():
-            rates[name].append(evaluate(vlm, dev, params.evaluate, params.feedback.suffix)[0])
+            rates[name].append(measure(vlm, dev, params.evaluate, params.feedback.suffix)[0])
     speedups = [trl / ours for trl, ours in zip(seconds["trl"], seconds["ours"], strict=True)]
     return {
         "pairs": len(rows),

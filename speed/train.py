@@ -3,7 +3,7 @@
 Trains the same pairs about random images (576 image tokens, answers of about 100 tokens, vocabulary 32,064) with a
 LLaVA-shaped random model three ways, each in a process of its own so that memory is measured apart:
 `trl` is plain `trl.DPOTrainer`, `answer` is the same with the vocabulary projected at answer positions only (what TRL
-does on CUDA), `ours` is `rlaifv.dpo.PairTrainer`. The vision tower is frozen for all three.
+does on CUDA), `ours` is `rlaifv.training.dpo.PairTrainer`. The vision tower is frozen for all three.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from transformers import (
     CLIPImageProcessorPil,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from rlaifv.params import TrainParams
-from rlaifv.training.dpo import be_quiet, training_arguments
-from rlaifv.training.dpo_trainer import PairCollator, PairTrainer
-from rlaifv.training.layout import choose_layout
+from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments
+from rlaifv.training.library_quirks import be_quiet, checkpoint_activations
+from rlaifv.training.packed_pairs import choose_layout
 from rlaifv.training.pair_data import PairData
-from rlaifv.training.policy import freeze, lora_config
-from rlaifv.training.reference import ReferenceStore
+from rlaifv.training.policy import add_lora, freeze, lora_config
 from rlaifv.vlm.loading import VLM
 from speed.model import (
     IMAGE_ID,
@@ -141,39 +141,58 @@ class Clock(TrainerCallback):
         self.marks.append(time.perf_counter())
 
 
-def make_trainer(way: str, vlm: VLM, rows: list[dict], params: TrainParams, folder: Path) -> DPOTrainer:
+def trl_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
+    """TRL's arguments for our parameters; it computes its reference every step, as it does for images."""
+    ours = training_arguments(params, folder, seed)
+    same = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+    same += ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "logging_steps", "use_cpu")
+    same += ("logging_nan_inf_filter", "disable_tqdm", "seed", "dataloader_pin_memory")
+    args = DPOConfig(
+        output_dir=str(folder),
+        beta=params.beta,
+        loss_type=list(params.loss_type),
+        loss_weights=list(params.loss_weights) if params.loss_weights else None,
+        label_smoothing=params.label_smoothing,
+        activation_checkpointing=params.gradient_checkpointing,  # their new name for it; TRL reads the old one from it
+        max_length=None,  # never cut an answer
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        **{name: getattr(ours, name) for name in same},
+    )
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def make_trainer(way: str, vlm: VLM, rows: list[dict], params: TrainParams, folder: Path) -> Trainer:
     """The trainer of one of `WAYS`, reference log-probs computed where they are computed once."""
-    args = training_arguments(params, folder / "trainer", seed=0)
-    args.report_to = []
-    peft_config = lora_config(vlm.model, params) if params.lora_r else None
     if way != "ours":
-        args.precompute_ref_log_probs = False
         if way == "answer":
             trl.trainer.utils._use_triton = lambda device: True  # the branch that TRL takes on CUDA
         return DPOTrainer(
             model=vlm.model,
             ref_model=None if params.lora_r else copy.deepcopy(vlm.model),
-            args=args,
+            args=trl_arguments(params, folder / "trainer", seed=0),
             train_dataset=for_trl(rows),
             processing_class=vlm.processor,
-            peft_config=peft_config,
+            peft_config=lora_config(vlm.model, params) if params.lora_r else None,
         )
+    args = training_arguments(params, folder / "trainer", seed=0)
+    args.report_to = []
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
-    data = PairData(vlm, folder / "pairs.parquet")
-    layout = choose_layout(vlm, data, params)
-    return PairTrainer(
-        model=vlm.model,
-        args=args,
-        data=data,
-        reference=ReferenceStore(folder, {}, [pair.pair_id for pair in data.pairs]),
-        data_collator=PairCollator(data, vlm.tokenizer.pad_token_id, packed=layout.startswith("packed")),
-        train_dataset=Dataset.from_dict({"pair": list(range(len(data.pairs)))}),
-        processing_class=vlm.processor,
-        peft_config=peft_config,
-    )
+    data, scorer = PairData(vlm, folder / "pairs.parquet"), PairScorer(vlm.model)
+    packed = choose_layout(scorer, vlm, data, params).startswith("packed")
+    collate = PairCollator(data, vlm.tokenizer.pad_token_id, packed=packed)
+    batch_size = 4 * params.micro_batch_size
+    reference = reference_logps(scorer, collate, batch_size, vlm.device, params.dtype == "bfloat16")
+    if params.lora_r:
+        scorer = PairScorer(add_lora(vlm.model, params), scorer.images)
+    if params.gradient_checkpointing:
+        checkpoint_activations(scorer.policy, lora=bool(params.lora_r))
+    return PairTrainer(scorer, collate, reference, params, args)
 
 
-def first_step(trainer: DPOTrainer, rows: int, keep_gradients: bool, out: Path) -> float:
+def first_step(trainer: Trainer, rows: int, keep_gradients: bool, out: Path) -> float:
     """Loss on the first pairs before any update; its gradients go to `out` and are cleared."""
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
@@ -181,7 +200,11 @@ def first_step(trainer: DPOTrainer, rows: int, keep_gradients: bool, out: Path) 
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    gradients = {n: p.grad.cpu().clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    gradients = {
+        name.removeprefix("policy."): weight.grad.cpu().clone()
+        for name, weight in trainer.model.named_parameters()
+        if weight.grad is not None
+    }
     if keep_gradients:
         save_file(gradients, out)
     trainer.model.zero_grad(set_to_none=True)

@@ -3,15 +3,20 @@ came out, and of which checkpoints."""
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from dvc.utils.cli_parse import to_path_overrides
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from rlaifv import ROOT, experiments
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
-from rlaifv.experiments import LIST, Experiment, collect, compose, load_groups, needed, run_group, write_results
-from rlaifv.params import ParamsError, load_params
+from rlaifv.experiments import LIST, Experiment, collect, load_groups, needed, overrides, run_group, write_results
+from rlaifv.params import DEFAULT, ParamsError, check_params, load_params, merge, read_content, read_yaml
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
+from rlaifv.results import Result
 
 BASE = load_params()
 
@@ -33,25 +38,22 @@ def changed(params) -> set[str]:
     ("name", "keys"),
     [
         ("control", set()),
-        ("whole-answer", {"divide.whole_answer"}),
-        ("mixed-temperatures", {"generate.temperature_spread"}),
-        ("no-length-balance", {"pairs.balance_length"}),
-        ("random-labeler", {"feedback.coin_share"}),
+        ("whole-answer", {"ablation.whole_answer"}),
+        ("mixed-temperatures", {"ablation.temperature_spread"}),
+        ("no-length-balance", {"ablation.balance_length"}),
+        ("random-labeler", {"ablation.coin_share"}),
     ],
 )
 def test_an_ablation_changes_the_parameters_it_names_and_nothing_else(groups, name, keys):
     experiment = next(e for e in groups["ablations"].experiments if e.name == name)
     assert changed(experiment.params) == keys | {"iterations"}
-    assert list(experiment.params.iterations) == ["1"], "ablations are of one round, so that they are cheap"
+    assert list(experiment.params.iterations) == ["1"], "ablations are of one iteration, so that they are cheap"
 
 
-@pytest.mark.parametrize(
-    ("name", "profile"),
-    [("four-iterations", "four-iterations"), ("one-large-round", "one-large-round"), ("self", "self")],
-)
-def test_an_experiment_with_rounds_is_the_profile_of_its_name(groups, name, profile):
+@pytest.mark.parametrize("name", ["four-iterations", "one-large-iteration", "self"])
+def test_an_experiment_with_iterations_is_the_profile_of_its_name(groups, name):
     experiment = next(e for e in groups["rounds"].experiments if e.name == name)
-    assert experiment.params == load_params(f"params/{profile}.yaml")
+    assert experiment.params == load_params(f"params/{name}.yaml")
 
 
 def written(tmp_path, change):
@@ -63,18 +65,35 @@ def written(tmp_path, change):
     return tmp_path / "experiments.yaml"
 
 
-def overriding(name: str, *overrides: str):
-    return lambda section: section["experiments"][name].update(set=list(overrides))
+def setting(name: str, **overlay):
+    return lambda section: section["experiments"][name].update(set=overlay)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (overriding("control", "pairs.nonsense=1"), r"ablations\.control: .*pairs\.nonsense"),
-        (overriding("control", "+pairs.nonsense=1"), r"ablations\.control: .*unknown key pairs\.nonsense"),
-        (overriding("random-labeler", "feedback.coin_share=2"), r"random-labeler: .*coin_share.*from 0 to 1"),
+        (
+            setting("control", pairs={"nonsense": 1}),
+            r"ablations\.control: unknown key pairs\.nonsense; known",
+        ),
+        (
+            setting("control", nonsense={"min_gap": 1}),
+            r"ablations\.control: unknown key nonsense; known here: ",
+        ),
+        (setting("random-labeler", ablation={"coin_share": 2}), r"random-labeler: .*coin_share.*from 0 to 1"),
+        (setting("control", iterations={"1": {"prev": 0}}), r"iterations\.1\.prev: expected text, got 0"),
+        (setting("control", policy={"path": "a$b"}), r"ablations\.control: policy\.path: DVC cannot set .*'a\$b'"),
+        (lambda section: section["experiments"]["control"].update(profile="self"), r"control: expected the keys"),
+        (
+            lambda section: section["experiments"].update(x={"asks": "?", "profile": "none"}),
+            r"ablations\.x\.profile: no profile 'none'",
+        ),
         (lambda section: section.update(control="self"), r"ablations\.control: no experiment 'self'"),
-        (lambda section: section.update(common=["+iterations.4.prev='3'"]), r"iterations\.4\.prev: no iteration '3'"),
+        (
+            lambda section: section.update(common={"iterations": {"4": {"prev": "3"}}}),
+            r"iterations\.4\.prev: no iteration",
+        ),
+        (lambda section: section.pop("control"), r"experiments\.yaml: missing key ablations\.control"),
         (lambda section: section["experiments"]["control"].pop("asks"), r"control: expected the keys asks and set"),
     ],
 )
@@ -84,19 +103,49 @@ def test_a_list_that_cannot_be_run_is_refused_with_the_experiments_name(tmp_path
 
 
 def test_an_unknown_parameter_stops_the_command_before_anything_runs(tmp_path, monkeypatch, capsys):
-    file = written(tmp_path, overriding("random-labeler", "feedback.coins=1"))
+    file = written(tmp_path, setting("random-labeler", feedback={"coins": 1}))
     monkeypatch.setattr(experiments, "load_groups", lambda: load_groups(file))
     monkeypatch.setattr(experiments, "run_experiment", lambda _: pytest.fail("an experiment was run"))
     assert experiments.main(["ablations"]) == 1
     assert "random-labeler" in capsys.readouterr().err
 
 
-def test_names_of_rounds_stay_text_through_dvc(groups):
-    # DVC makes no stage at all of a name that is a number
-    four = next(e for e in groups["rounds"].experiments if e.name == "four-iterations")
-    assert {type(name) for name in four.params.iterations} == {str}
-    with pytest.raises(ParamsError, match="expected text, got 2"):
-        compose(["+iterations.3.prev=2"], "here")
+def through_dvc(tmp_path, set_params) -> dict:
+    """What params.yaml becomes when DVC's own code sets parameters, as `dvc exp run --set-param` does."""
+    copy = shutil.copy(DEFAULT, tmp_path)
+    for file, changes in to_path_overrides(set_params).items():
+        assert file == "params.yaml"
+        apply_overrides(copy, changes)
+    return read_content(Path(copy))
+
+
+def test_what_dvc_makes_of_an_experiment_is_what_was_checked(groups, tmp_path):
+    # DVC makes no stage at all of an iteration whose name is a number
+    for group in groups.values():
+        for experiment in group.experiments:
+            assert check_params(through_dvc(tmp_path, experiment.overrides), "dvc") == experiment.params
+
+
+BENCHMARK = read_content(ROOT / "params" / "llava15-7b.yaml")["benchmarks"]["object_halbench"]
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"train": {"beta": 1e-5, "learning_rate": 5e-7, "max_length": None, "packed": False, "epochs": 1}},
+        {"train": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5], "lora_targets": ["q_proj"]}},
+        {
+            "labeler": {"path": "http://h:8000/v1#a=b,c", "revision": "1"},
+            "feedback": {"suffix": "it's, {x} or [y]: π~+"},
+        },
+        {"benchmarks": {"mine": BENCHMARK, "yours": {**BENCHMARK, "judge": None}}},
+        {"benchmarks": {}, "iterations": {"1": {"prev": "0"}, "2": {"prev": "0"}}, "seed": 1},
+        read_yaml(ROOT / "params" / "llava15-7b.yaml"),
+    ],
+    ids=lambda overlay: ",".join(overlay),
+)
+def test_every_kind_of_value_reaches_an_experiment_through_dvc_as_it_is(tmp_path, overlay):
+    assert through_dvc(tmp_path, tuple(overrides(overlay, "here"))) == merge(read_content(DEFAULT), overlay)
 
 
 # ---- what was run, and what is run again
@@ -146,7 +195,7 @@ def made(groups, name: str, rates: dict[str, float], **extra) -> dict:
 
 ABLATIONS = {"control": 0.03, "whole-answer": 0.5, "mixed-temperatures": 0.04, "no-length-balance": 0.02,
              "random-labeler": 0.61}  # fmt: skip
-ROUNDS = {"four-iterations": 0.01, "one-large-round": 0.2, "self": 0.1}
+ROUNDS = {"four-iterations": 0.01, "one-large-iteration": 0.2, "self": 0.1}
 
 
 def names(found) -> set[str]:
@@ -220,24 +269,26 @@ def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_pa
     from rlaifv.evaluation import outcome as module
 
     found = outcome(0.1)
-    for name, row in {"0": found["base"], **found["rounds"]}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.json").write_text(json.dumps({**row, "yes_no": {"n": 0}}))
-    statistics = {"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}}
-    (tmp_path / "1" / "pairs.json").write_text(json.dumps(statistics))
-    (tmp_path / "1" / "selection.json").write_text(json.dumps({"checkpoint": "checkpoint-1"}))
-    dev = [{"checkpoint": f"checkpoint-{k}", **found["rounds"]["1"], "recall": 1 - k / 10} for k in (1, 2)]
-    (tmp_path / "1" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dev))
+    last = found["rounds"]["1"]
+    results = {
+        "0": Result(test={**found["base"], "yes_no": {"n": 0}}),
+        "1": Result(
+            test={**last, "yes_no": {"n": 0}},
+            pairs={"pairs": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6, "score_gaps": {}},
+            selection={"checkpoint": "checkpoint-1"},
+            dev=[{"checkpoint": f"checkpoint-{k}", **last, "recall": 1 - k / 10} for k in (1, 2)],
+        ),
+    }
     scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
     monkeypatch.setattr(module, "score_round", lambda *_: scored)
-    unknown = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "absent.json")
+    unknown = score_run(results, tmp_path, tmp_path, tmp_path / "absent.json")
     assert unknown["base"]["response_hallucination"] == 0.6
     assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}
     assert "claim_accuracy" not in unknown["rounds"]["1"]
     training = unknown["rounds"]["1"]["training"]
     assert (training["chosen"], training["last"], training["last_recall"]) == ("checkpoint-1", "checkpoint-2", 0.8)
     (tmp_path / "instances_train.json").write_text("{}")
-    known = score_run(["1"], tmp_path, tmp_path, tmp_path, tmp_path / "instances_train.json")
+    known = score_run(results, tmp_path, tmp_path, tmp_path / "instances_train.json")
     assert known["rounds"]["1"]["claim_accuracy_interval"] == [0.8, 1.0]
     assert "pair_agreement" not in known["rounds"]["1"], "without pairs there is nothing to agree"
 
@@ -273,6 +324,19 @@ def test_the_report_says_plainly_when_the_numbers_are_of_other_checkpoints_or_se
     assert "make ablations" in section
 
 
+def test_what_results_came_from_are_the_records_of_the_models_without_a_second_fingerprint(monkeypatch):
+    from types import SimpleNamespace
+
+    from rlaifv.evaluation import outcome as module
+
+    records = module.describe_models(BASE)
+    monkeypatch.setattr(module, "describe", lambda _: pytest.fail("the stage models has done that"))
+    only = SimpleNamespace(**{key: getattr(BASE, key) for key in ("seed", *module.SETTINGS)})
+    found = describe_inputs(only, records)
+    assert found["models"]["labeler"] == {"path": BASE.labeler.path, "fingerprint": records["labeler"].fingerprint}
+    assert found["settings"]["train.beta"] == BASE.train.beta
+
+
 def test_a_failed_experiment_is_named_in_the_report(groups):
     results = made(groups, "ablations", {"control": 0.03}, failed=["self"])
     assert "Failed: self." in experiments_html(results, describe_inputs(BASE))
@@ -293,10 +357,10 @@ def test_rounds_are_drawn_with_the_control_as_a_marker_of_its_own(groups):
 
     figure = rounds(made(groups, "rounds", ROUNDS))
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["four-iterations", "self", "one-large-round"]
+    assert labels == ["four-iterations", "self", "one-large-iteration"]
     lines = {container.get_label(): container[0] for container in figure.axes[0].containers}
     assert len(lines["four-iterations"].get_xdata()) == 5
-    assert len(lines["one-large-round"].get_xdata()) == 1
+    assert len(lines["one-large-iteration"].get_xdata()) == 1
 
 
 def best_of_n() -> dict:
@@ -323,13 +387,13 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
 
 
 def test_without_results_the_report_has_no_such_section(tmp_path, groups):
-    policy = ROOT / "models" / "tiny" / "policy"
+    inputs = describe_inputs(BASE)
     for group in groups.values():
         write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
-    assert findings_html(tmp_path / "metrics", tuple(groups), BASE, policy) == ""
+    assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
-    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), BASE, policy)
+    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa")
 
 
 def test_the_files_that_the_report_depends_on_are_in_the_repository():

@@ -1,5 +1,6 @@
-"""A published folder loads with the libraries' own loaders, and its cards say what the run measured."""
+"""An exported folder loads with the libraries' own loaders, and its cards say what the run measured."""
 
+import dataclasses
 import json
 
 import datasets
@@ -11,10 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rlaifv.stage
 from rlaifv import ROOT
-from rlaifv.export import main
+from rlaifv.export import dataset_card, main, model_card
+from rlaifv.params import load_params
 from rlaifv.records import Candidate, Instruction, to_json, write_atomic
+from rlaifv.results import Result, write_result
 from rlaifv.stage import Paths
 from rlaifv.steps.pairs import Pair, write_pairs
+
+EXAM = {"accuracy": 0.97, "per_type": {"existence": 0.99, "color": 0.95}, "n": 10}
 
 
 def rates(response: float, recall: float) -> dict:
@@ -25,26 +30,25 @@ def rates(response: float, recall: float) -> dict:
 
 @pytest.fixture
 def finished_run(tmp_path, monkeypatch):
-    """The files that two finished rounds leave behind."""
+    """The files that two finished iterations leave behind."""
     monkeypatch.setattr(rlaifv.stage, "DATA", tmp_path / "data")
     (tmp_path / "0.png").write_bytes(picture(0))
     for name, test in (("0", rates(0.4, 0.93)), ("1", rates(0.2, 0.92)), ("2", rates(0.1, 0.91))):
-        write_atomic(Paths(name).results / "test.json", to_json(test))
+        write_result(Paths(name).results, test=test)
         if name == "0":
-            labeler = {"accuracy": 0.97, "per_type": {"existence": 0.99, "color": 0.95}, "n": 10}
-            write_atomic(Paths(name).results / "labeler.json", to_json(labeler))
+            write_atomic(tmp_path / "data" / "results" / "exam" / "labeler.json", to_json(EXAM))
             continue
         save_tiny_llava(Paths(name).policy, seed=int(name))
         answers = [Candidate(f"i#{s}", "i", s, text, 3, "stop", 0, "x") for s, text in enumerate(("a dog", "a cat"))]
         pair = Pair(Instruction("i", "0.png", "what is in the image ?", source="test"), *answers, 0, -1)
-        write_pairs(Paths(name).pairs, [pair] * int(name), tmp_path, f"round-{name}")
+        write_pairs(Paths(name).pairs, [pair] * int(name), tmp_path, f"iteration-{name}")
         numbers = {"pairs": int(name), "pairs_before_balance": 7, "instructions_with_pairs": 1}
         numbers |= {"mean_words_chosen": 2.0, "mean_words_rejected": 2.0}
-        write_atomic(Paths(name).results / "pairs.json", to_json(numbers))
+        write_result(Paths(name).results, pairs=numbers)
     return tmp_path
 
 
-def test_model_and_dataset_load_from_the_published_folder(finished_run):
+def test_model_and_dataset_load_from_the_exported_folder(finished_run):
     out = finished_run / "release"
     assert main(["--iteration", "2", "--out", str(out)]) == 0
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
@@ -52,8 +56,8 @@ def test_model_and_dataset_load_from_the_published_folder(finished_run):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     AutoProcessor.from_pretrained(out / "model")
     pairs = datasets.load_dataset(str(out / "dataset"), cache_dir=str(finished_run / "cache"))
-    assert {name: len(split) for name, split in pairs.items()} == {"round_1": 1, "round_2": 2}
-    row = pairs["round_2"][0]
+    assert {name: len(split) for name, split in pairs.items()} == {"iteration_1": 1, "iteration_2": 2}
+    row = pairs["iteration_2"][0]
     assert (row["chosen"], row["rejected"], row["chosen_score"]) == ("a dog", "a cat", 0)
     assert row["image"].size == (24, 24)
 
@@ -64,31 +68,73 @@ def test_the_cards_hold_the_numbers_and_the_limits_of_the_run(finished_run):
     card = ModelCard.load(out / "model" / "README.md")
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-text-to-text"
     assert {r.metric_type: r.metric_value for r in card.data.eval_results}["response_hallucination"] == 10.0
-    for text in ("| base | 40.0 (38.0–42.0) |", "| round 2 | 10.0 (8.0–12.0) |", "2.0 points below", "color: 95.0 %"):
-        assert text in card.text
+    for text in ("| base | 40.0 (38.0–42.0) |", "| iteration 2 | 10.0 (8.0–12.0) |", "2.0 points below",
+                 "color: 95.0 %", "| 2 | 2 | 7 | 1 | 2.0 | 2.0 |", "| labeler | `models/tiny/labeler` |"):  # fmt: skip
+        assert text in card.text, text
     assert json.loads((out / "model" / "metrics.json").read_text())["1"]["recall"] == 0.92
     assert (out / "model" / "training_params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
     assert "3 pairs" in DatasetCard.load(out / "dataset" / "README.md").text
 
 
-def test_an_earlier_round_is_published_with_its_own_data_only(finished_run):
+def test_an_earlier_iteration_is_exported_with_its_own_data_only(finished_run):
     out = finished_run / "release"
     assert main(["--iteration", "1", "--out", str(out)]) == 0
-    assert [f.name for f in (out / "dataset" / "data").iterdir()] == ["round_1.parquet"]
-    assert "round 2" not in (out / "model" / "README.md").read_text()
+    assert [f.name for f in (out / "dataset" / "data").iterdir()] == ["iteration_1.parquet"]
+    assert "iteration 2" not in (out / "model" / "README.md").read_text()
 
 
-def test_what_cannot_be_published_is_one_clear_line_and_leaves_nothing(finished_run, capsys):
-    (Paths("1").results / "test.json").unlink()
+def test_without_an_exam_of_the_labeler_the_card_says_so(finished_run):
+    for exam in (to_json({"n": 0}), None):
+        file = finished_run / "data" / "results" / "exam" / "labeler.json"
+        file.unlink()
+        if exam:
+            write_atomic(file, exam)
+        out = finished_run / f"release{exam is None}"
+        assert main(["--iteration", "1", "--out", str(out)]) == 0
+        assert "How often the labeler is right was not measured" in (out / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("org/model_v1.5 *new*", "`org/model_v1.5 *new*`"),
+        ("a`b", "<code>a&#96;b</code>"),
+        ("a|b", "<code>a&#124;b</code>"),
+        ("a\n\n# b", "`a # b`"),
+        ("<script>alert(1)</script>", "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code>"),
+    ],
+)
+def test_a_models_name_is_a_name_in_a_card_and_nothing_else(name, shown):
+    params = load_params()
+    params = dataclasses.replace(params, labeler=dataclasses.replace(params.labeler, path=name))
+    numbers = {"pairs": 1, "pairs_before_balance": 1, "instructions_with_pairs": 1}
+    numbers |= {"mean_words_chosen": 2.0, "mean_words_rejected": 2.0}
+    results = {"0": Result(test=rates(0.4, 0.9)), "1": Result(test=rates(0.2, 0.9), pairs=numbers)}
+    exam = {**EXAM, "per_type": {"[a](b) *c*\nd": 0.5}}
+    card = model_card(params, results, exam, None)
+    assert f"| labeler | {shown} |\n" in card and "<script" not in card
+    assert "(&#91;a&#93;(b) &#42;c&#42; d: 50.0 %)" in card
+    assert f"the labeler {shown} rejects" in dataset_card(params, results, None)
+
+
+def test_what_cannot_be_exported_is_one_clear_line_and_leaves_nothing(finished_run, capsys):
+    (Paths("1").policy / "config.json").unlink()
     for iteration, out, message in (
         ("7", "new", "no iteration '7'"),
-        ("1", "new", "round 1 has not run"),
-        ("2", "new", "round 1 has not run"),
+        ("1", "new", "iteration 1 has not run"),
+        ("2", "new", "iteration 1 has not run"),
     ):
         assert main(["--iteration", iteration, "--out", str(finished_run / out)]) == 1
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
         assert not (finished_run / out).exists()
+
+
+def test_a_result_that_is_not_there_is_one_clear_line_too(finished_run, capsys):
+    (Paths("1").results / "test" / "metrics.json").unlink()
+    assert main(["--iteration", "2", "--out", str(finished_run / "new")]) == 1
+    error = capsys.readouterr().err
+    assert "the stage that writes test has not run" in error and len(error.splitlines()) == 1
 
 
 def test_nothing_is_overwritten(finished_run, capsys):

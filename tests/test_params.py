@@ -1,6 +1,8 @@
 """Parameters are checked in the first second, and an error says key, value and way out."""
 
+import dataclasses
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from ruamel.yaml import YAML
 from trl import DPOTrainer
 
 from rlaifv import ROOT
-from rlaifv.params import DEFAULT, LOSSES, ParamsError, load_params
+from rlaifv.fingerprint import digest
+from rlaifv.params import DEFAULT, LOSSES, ParamsError, TrainParams, load_params
 
 
 def profile(tmp_path: Path, change) -> Path:
@@ -51,7 +54,7 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["generate"].pop("top_k"), r"missing key generate\.top_k"),
         (lambda c: c["generate"].update(temperature=0), r"generate\.temperature: expected a value above 0, got 0"),
         (lambda c: c["generate"].update(samples=True), r"generate\.samples: expected a whole number, got True"),
-        (lambda c: c["pairs"].update(balance_length="true"), r"pairs\.balance_length: expected true or false"),
+        (lambda c: c["ablation"].update(balance_length="true"), r"ablation\.balance_length: expected true or false"),
         (lambda c: c["policy"].update(dtype="fp16"), r"policy\.dtype: expected one of float32, .*got 'fp16'"),
         (lambda c: c["iterations"].update({3: {"prev": "2"}}), "names are text"),
         (lambda c: c["iterations"].update({"3": {"prev": "7"}}), r"iterations\.3\.prev: no iteration '7'"),
@@ -76,6 +79,105 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
 def test_a_wrong_profile_is_refused_with_the_key(tmp_path, change, message):
     with pytest.raises(ParamsError, match=message):
         load_params(profile(tmp_path, change))
+
+
+def many(*keys: str, value, message: str):
+    """The same wrong value under each of several keys, such as "train.beta"."""
+
+    def change(content, section: str, name: str):
+        (content[section] if section else content).update({name: value})
+
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        yield pytest.param(lambda c, s=section, n=name: change(c, s, n), rf"{key}.*: {message}", id=f"{key}={value}")
+
+
+NUMBERS = (
+    "generate.temperature", "generate.top_p", "divide.temperature", "feedback.min_answer_mass", "ablation.coin_share",
+    "select.max_recall_drop", "train.beta", "train.learning_rate", "train.weight_decay", "train.max_grad_norm",
+    "train.label_smoothing", "train.segment_weight", "train.feature_cache_gb", "train.collapse_nats",
+)  # fmt: skip
+FILES = ("policy.path", "labeler.path", "divider.path", "prepare.image_root", "prepare.instructions")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *many("seed", "world.seed", value=-1, message="expected a whole number from 0 to 4294967295, got -1"),
+        *many(
+            "seed", "world.seed", value=2**32, message="expected a whole number from 0 to 4294967295, got 4294967296"
+        ),
+        *many(*NUMBERS, value=math.inf, message="expected a finite number, got inf"),
+        *many(*NUMBERS, value=math.nan, message="expected a finite number, got nan"),
+        *many("train.loss_weights", value=[math.inf], message="expected a finite number, got inf"),
+        *many("train.loss_weights", value=[0], message="expected a value above 0, got 0"),
+        *many("train.loss_weights", value=-1, message="expected a value above 0, got -1"),
+        *many("train.max_length", value=0, message="expected a value of at least 1, got 0"),
+        *many("train.max_length", value=-5, message="expected a value of at least 1, got -5"),
+        *many("train.lora_targets", value=[], message="expected at least one layer, got \\[\\]"),
+        *many(*FILES, value="", message="expected text that is not empty, got ''"),
+        *many(*FILES, value=" ", message="expected text that is not empty, got ' '"),
+        *many("train.accelerate_config", value="/etc/passwd", message="expected a file of the repository"),
+        *many("train.accelerate_config", value="../x.yaml", message="expected a file of the repository"),
+    ],
+)
+def test_a_value_that_would_stop_or_spoil_a_later_stage_is_refused_at_once(tmp_path, change, message):
+    with pytest.raises(ParamsError, match=message):
+        load_params(profile(tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["007", "01", "٢", "0", "-1", "1.0", ""])
+def test_iterations_are_named_1_2_and_so_on_and_in_no_other_spelling(tmp_path, name):
+    path = profile(tmp_path, lambda c: c["iterations"].update({name: {"prev": "0"}}))
+    with pytest.raises(ParamsError, match=f'iterations: expected names "1", "2", ..., got {name!r}'):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "hinted"), [("5e-7", True), ("1", True), ("+.5", True), (True, False), (None, False), ("many", False)]
+)
+def test_only_text_that_would_be_a_number_without_quotes_is_told_to_lose_them(tmp_path, value, hinted):
+    path = profile(tmp_path, lambda c: c["train"].update(beta=value))
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert ("quotes" in str(error.value)) == hinted
+    path = profile(tmp_path, lambda c: c["train"].update(epochs=1.5))
+    with pytest.raises(ParamsError, match=r"expected a whole number, got 1.5$"):
+        load_params(path)
+
+
+BROKEN = ("&x [*x]", "&x {beta: *x}", "&x {<<: *x}", "&x {? *x : 1}", "{a: 1, a: 2}", "!!python/object:os.system ls")
+BROKEN += ("[" * 5000, "2024-13-45", "\x00", "{beta: .inf", '{"a\\nb": 1}')
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_recursive_or_broken_value_is_one_line(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(re.sub(r"^select:\n.*", lambda _: f"select: {text}", DEFAULT.read_text(), flags=re.MULTILINE))
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_of_several_errors_the_first_is_told(tmp_path):
+    path = profile(tmp_path, lambda c: (c["pairs"].update(min_gap=0), c["generate"].update(top_p=2, samples=1)))
+    with pytest.raises(ParamsError, match=r"^params\.yaml: generate\.samples: expected a value of at least 2, got 1$"):
+        load_params(path)
+
+
+def test_sections_are_dataclasses_with_lists_as_tuples_and_a_single_value_as_a_list_of_one(tmp_path):
+    params = load_params(profile(tmp_path, lambda c: c["train"].update(loss_type="ipo", loss_weights=2)))
+    assert params.train.loss_type == ("ipo",) and params.train.loss_weights == (2.0,)
+    assert dataclasses.is_dataclass(params)
+    assert dataclasses.asdict(params)["train"]["lora_targets"][0] == "q_proj"
+    assert dataclasses.replace(params.train, beta=0.2) == TrainParams(
+        **dataclasses.asdict(params.train) | {"beta": 0.2}
+    )
+    assert digest(params) == digest(load_params(tmp_path / "params.yaml")) != digest(load_params())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.train.beta = 1.0
+    with pytest.raises(ValueError, match="beta"):
+        dataclasses.replace(params.train, beta=-1.0)
 
 
 def test_the_losses_that_are_accepted_are_those_of_trl():

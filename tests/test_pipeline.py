@@ -1,13 +1,15 @@
-"""The pipeline as a user meets it: killed in the middle and continued, it gives the same bytes."""
+"""The pipeline as a user meets it: killed in the middle and continued it gives the same bytes, and what changes what a
+stage would compute makes exactly the stages run again that it concerns."""
 
-import os
-import signal
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from checkout import copy_repository, environment, run
+import psutil
+import pytest
+from checkout import copy_repository, edit_params, environment, run
 
 
 def small(content) -> None:
@@ -30,37 +32,31 @@ def repository(folder: Path) -> Path:
 
 def kill_when(folder: Path, pattern: str, timeout: float = 240) -> None:
     """Start `dvc repro feedback@1` and kill -9 it and its children when a scratch file of that pattern appears."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "feedback@1"],
-        cwd=folder,
-        env=environment(folder),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "dvc", "repro", "feedback@1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, cwd=folder, env=environment(folder), **quiet)
     end = time.monotonic() + timeout
     while not list((folder / "scratch").glob(pattern)) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     assert list((folder / "scratch").glob(pattern)), f"no {pattern} before the run ended"
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in [process, *process.children(recursive=True)]:  # the kernel has a session of its own and would go on
+        one.kill()
     process.wait()
-    # the kernel has a session of its own and would go on
-    subprocess.run(["pkill", "-9", "-f", f"ipykernel_launcher.*{folder.name}"], check=False)
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cwd").resolve() == folder and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, PermissionError):
-            continue
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "data").rglob("*")) if p.is_file()}
 
 
-def test_a_dvc_run_killed_in_generate_and_in_feedback_continues_to_the_same_bytes(tmp_path):
-    whole, killed = repository(tmp_path / "whole"), repository(tmp_path / "killed")
-    run(whole, "dvc", "repro", "feedback@1")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = repository(tmp_path_factory.mktemp("pipeline") / "whole")
+    run(folder, "dvc", "repro", "feedback@1")
+    return folder
+
+
+def test_a_dvc_run_killed_in_generate_and_in_feedback_continues_to_the_same_bytes(whole, tmp_path):
+    killed = repository(tmp_path / "killed")
     kill_when(killed, "generate@1-*/*.jsonl")
     kill_when(killed, "feedback@1-*/*.jsonl")
     run(killed, "dvc", "repro", "feedback@1")
@@ -68,3 +64,36 @@ def test_a_dvc_run_killed_in_generate_and_in_feedback_continues_to_the_same_byte
     assert "data/iterations/1/judgements/judgements.jsonl" in contents(whole)
     again = run(whole, "dvc", "repro", "feedback@1")
     assert "Running stage" not in again, "nothing has changed"
+
+
+@pytest.mark.parametrize(
+    ("file", "concerned"),
+    [
+        ("rlaifv/vlm/images.py", {"prepare", "models", "generate@1", "divide@1", "feedback@1"}),
+        ("rlaifv/inference/yes_no.py", {"models", "generate@1", "divide@1", "feedback@1"}),
+        ("rlaifv/steps/divide.py", {"divide@1"}),
+    ],
+)
+def test_a_changed_file_makes_the_stages_run_again_that_use_its_room(whole, file, concerned):
+    path = whole / file
+    before = path.read_text()
+    path.write_text(before + "\n# another line\n")
+    try:
+        status = json.loads(run(whole, "dvc", "status", "--json", "feedback@1"))
+    finally:
+        path.write_text(before)
+    changed = {
+        name: parts["changed deps"] for name, stage in status.items() for parts in stage if "changed deps" in parts
+    }
+    assert {name for name, deps in changed.items() if any(file.startswith(dep) for dep in deps)} == concerned
+
+
+def test_another_dtype_of_the_labeler_gives_other_judgements_and_not_the_old_ones(whole):
+    judgements = "data/iterations/1/judgements/judgements.jsonl"
+    before = contents(whole)
+    edit_params(whole, lambda content: content["labeler"].update(dtype="bfloat16"))
+    ran = run(whole, "dvc", "repro", "feedback@1")
+    assert "feedback@1" in ran and "Running stage 'generate@1'" not in ran
+    after = contents(whole)
+    assert after[judgements] != before[judgements] and after[judgements].count(b"\n") == before[judgements].count(b"\n")
+    assert after["data/iterations/1/claims/claims.jsonl"] == before["data/iterations/1/claims/claims.jsonl"]

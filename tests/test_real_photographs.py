@@ -21,7 +21,7 @@ from transformers import (
 from rlaifv.records import Instruction, read_jsonl, write_jsonl
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import load_vlm, write_pointer
+from rlaifv.vlm.loading import load_vlm
 
 INSTRUCTIONS = 6
 
@@ -76,11 +76,13 @@ def repository(shared, tmp_path_factory):
         section = content["prepare"]
         section.update(image_root=str(real), instructions="data/real.jsonl", per_iteration=INSTRUCTIONS)
         for split in ("dev", "test"):
-            section[split]["instructions"] = "data/real.jsonl"
+            section[split].update(instructions="data/real.jsonl", instances="data/instances.json")
+            section[split].update(captions=None, questions=None)
         for name in ("generate", "divide", "feedback"):
             content[name]["max_reject_rate"] = 1.0
         content["generate"].update(samples=10, temperature=1.3, max_new_tokens=64)
-        content["pairs"].update(balance_length=False, min_gap=1)
+        content["pairs"].update(min_gap=1)
+        content["ablation"].update(balance_length=False)
         content["train"].update(epochs=1, checkpoints_per_epoch=1, batch_size=2, micro_batch_size=1)
 
     copy_repository(folder, change)
@@ -89,8 +91,10 @@ def repository(shared, tmp_path_factory):
     rows = read_jsonl(real / "detail_test_30_input.jsonl")[:INSTRUCTIONS]
     (folder / "data").mkdir()
     write_jsonl(folder / "data" / "real.jsonl", rows)
+    images = [{"id": k, "file_name": Path(row["image_path"]).name} for k, row in enumerate(rows)]
+    (folder / "data" / "instances.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
     run(folder, "rlaifv.run", "10_prepare")
-    write_pointer(folder / "data" / "iterations" / "0" / "policy", str(folder / "models" / "policy-336"), None)
+    run(folder, "rlaifv.run", "12_models")
     for stage in ("20_generate", "30_divide", "40_feedback", "50_pairs", "60_train"):
         run(folder, "rlaifv.run", stage, "iteration=1", "prev=0")
     return folder

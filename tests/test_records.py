@@ -1,4 +1,4 @@
-"""The store survives a kill at any moment, and every row is accounted for."""
+"""Records are written whole or not at all, and read back only as what they are."""
 
 import json
 
@@ -7,63 +7,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaifv.fingerprint import digest_files
-from rlaifv.records import Reject, batched, read_jsonl, write_atomic, write_jsonl
-from rlaifv.store import Store, TooManyRejects
+from rlaifv.records import Candidate, Claim, Judgement, read_jsonl, read_records, write_atomic, write_jsonl
 
-CHUNKS = [[1, 2], [3, 4], [5]]
-
-
-def work(store: Store, stop_after: int | None = None) -> int:
-    done = 0
-    for index, chunk in store.pending(CHUNKS):
-        if done == stop_after:
-            break
-        store.write(index, [{"n": n} for n in chunk])
-        done += 1
-    return done
-
-
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(tmp_path):
-    whole = Store("stage", {"seed": 1}, tmp_path / "a")
-    work(whole)
-    whole.publish(tmp_path / "whole.jsonl", 5, 0)
-    work(Store("stage", {"seed": 1}, tmp_path / "b"), stop_after=1)
-    again = Store("stage", {"seed": 1}, tmp_path / "b")
-    assert work(again) == 2, "the finished chunk must not be done twice"
-    again.publish(tmp_path / "again.jsonl", 5, 0)
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_work_of_another_model_is_never_taken_up(tmp_path):
-    work(Store("stage", {"model": "a"}, tmp_path), stop_after=2)
-    assert work(Store("stage", {"model": "b"}, tmp_path)) == 3
-
-
-def test_a_half_written_chunk_counts_as_not_done(tmp_path):
-    store = Store("stage", {}, tmp_path)
-    (store.folder / "000000.jsonl.partial").write_text('row {"n"')
-    assert work(store) == 3
-
-
-def test_rows_and_rejects_are_published_side_by_side(tmp_path):
-    store = Store("stage", {}, tmp_path / "scratch")
-    store.write(0, [{"n": 1}], [Reject("x", "stage", "no such image")])
-    assert store.publish(tmp_path / "rows.jsonl", 2, 0.5) == (1, 1)
-    assert read_jsonl(tmp_path / "rejects.jsonl") == [{"id": "x", "stage": "stage", "reason": "no such image"}]
-
-
-def test_too_many_rejects_stop_the_run_with_the_reason(tmp_path):
-    store = Store("stage", {}, tmp_path / "scratch")
-    store.write(0, [], [Reject("x", "stage", "no such image")])
-    with pytest.raises(TooManyRejects, match=r"1 of 2 rows rejected.*no such image"):
-        store.publish(tmp_path / "rows.jsonl", 2, 0.4)
-    assert not (tmp_path / "rows.jsonl").exists()
+JUDGEMENT = {"claim_id": "a/0", "p_yes": 0.9, "p_no": 0.1, "accepted": True, "labeler": "x"}
 
 
 def test_a_broken_line_is_named_by_file_and_number(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not JSON"):
         read_jsonl(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accepted": "false"}, r"row 2: accepted is 'false', expected bool"),
+        ({"accepted": False}, r"row 2: claim b/0 is rejected although p_yes is 0\.9 and p_no 0\.1"),
+        ({"p_yes": float("nan")}, r"row 2: p_yes is nan, expected a finite number"),
+        ({"p_no": None}, r"row 2: p_no is None, expected float"),
+        ({"claim_id": "a/0"}, r"row 2: claim_id 'a/0' was there before"),
+        ({"more": 1}, r"row 2: no Judgement: its fields are claim_id, p_yes, p_no, accepted, labeler, got"),
+    ],
+    ids=["text", "contradiction", "nan", "null", "twice", "unknown"],
+)
+def test_a_row_that_is_no_such_record_is_refused_with_file_row_and_reason(tmp_path, change, message):
+    path = tmp_path / "judgements.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (JUDGEMENT, JUDGEMENT | {"claim_id": "b/0"} | change)))
+    with pytest.raises(ValueError, match=rf"judgements\.jsonl, {message}"):
+        read_records(path, Judgement)
+
+
+def test_a_row_without_a_field_is_refused_and_a_whole_number_is_a_number(tmp_path):
+    path = tmp_path / "judgements.jsonl"
+    write_jsonl(path, [JUDGEMENT | {"p_yes": 1, "p_no": 0}])
+    assert read_records(path, Judgement)[0].p_yes == 1
+    write_jsonl(path, [{k: v for k, v in JUDGEMENT.items() if k != "labeler"}])
+    with pytest.raises(ValueError, match="row 1: no Judgement"):
+        read_records(path, Judgement)
 
 
 text = st.text(st.characters(blacklist_categories=("Cs",)))
@@ -76,14 +56,11 @@ def test_json_lines_round_trip_any_text(tmp_path_factory, rows):
     assert read_jsonl(path) == rows
 
 
-@given(rows=st.lists(st.dictionaries(text, text), min_size=1), size=st.integers(1, 4))
-def test_the_store_keeps_any_text(tmp_path_factory, rows, size):
-    folder = tmp_path_factory.mktemp("store")
-    store = Store("stage", {}, folder / "scratch")
-    for index, chunk in store.pending(batched(rows, size)):
-        store.write(index, chunk)
-    store.publish(folder / "rows.jsonl", len(rows), 0)
-    assert read_jsonl(folder / "rows.jsonl") == rows
+@given(claims=st.lists(st.builds(Claim, text, text, text, text), unique_by=lambda claim: claim.id))
+def test_records_round_trip_any_text(tmp_path_factory, claims):
+    path = tmp_path_factory.getbasetemp() / "claims.jsonl"
+    write_jsonl(path, claims)
+    assert read_records(path, Claim) == claims
 
 
 def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
@@ -102,3 +79,10 @@ def test_a_digest_changes_with_an_image_that_keeps_its_name_and_a_missing_one_is
     first = digest_files(image)
     image.write_bytes(b"two")
     assert len({missing, first, digest_files(image)}) == 3
+
+
+def test_candidates_keep_their_types(tmp_path):
+    path = tmp_path / "candidates.jsonl"
+    candidate = Candidate("i#0", "i", 0, "a dog", 3, "stop", 7, "model")
+    write_jsonl(path, [candidate])
+    assert read_records(path, Candidate) == [candidate]

@@ -1,15 +1,16 @@
 """The published benchmarks of a parameter file: let a model answer them, score the answers, keep what a report needs.
 
-Notebooks 15 (base) and 80 (an iteration's chosen checkpoint) call `check_files` first, `answer` while the policy is
-loaded and `score` after it is gone, so that a judge in the same process finds the memory free. Both go on where a
-stopped run was: answers through the scratch store, a judge's replies through its cache.
+Notebook 84 calls `check_files` first, then `answer`, which loads the policy, and `score` after it is gone, so that a
+judge in the same process finds the memory free. Both go on where a stopped run
+was: answers through the scratch store, a judge's replies through its cache.
 """
 
 import base64
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image
@@ -31,7 +32,8 @@ from rlaifv.fingerprint import digest, digest_files
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
-from rlaifv.records import Reject, batched, read_jsonl, to_json, write_atomic, write_jsonl
+from rlaifv.records import Reject, batched, read_jsonl, write_jsonl
+from rlaifv.results import write_result
 from rlaifv.store import Store
 from rlaifv.vlm.images import decode_image, open_image
 from rlaifv.vlm.loading import VLM
@@ -65,47 +67,39 @@ def check_files(benchmarks: Mapping[str, BenchmarkParams]) -> None:
             if absent := [path for path in paths if path and not (ROOT / path).exists()]:
                 raise FileNotFoundError(
                     f"benchmarks.{name}.{key}: no {absent[0]}; `python -m rlaifv.benchmarks.fetch` gets questions and "
-                    "truths, rlaifv/benchmarks/README.md says where images come from"
+                    "truths, docs/benchmarks.md says where images come from"
                 )
 
 
 def answer(
-    vlm: VLM,
+    load: Callable[[], VLM],
     benchmarks: Mapping[str, BenchmarkParams],
     params: EvaluateParams,
-    iteration: str,
+    store_of: Callable[[str], Store],
     out: Path,
-    scratch: Path | None = None,
 ) -> None:
     """Let the model answer every benchmark that asks ours: `out`/benchmarks/NAME/answers.jsonl.
 
     A question whose image is missing or broken goes to `rejects.jsonl` beside the answers, with its reason.
 
     Args:
-        vlm: the policy of the iteration.
+        load: gives the policy; called when a question is left to answer.
         params: batch size and longest answer.
-        iteration: for the name of the scratch folder.
+        store_of: the store of a piece of unfinished work by its name (`Stage.store`).
         out: the iteration's results folder.
-        scratch: where unfinished work lies, default the repository's scratch folder.
 
     Raises:
         ValueError: no question of a benchmark has an image that can be read.
     """
+    policy = cache(load)
     for name, item in benchmarks.items():
         if item.answers is not None:
             continue
         questions = read_questions(item)
-        files = [ROOT / path for path in item.questions]
-        key = {
-            "asked": [item.suffix, item.beams, params],
-            "questions": digest_files(*files),
-            "images": digest([str(question.image) for question in questions]),
-            "model": vlm.fingerprint,
-            "source": _sources(),
-        }
-        store = Store(f"benchmark_{name}@{iteration}", key, scratch)
-        for index, chunk in store.pending(batched(questions, params.batch_size)):
-            store.write(index, *_answer_chunk(vlm, chunk, item, params.max_new_tokens))
+        asked = digest([digest_files(*(ROOT / path for path in item.questions)), [str(q.image) for q in questions]])
+        store = store_of(f"{name}-{asked}")  # the benchmark's own files are no dependency that DVC knows
+        work = partial(_answer_chunk, policy, item=item, max_new_tokens=params.max_new_tokens)
+        store.run(batched(questions, params.batch_size), work)
         folder = out / "benchmarks" / name
         count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
         if not count:
@@ -114,14 +108,8 @@ def answer(
         log.info("%s: %d of %d questions answered, %d without an image", name, count, len(questions), without)
 
 
-def _sources() -> str:
-    # stands in for fingerprint.stage_sources("benchmarks")
-    folders = [ROOT / "rlaifv" / name for name in ("inference", "vlm")]
-    return digest_files(Path(__file__), *(path for folder in folders for path in sorted(folder.glob("*.py"))))
-
-
 def _answer_chunk(
-    vlm: VLM, chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, max_new_tokens: int
+    policy: Callable[[], VLM], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, max_new_tokens: int
 ) -> tuple[list[dict], list[Reject]]:
     readable, prompts, rejects = [], [], []
     for question in chunk:
@@ -132,7 +120,7 @@ def _answer_chunk(
             continue
         readable.append(question)
         prompts.append(Prompt(image, f"{question.text} {item.suffix}".strip()))
-    texts = best_answers(vlm, prompts, item.beams, max_new_tokens) if prompts else []
+    texts = best_answers(policy(), prompts, item.beams, max_new_tokens) if prompts else []
     rows = [
         {"question_id": question.id, "image": question.name, "question": question.text, "answer": text}
         for question, text in zip(readable, texts, strict=True)
@@ -195,7 +183,7 @@ def _image_names(path: str) -> list[str]:
 def score(
     benchmarks: Mapping[str, BenchmarkParams], iteration: str, out: Path, cache: Path | None = None
 ) -> dict[str, dict]:
-    """Score the answers of every benchmark; `out`/benchmarks.json and, for each, `out`/benchmarks/NAME/rows.jsonl.
+    """Score the answers of every benchmark; part `benchmarks` of the result in `out`, and NAME/rows.jsonl beside it.
 
     Someone else's answers are scored once, with the base (iteration "0").
 
@@ -213,7 +201,6 @@ def score(
     """
     if not benchmarks:
         print(NONE)
-        return {}
     results, silent = {}, []
     for name, item in benchmarks.items():
         if item.answers is not None and iteration != "0":
@@ -245,12 +232,12 @@ def score(
         }
     if silent:
         raise RuntimeError(f"rows without a reply of the judge: {'; '.join(silent)}. Run again to ask for these alone")
-    write_atomic(out / "benchmarks.json", to_json(results) + "\n")
+    write_result(out, benchmarks=results)
     return results
 
 
 def _model_name(iteration: str) -> str:
-    return "base" if iteration == "0" else f"round {iteration}"
+    return "base" if iteration == "0" else f"iteration {iteration}"
 
 
 def score_file(item: BenchmarkParams, answers: Path, cache: Path) -> Scores:

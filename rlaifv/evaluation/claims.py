@@ -3,11 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlaifv.inference.yes_no import judge_many
+from rlaifv.inference.yes_no import judge_many, load_labeler
 from rlaifv.params import DivideParams
+from rlaifv.records import ModelRecord
 from rlaifv.steps.divide import divide_answers
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, load_model
+
+
+def judged_claims(
+    divider: ModelRecord,
+    labeler: ModelRecord,
+    answers: Sequence[dict],
+    params: DivideParams,
+    seed: int,
+    image_root: Path,
+    suffix: str,
+) -> list[dict]:
+    """`answers` (rows of `question`, `answer`, `image`) with their claims and what the labeler says of each; the two
+    models are in memory one after the other."""
+    return judge_rows(
+        load_labeler(labeler), divide_rows(load_model(divider), answers, params, seed), image_root, suffix
+    )
 
 
 def divide_rows(divider: VLM, answers: Sequence[dict], params: DivideParams, seed: int) -> list[dict]:

@@ -19,8 +19,9 @@ from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.inference.yes_no import judge_many
-from rlaifv.params import EvaluateParams, SplitParams
-from rlaifv.records import RATES, Instruction, batched, read_jsonl, read_records
+from rlaifv.params import EvaluateParams
+from rlaifv.records import RATES, Instruction, Reject, batched, read_jsonl, read_records
+from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM
@@ -53,18 +54,19 @@ class Split:
     image_root: Path
 
 
-def load_split(name: str, params: SplitParams, prepared: Path, image_root: Path, root: Path) -> Split:
+def load_split(name: str, prepared: Path, image_root: Path) -> Split:
     """Read a prepared split; an image's classes are those of its instances and of its reference captions."""
     instructions = read_records(prepared / f"{name}.jsonl", Instruction)
-    objects = chair.load_objects(root / path for path in (params.instances, params.captions) if path)
-    images = json.loads((root / params.instances).read_text())["images"]
+    instances, captions, asked = (annotations(prepared, name, kind) for kind in ANNOTATIONS)
+    objects = chair.load_objects(path for path in (instances, captions) if path.is_file())
+    images = json.loads(instances.read_text())["images"]
     image_ids = {image["file_name"]: str(image["id"]) for image in images}
     if unknown := [i.id for i in instructions if Path(i.image_path).name not in image_ids]:
-        raise ValueError(f"{params.instances} knows no image of {len(unknown)} {name} instructions, first {unknown[0]}")
+        raise ValueError(f"{instances} knows no image of {len(unknown)} {name} instructions, first {unknown[0]}")
     questions = []
-    for row in read_jsonl(root / params.questions) if params.questions else []:
+    for row in read_jsonl(asked) if asked.is_file() else []:
         if row["answer"] not in ("yes", "no"):
-            raise ValueError(f"{params.questions}: {row['id']}: the answer is yes or no, got {row['answer']!r}")
+            raise ValueError(f"{asked}: {row['id']}: the answer is yes or no, got {row['answer']!r}")
         questions.append(Question(row["id"], row["image_path"], row["question"], row["answer"], row["type"]))
     return Split(name, instructions, objects, image_ids, questions, image_root)
 
@@ -168,7 +170,7 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
-def evaluate(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
+def measure(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
     """All metrics of one model on one split, and its answers."""
     answers = model_answers(vlm, split, params)
     yes_no = yes_no_metrics(answer_questions(vlm, split, suffix, params.batch_size))
@@ -185,8 +187,11 @@ def evaluate_checkpoints(
     out: Path,
 ) -> list[dict]:
     """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
-    for index, folder in store.pending(checkpoints):
-        metrics, _ = evaluate(load(folder), split, params, suffix)
-        store.write(index, [{"checkpoint": folder.name, **metrics}])
+
+    def measure_one(folder: Path) -> tuple[list[dict], list[Reject]]:
+        metrics, _ = measure(load(folder), split, params, suffix)
+        return [{"checkpoint": folder.name, **metrics}], []
+
+    store.run(checkpoints, measure_one)
     store.publish(out, len(checkpoints), max_reject_rate=0)
     return read_jsonl(out)

@@ -13,7 +13,7 @@ from PIL import Image
 from rlaifv import ROOT
 from rlaifv.inference.logprobs import next_token_logprobs
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler, is_served, judge_served, open_served
-from rlaifv.params import ModelParams
+from rlaifv.records import ModelRecord
 from rlaifv.vlm.chat_format import encode_questions, prompt_text, special_tokens_needed
 from rlaifv.vlm.loading import VLM, load_model
 
@@ -48,8 +48,8 @@ def yes_no_ids(vlm: VLM) -> YesNoIds:
     return YesNoIds(tuple(sorted(yes)), tuple(sorted(no)))
 
 
-def load_labeler(model: ModelParams) -> VLM | ServedLabeler:
-    """The labeler of the parameter file: a checkpoint, or a server's address (`http://host:8000/v1#model`)."""
+def load_labeler(model: ModelRecord) -> VLM | ServedLabeler:
+    """The labeler of this run: a checkpoint, or a server's address (`http://host:8000/v1#model`)."""
     return open_served(model.path, ROOT / "scratch") if is_served(model.path) else load_model(model)
 
 

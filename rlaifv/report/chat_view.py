@@ -1,22 +1,19 @@
 """Ask two models the same about one picture, in a notebook: answers side by side, claims by the model's own P(yes)."""
 
-import html
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ipywidgets as widgets
-from IPython.display import HTML
+from markupsafe import Markup, escape
 from PIL import Image
 
 from rlaifv.chat import Chat, read_image
 from rlaifv.inference.yes_no import judge
 from rlaifv.params import Params
-from rlaifv.report.page import STYLE, answer_html
+from rlaifv.report.render import render
 from rlaifv.steps.divide import divide_answers
 from rlaifv.vlm.loading import VLM
-
-CARD = "flex: 1; padding: .4rem .8rem; border: 1px solid #ddd; border-radius: 6px;"
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,9 @@ class SideBySide:
             found[name] = {"answer": answer, "claims": claims, "problem": division.problem}
         return found
 
-    def page(self, image: Image.Image, question: str) -> str:
-        """HTML of both answers; where an answer could not be split into claims, it says why."""
-        cards = ""
-        for name, row in self.rows(image, question).items():
-            cards += f'<div style="{CARD}"><b>{html.escape(name)}</b>{answer_html(row)}</div>'
-        cards = f'<div style="display:flex; gap:1rem">{cards}</div>'
-        return f"<style>{STYLE}</style><p><b>{html.escape(question)}</b></p>{cards}"
-
-    def show(self, image, question: str) -> HTML:
-        """What a notebook cell shows for one image (anything that `chat.read_image` takes)."""
-        return HTML(self.page(read_image(image), question))
+    def page(self, image: Image.Image, question: str) -> Markup:
+        """HTML of all answers; where an answer could not be split into claims, it says why."""
+        return render("chat.html", question=question, rows=self.rows(image, question))
 
     def widget(self, image, question: str) -> widgets.Widget:
         """An upload button, a picture, a question, and the answers to it; starts with the given image."""
@@ -69,14 +58,14 @@ class SideBySide:
             try:
                 answers.value = self.page(read_image(bytes(picture.value)), asked.value)
             except ValueError as error:
-                answers.value = f"<p>{html.escape(str(error))}</p>"
+                answers.value = f"<p>{escape(error)}</p>"
             button.disabled = False
 
         def replace(change) -> None:
             try:
                 picture.value = png(read_image(bytes(change["new"][0]["content"])))
             except ValueError as error:
-                answers.value = f"<p>{html.escape(str(error))}</p>"
+                answers.value = f"<p>{escape(error)}</p>"
             else:
                 ask()
 
@@ -88,6 +77,7 @@ class SideBySide:
 
 
 def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,8 @@
-"""Figures for notebooks and report. Each function takes plain rows and returns a matplotlib Figure."""
+"""Figures for notebooks and report. Each function takes plain rows and returns a matplotlib Figure.
+
+Texts that come from data are drawn with `parse_math=False`: matplotlib reads `$…$` as a formula, and stops at one that
+it cannot read.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +10,10 @@ from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlaifv.report.render import yes_share
 from rlaifv.vlm.images import open_image
 
 RED, GREEN, BLUE, GRAY = "#c0392b", "#2e8b57", "#2c6fad", "#7f8c8d"
@@ -43,11 +49,12 @@ def image_grid(image_root: Path, paths: Sequence[str], titles: Sequence[str], co
         axis.axis("off")
     for axis, path, title in zip(axes.flat, paths, titles, strict=False):
         axis.imshow(open_image(image_root / path))
-        axis.set_title(title, fontsize=8, fontweight="normal")
+        axis.set_title(title, fontsize=8, fontweight="normal", parse_math=False)
     return figure
 
 
 def histogram(values: Sequence[float], xlabel: str, title: str, bins: int | Sequence[float] = 30) -> Figure:
+    """How often which value comes."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
     axis.hist(values, bins=bins, color=BLUE, alpha=0.85)
     axis.set(xlabel=xlabel, ylabel="count", title=title)
@@ -58,7 +65,8 @@ def counts(values: Mapping[str, int], title: str, color: str = BLUE) -> Figure:
     """Horizontal bars of a few counted things, most first."""
     ordered = sorted(values.items(), key=lambda item: item[1])
     figure, axis = plt.subplots(figsize=(6, 0.5 + 0.32 * max(len(ordered), 1)))
-    axis.barh([name for name, _ in ordered], [count for _, count in ordered], color=color)
+    axis.barh(range(len(ordered)), [count for _, count in ordered], color=color)
+    axis.set_yticks(range(len(ordered)), [name for name, _ in ordered], parse_math=False)
     axis.set_title(title)
     return figure
 
@@ -76,12 +84,12 @@ def judgements(p_yes: Sequence[float], p_no: Sequence[float], min_mass: float) -
 
 
 def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) -> Figure:
-    """Mean words of chosen and rejected answers, a group of bars per round."""
+    """Mean words of chosen and rejected answers, a group of bars per iteration."""
     figure, axis = plt.subplots(figsize=(4.2, 2.8))
     at = np.arange(len(names))
     axis.bar(at - 0.18, [s["mean_words_chosen"] for s in statistics], 0.34, color=GREEN, label="chosen")
     axis.bar(at + 0.18, [s["mean_words_rejected"] for s in statistics], 0.34, color=RED, label="rejected")
-    axis.set_xticks(at, [f"round {name}" for name in names])
+    axis.set_xticks(at, [f"iteration {name}" for name in names])
     axis.set(ylabel="mean words", title="Length of the pairs' answers")
     axis.margins(y=0.25)
     axis.legend(loc="upper center", ncols=2)
@@ -89,13 +97,12 @@ def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) ->
 
 
 def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss, reward margin and preference accuracy against epochs, a line per round."""
+    """Loss, reward margin and preference accuracy against epochs, a line per iteration."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))
-    for (name, rows), color in zip(
-        logs.items(), plt.cm.viridis(np.linspace(0.15, 0.8, max(len(logs), 1))), strict=True
-    ):
+    colors = plt.cm.viridis(np.linspace(0.15, 0.8, len(logs)))
+    for (name, rows), color in zip(logs.items(), colors, strict=True):
         for axis, column in zip(axes, ("loss", "rewards_margins", "rewards_accuracies"), strict=True):
-            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"round {name}")
+            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"iteration {name}")
     for axis, title in zip(axes, ("DPO loss", "reward margin", "preference accuracy"), strict=True):
         axis.set(xlabel="epoch", title=title)
     axes[0].legend()
@@ -118,11 +125,12 @@ def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_
     return figure
 
 
-def result(rows: Sequence[Mapping]) -> Figure:
-    """Test hallucination (left) and recall (right) against rounds, with 95 % intervals where given; round 0 is the
-    base. `rows` have `iteration`, the rates, and maybe `<rate>_interval` = (low, high)."""
+def result(rows: Mapping[str, Mapping]) -> Figure:
+    """Test hallucination (left) and recall (right) against iterations, with 95 % intervals where given; iteration "0"
+    is the base. `rows` have the rates, and maybe `<rate>_interval` = (low, high)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
-    at = [int(row["iteration"]) for row in rows]
+    at = [int(name) for name in rows]
+    rows = list(rows.values())
     for axis, column, color, label in (
         (left, "response_hallucination", RED, "responses with a hallucinated object"),
         (left, "mention_hallucination", "#e59866", "hallucinated mentions"),
@@ -138,7 +146,7 @@ def result(rows: Sequence[Mapping]) -> Figure:
             shift = (0, -13) if column == "mention_hallucination" else (0, 7)
             axis.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=shift, ha="center")
     for axis, title in ((left, "Hallucination ↓ (%)"), (right, "Recall ↑ (%)")):
-        axis.set_xticks(at, ["base", *(f"round {x}" for x in at[1:])])
+        axis.set_xticks(at, ["base", *(f"iteration {x}" for x in at[1:])])
         axis.set_title(title)
         axis.legend(loc="upper right" if axis is left else "lower right")
         axis.margins(x=0.12, y=0.2)
@@ -147,20 +155,18 @@ def result(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def _interval_bars(axis, at: Sequence[float], rows: Sequence[Mapping], rate: str, vertical: bool, **style) -> None:
-    """Points in percent with their 95 % intervals, at `at` on the other axis."""
+def _interval_bars(axis: Axes, at: Sequence[float], rows: Sequence[Mapping], rate: str, along: str, **style) -> None:
+    """Points in percent with their 95 % intervals; `along` is the axis of the rates, `at` lies on the other."""
     values = 100 * np.array([row[rate] for row in rows])
     low, high = 100 * np.array([row[f"{rate}_interval"] for row in rows]).T
     # a percentile interval need not hold the point where nearly all rows are alike
     errors = np.maximum([values - low, high - values], 0)
-    if vertical:
-        axis.errorbar(at, values, yerr=errors, capsize=2.5, **style)
-    else:
-        axis.errorbar(values, at, xerr=errors, capsize=2.5, **style)
+    x, y = (values, at) if along == "x" else (at, values)
+    axis.errorbar(x, y, **{f"{along}err": errors}, capsize=2.5, **style)
 
 
 def ablations(results: Mapping) -> Figure:
-    """Every experiment's last round as a point with its 95 % interval, a panel per rate; `results` are those of
+    """Every experiment's last iteration as a point with its 95 % interval, a panel per rate; `results` are those of
     metrics/ablations.json. The control is filled, the base model a dashed line."""
     experiments = results["experiments"][::-1]
     last = [list(e["rounds"].values())[-1] for e in experiments]
@@ -176,25 +182,26 @@ def ablations(results: Mapping) -> Figure:
     for axis, (rate, (title, color)) in zip(axes[0], panels.items(), strict=True):
         for at, (experiment, row) in enumerate(zip(experiments, last, strict=True)):
             if rate in row:
-                fill = "full" if experiment["name"] == results["control"] else "none"
-                _interval_bars(axis, [at], [row], rate, False, fmt="o", color=color, fillstyle=fill)
+                filled = "full" if experiment["name"] == results["control"] else "none"
+                _interval_bars(axis, [at], [row], rate, "x", fmt="o", color=color, fillstyle=filled)
         if rate in experiments[0]["base"]:
             base = 100 * experiments[0]["base"][rate]
             axis.axvline(base, color=GRAY, linestyle="--")
             axis.text(base, 1, " base", transform=axis.get_xaxis_transform(), color=GRAY, fontsize=7.5, va="top")
         axis.set_title(title, fontsize=9.5)
         axis.margins(x=0.12, y=0.12)
-    axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments])
+    axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments], parse_math=False)
     figure.tight_layout()
     return figure
 
 
 def rounds(results: Mapping) -> Figure:
-    """Test hallucination and recall against rounds with 95 % intervals, a line per experiment from the base model on;
-    `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
+    """Test hallucination and recall against iterations with 95 % intervals, a line per experiment from the base model
+    on; `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
     colors = (RED, BLUE, "#8e44ad", GRAY)
-    lines = [e for e in results["experiments"] if e["name"] != results["control"]]
+    controls = [e for e in results["experiments"] if e["name"] == results["control"]]
+    lines = [e for e in results["experiments"] if e not in controls]
     longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
     for axis, rate, title in (
         (left, "response_hallucination", "Response hallucination ↓ (%)"),
@@ -204,17 +211,16 @@ def rounds(results: Mapping) -> Figure:
             rows = [experiment["base"], *experiment["rounds"].values()]
             at = [shift, *(int(name) + shift for name in experiment["rounds"])]
             style = "o--" if experiment["name"] == "self" else "o-"
-            _interval_bars(axis, at, rows, rate, True, fmt=style, color=color, markersize=4, label=experiment["name"])
-        for experiment in results["experiments"]:
-            if experiment["name"] == results["control"]:
-                last = list(experiment["rounds"].values())[-1]
-                style = {"fmt": "D", "color": "black", "markersize": 5, "label": experiment["name"]}
-                _interval_bars(axis, [longest + 0.3], [last], rate, True, **style)
-        axis.set_xticks(range(longest + 1), ["base", *(f"round {k}" for k in range(1, longest + 1))])
-        axis.set_title(title)
+            _interval_bars(axis, at, rows, rate, "y", fmt=style, color=color, markersize=4, label=experiment["name"])
+        for control in controls:
+            style = {"fmt": "D", "color": "black", "markersize": 5, "label": control["name"]}
+            _interval_bars(axis, [longest + 0.3], [list(control["rounds"].values())[-1]], rate, "y", **style)
+        axis.set_xticks(range(longest + 1), ["base", *range(1, longest + 1)])
+        axis.set(title=title, xlabel="iteration")
         axis.margins(x=0.06, y=0.15)
     left.set_ylim(bottom=-2)
-    left.legend(loc="upper right")
+    for name in left.legend(loc="upper right").get_texts():
+        name.set_parse_math(False)
     return figure
 
 
@@ -230,14 +236,14 @@ def gallery(image_root: Path, base: Sequence[Mapping], aligned: Sequence[Mapping
         picture.imshow(open_image(image_root / before["image"]))
         for axis, row, title in zip(columns, (before, after), ("base", "aligned"), strict=True):
             axis.set_title(title, loc="left")
-            spacing = 1 / max(len(row["claims"]), 13)
+            text = {"va": "top", "parse_math": False}
             if not row["claims"]:  # an answer that the divider could not split is shown as it is
-                axis.text(0, 0.98, fill(row["answer"], 48), fontsize=7.5, va="top")
-                axis.text(0, 0.5, fill(f"not divided: {row['problem']}", 48), fontsize=7, va="top", color=GRAY)
+                axis.text(0, 0.98, fill(row["answer"], 48), fontsize=7.5, **text)
+                axis.text(0, 0.5, fill(f"not divided: {row['problem']}", 48), fontsize=7, color=GRAY, **text)
+            spacing = 1 / max(len(row["claims"]), 13)
             for i, claim in enumerate(row["claims"]):
-                color = plt.cm.RdYlGn(claim["p_yes"] / max(claim["p_yes"] + claim["p_no"], 1e-12))
-                style = {"facecolor": color, "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
-                axis.text(0, 0.98 - i * spacing, claim["claim"], fontsize=7.5, va="top", bbox=style)
+                box = {"facecolor": plt.cm.RdYlGn(yes_share(claim)), "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
+                axis.text(0, 0.98 - i * spacing, claim["claim"], fontsize=7.5, bbox=box, **text)
         for axis in (picture, *columns):
             axis.axis("off")
     return figure
@@ -247,24 +253,22 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Response hallucination and recall against N (left, middle) and against each other (right); `curves` are the rows
     of `best_of_n.curve` per policy. The first policy is dashed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    rates = ("response_hallucination", "recall")
     colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
     for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
         for method, color in colors.items():
             mine = [row for row in rows if row["method"] == method]
             at = [row["n"] for row in mine]
-            for axis, rate in zip(axes, ("response_hallucination", "recall"), strict=False):
-                values = 100 * np.array([row[rate] for row in mine])
-                axis.plot(at, values, line, marker="o", markersize=3, color=color, label=f"{policy}, {method}")
+            style = {"linestyle": line, "marker": "o", "markersize": 3, "color": color}
+            values = {rate: 100 * np.array([row[rate] for row in mine]) for rate in rates}
+            axes[2].plot(*values.values(), **style)
+            for axis, rate in zip(axes[:2], values, strict=True):
+                axis.plot(at, values[rate], label=f"{policy}, {method}", **style)
                 low, high = 100 * np.array([row[f"{rate}_interval"] for row in mine]).T
                 if line == "-" and method in ("normalized", "summed"):
                     axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-            hallucination, recall = (
-                100 * np.array([row[r] for row in mine]) for r in ("response_hallucination", "recall")
-            )
-            axes[2].plot(hallucination, recall, line, marker="o", markersize=3, color=color)
-    for axis, title in zip(
-        axes, ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better"), strict=True
-    ):
+    titles = ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)

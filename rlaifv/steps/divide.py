@@ -6,8 +6,9 @@ question list of another length, is asked for once more and then rejected; it is
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ Present the result in this format:
 {claims}"""
 
 WHOLE_QUESTION = 'Is everything in this description of the image correct: "{answer}"?'
-"""What the ablation `divide.whole_answer` asks: the undivided answer in one question."""
+"""What the ablation `whole_answer` asks: the undivided answer in one question."""
 
 ATTEMPTS = 2
 """The first try and one retry."""
@@ -91,9 +92,14 @@ def parse_list(reply: str, header: str) -> list[str]:
     return [item for item in items if item and not _NOTHING.match(item)]
 
 
-def divide_answers(vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int) -> list[Division]:
-    """Divide each (question, answer); an unusable reply is asked for again with other random numbers."""
-    if params.whole_answer:
+def divide_answers(
+    vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, whole_answer: bool = False
+) -> list[Division]:
+    """Divide each (question, answer); an unusable reply is asked for again with other random numbers.
+
+    With the ablation `whole_answer` nothing is divided: each answer is one claim.
+    """
+    if whole_answer:
         return [Division([answer], [WHOLE_QUESTION.format(answer=answer)]) for _, answer in asked]
     divisions: list[Division | None] = [None] * len(asked)
     for attempt in range(ATTEMPTS):
@@ -152,23 +158,28 @@ def _parse(reply: Generation, header: str, params: DivideParams) -> tuple[list[s
 
 
 def divide(
-    vlm: VLM,
+    load: Callable[[], VLM],
     candidates: Sequence[Candidate],
     questions: dict[str, str],
     params: DivideParams,
     seed: int,
     store: Store,
     out: Path,
+    whole_answer: bool = False,
 ) -> tuple[int, int]:
     """Write every candidate's claims to `out`; `questions` maps instruction ids to their text.
+
+    `load` gives the divider; it is called when something is left to do.
 
     An answer that makes no claim at all ("What a lovely picture.") goes to the rejects: nothing in it can be
     checked, and a score of 0 would teach the policy to say nothing. Equal answers to equal questions are divided
     once. Returns the counts of claims and of rejected candidates.
     """
-    for index, chunk in store.pending(_chunks(candidates, questions, params.batch_size)):
+    divider = cache(load)
+
+    def divide_chunk(chunk: Sequence[Candidate]) -> tuple[list[Claim], list[Reject]]:
         texts = list(dict.fromkeys((questions[c.instruction_id], c.answer) for c in chunk))
-        divisions = dict(zip(texts, divide_answers(vlm, texts, params, seed), strict=True))
+        divisions = dict(zip(texts, divide_answers(divider(), texts, params, seed, whole_answer), strict=True))
         claims: list[Claim] = []
         rejects: list[Reject] = []
         for candidate in chunk:
@@ -178,8 +189,10 @@ def divide(
                 rejects.append(Reject(candidate.id, "divide", problem))
             for k, (claim, question) in enumerate(zip(division.claims, division.questions, strict=True)):
                 claims.append(Claim(f"{candidate.id}/{k}", candidate.id, claim, question))
-        store.write(index, claims, rejects)
-    return store.publish(out, len(candidates), params.max_reject_rate)
+        return claims, rejects
+
+    store.run(_chunks(candidates, questions, params.batch_size), divide_chunk)
+    return store.publish(out, len(candidates), params.max_reject_rate, of="candidate_id")
 
 
 def _chunks(candidates: Sequence[Candidate], questions: dict[str, str], batch_size: int) -> list[Sequence[Candidate]]:

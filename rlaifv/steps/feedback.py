@@ -5,9 +5,11 @@ p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer tok
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
@@ -31,42 +33,47 @@ class FeedbackCounts:
 
 
 def feedback(
-    vlm: VLM | ServedLabeler,
+    load: Callable[[], VLM | ServedLabeler],
     claims: Sequence[Claim],
     images: dict[str, str],
     image_root: Path,
     params: FeedbackParams,
     store: Store,
     out: Path,
+    coin_share: float = 0.0,
 ) -> FeedbackCounts:
     """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
 
-    Claims are grouped by image; identical questions about one image are asked once and their answer is given to all
-    claims that need it.
+    `load` gives the labeler; it is called when something is left to do. Claims are grouped by image; identical
+    questions about one image are asked once and their answer is given to all claims that need it. With the ablation
+    `coin_share` a coin judges that share of the claims.
     """
     by_image: dict[str, list[Claim]] = {}
     for claim in claims:
         by_image.setdefault(images[claim.candidate_id], []).append(claim)
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
-    for index, chunk in store.pending(batched(groups, params.batch_size)):
-        judgements, rejects = _judge_chunk(vlm, chunk, image_root, params)
-        store.write(index, judgements, rejects)
+    labeler = cache(load)
+    store.run(
+        batched(groups, params.batch_size),
+        lambda chunk: _judge_chunk(labeler(), chunk, image_root, params.suffix, coin_share),
+    )
+    record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
-    write_labeler(vlm, params.suffix, out.parent / "labeler.json")
-    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, vlm.name)
+    write_atomic(out.parent / "labeler.json", record)
+    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(record)["labeler"])
     return FeedbackCounts(judged, rejected, asked)
 
 
-def write_labeler(vlm: VLM | ServedLabeler, suffix: str, path: Path) -> None:
-    """Record who judged, with which suffix, and which tokens counted as yes and no."""
+def describe_labeler(vlm: VLM | ServedLabeler, suffix: str) -> str:
+    """A JSON line of who judged, with which suffix, and which tokens counted as yes and no."""
     if isinstance(vlm, ServedLabeler):  # its tokens have no ids here, only spellings
         tokens = {"yes": YES_WORDS, "no": NO_WORDS}
     else:
         ids = yes_no_ids(vlm)
         tokens = {name: {str(i): vlm.tokenizer.decode([i]) for i in getattr(ids, name)} for name in ("yes", "no")}
     row = {"labeler": vlm.name, "fingerprint": vlm.fingerprint, "suffix": suffix, "tokens": tokens}
-    write_atomic(path, to_json(row) + "\n")
+    return to_json(row) + "\n"
 
 
 def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str) -> None:
@@ -83,7 +90,11 @@ def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str)
 
 
 def _judge_chunk(
-    vlm: VLM | ServedLabeler, chunk: Sequence[tuple[str, list[Claim]]], image_root: Path, params: FeedbackParams
+    vlm: VLM | ServedLabeler,
+    chunk: Sequence[tuple[str, list[Claim]]],
+    image_root: Path,
+    suffix: str,
+    coin_share: float,
 ) -> tuple[list[Judgement], list[Reject]]:
     rejects: list[Reject] = []
     readable, items = [], []
@@ -95,12 +106,12 @@ def _judge_chunk(
             continue
         questions = list(dict.fromkeys(claim.question for claim in group))
         readable.append((group, questions))
-        items.append((image, [f"{question} {params.suffix}" for question in questions]))
+        items.append((image, [f"{question} {suffix}" for question in questions]))
     judgements = []
     for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
         answer_of = dict(zip(questions, answers, strict=True))
         for claim in group:
-            p_yes, p_no = coin(claim.id, params.coin_share) or answer_of[claim.question]
+            p_yes, p_no = coin(claim.id, coin_share) or answer_of[claim.question]
             judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
     return judgements, rejects
 

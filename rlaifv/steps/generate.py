@@ -6,7 +6,8 @@ preference pairs made of them differ in trustworthiness and not in style. A samp
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +21,36 @@ from rlaifv.vlm.loading import VLM
 
 
 def generate(
-    vlm: VLM,
+    load: Callable[[], VLM],
     instructions: Sequence[Instruction],
     image_root: Path,
     params: GenerateParams,
     seed: int,
     store: Store,
     out: Path,
+    temperature_spread: float = 0.0,
 ) -> tuple[int, int]:
     """Write `params.samples` candidates per instruction to `out`; return the counts of candidates and rejects.
 
+    `load` gives the policy; it is called when something is left to do.
     An empty answer and an image that cannot be read are rejected; an answer cut at `max_new_tokens` is kept and
-    marked (`finish_reason` "length").
+    marked (`finish_reason` "length"). `temperature_spread` is an ablation, see `temperature_of`.
     """
-    for index, chunk in store.pending(batched(instructions, params.batch_size)):
-        candidates, rejects = _sample_chunk(vlm, chunk, image_root, params, seed)
-        store.write(index, candidates, rejects)
+    policy = cache(load)
+    store.run(
+        batched(instructions, params.batch_size),
+        lambda chunk: _sample_chunk(policy(), chunk, image_root, params, seed, temperature_spread),
+    )
     return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
 
 
-def temperature_of(params: GenerateParams, sample: int) -> float:
-    """The same for every sample, unless the ablation `temperature_spread` confounds truth with style."""
-    return params.temperature * (1 + params.temperature_spread * (2 * sample / max(params.samples - 1, 1) - 1))
+def temperature_of(params: GenerateParams, sample: int, spread: float) -> float:
+    """The same for every sample, unless the ablation `spread` confounds truth with style."""
+    return params.temperature * (1 + spread * (2 * sample / max(params.samples - 1, 1) - 1))
 
 
 def _sample_chunk(
-    vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int
+    vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int, spread: float
 ) -> tuple[list[Candidate], list[Reject]]:
     candidates: list[Candidate] = []
     rejects: list[Reject] = []
@@ -61,7 +66,7 @@ def _sample_chunk(
         np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
     ]
     generations: list[list[Generation]] = [[] for _ in readable]
-    for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s)):
+    for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s, spread)):
         numbers = list(samples)
         drawn = generate_batch(
             vlm,

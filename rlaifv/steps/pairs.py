@@ -44,7 +44,14 @@ class Pair:
 
 
 def score_candidates(claims: Sequence[Claim], judgements: Sequence[Judgement]) -> dict[str, int]:
-    """Score of each candidate: −(number of rejected claims). Only candidates with every claim judged have one."""
+    """Score of each candidate: −(number of rejected claims). Only candidates with every claim judged have one.
+
+    Raises ValueError for judgements that are not of one labeler or not of these claims.
+    """
+    if len(labelers := sorted({j.labeler for j in judgements})) > 1:
+        raise ValueError(f"judgements of {len(labelers)} labelers ({', '.join(labelers)}): run feedback again")
+    if strange := {j.claim_id for j in judgements} - {claim.id for claim in claims}:
+        raise ValueError(f"{len(strange)} judgements are of no known claim, first {min(strange)}: run feedback again")
     accepted = {j.claim_id: j.accepted for j in judgements}
     by_candidate: dict[str, list[str]] = defaultdict(list)
     for claim in claims:
@@ -107,7 +114,7 @@ def relative_length_gap(pairs: Sequence[Pair]) -> float:
     return abs(rejected - chosen) / rejected
 
 
-def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
+def balance_lengths(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
     """Drop the pairs whose rejected answer is much longer, so that "shorter" is not what is learned.
 
     For r in 0, .02, … .98, pairs with (len_rejected − len_chosen)/len_rejected > r are dropped; the r with the
@@ -121,9 +128,9 @@ def balance_length(pairs: Sequence[Pair]) -> tuple[list[Pair], float]:
     return best, best_r
 
 
-def keep_pairs(drawn: Sequence[Pair], params: PairsParams) -> tuple[list[Pair], float]:
+def keep_pairs(drawn: Sequence[Pair], balance_length: bool = True) -> tuple[list[Pair], float]:
     """The drawn pairs, length-balanced unless the ablation `balance_length: false` leaves them as they are, and r."""
-    return balance_length(drawn) if params.balance_length else (list(drawn), 1.0)
+    return balance_lengths(drawn) if balance_length else (list(drawn), 1.0)
 
 
 def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) -> dict[str, object]:
@@ -168,4 +175,6 @@ def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) 
         for column, value in row.items():
             columns[column].append(value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=SCHEMA), path)
+    partial = path.with_name(path.name + ".partial")  # the whole file or nothing, whenever the process dies
+    pq.write_table(pa.table(columns, schema=SCHEMA), partial)
+    partial.replace(path)

@@ -1,12 +1,14 @@
 """Prepare: read instruction files, check every image, and fix the order in which iterations take instructions."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlaifv.params import PrepareParams, SplitParams
 from rlaifv.records import Instruction, Reject, read_jsonl, write_jsonl
+from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import check_rejects
 from rlaifv.vlm.images import open_image
 
@@ -94,7 +96,10 @@ def take_iteration(instructions: Sequence[Instruction], iteration: int, size: in
 
 
 def prepare(params: PrepareParams, seed: int, root: Path, out: Path) -> dict[str, dict[str, int]]:
-    """Write `train.jsonl` (in iteration order), `dev.jsonl`, `test.jsonl`, `rejects.jsonl`; return their counts."""
+    """Write `train.jsonl` (in iteration order), `dev.jsonl`, `test.jsonl`, `rejects.jsonl`; return their counts.
+
+    The annotations of dev and test are copied beside them, so that what later stages measure against is tracked.
+    """
     files: dict[str, SplitParams | None] = {"train": None, "dev": params.dev, "test": params.test}
     counts: dict[str, dict[str, int]] = {}
     all_rejects: list[Reject] = []
@@ -107,5 +112,8 @@ def prepare(params: PrepareParams, seed: int, root: Path, out: Path) -> dict[str
         write_jsonl(out / f"{name}.jsonl", in_iteration_order(kept, seed) if name == "train" else kept)
         counts[name] = {"read": len(kept) + len(rejects), "kept": len(kept), "rejected": len(rejects)}
         all_rejects += rejects
+        for kind in ANNOTATIONS if split else ():
+            if source := getattr(split, kind):
+                shutil.copyfile(root / source, annotations(out, name, kind))
     write_jsonl(out / "rejects.jsonl", all_rejects)
     return counts

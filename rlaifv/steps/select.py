@@ -36,7 +36,7 @@ def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
     return min(kept, key=lambda row: (row["response_hallucination"], -row["recall"], row["checkpoint"]))
 
 
-def publish(checkpoint: Path, policy: Path) -> None:
+def copy_checkpoint(checkpoint: Path, policy: Path) -> None:
     """Copy the chosen checkpoint to where the next iteration looks for its policy, whole or not at all."""
     partial = policy.with_name(policy.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

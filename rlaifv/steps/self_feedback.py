@@ -7,20 +7,21 @@ favors one length, which is why the paper divides (how much it matters depends o
 Many answers to one prompt share its image and text (rlaifv.inference.logprobs), and both models read the same tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from rlaifv.inference.logprobs import continuation_logprobs
-from rlaifv.records import Candidate, Instruction, Reject, batched
+from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, fingerprint_checkpoint, load_vlm
+from rlaifv.vlm.loading import VLM, fingerprint_checkpoint, load_model, load_vlm
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ def load_with_adapter(path: str, adapter: Path, **settings) -> VLM:
     return replace(vlm, fingerprint=f"{vlm.fingerprint}+{fingerprint_checkpoint(str(adapter))}")
 
 
+def load_pair(model: ModelRecord, policy: Path, reference: Path) -> tuple[VLM, VLM]:
+    """π_θ and π_ref from their folders, in the dtype and on the device of the run's policy."""
+    return load_model(model, policy), load_model(model, reference)
+
+
 @contextmanager
 def without_adapter(vlm: VLM) -> Iterator[None]:
     """The model as it was before its LoRA adapter, within the block."""
@@ -166,9 +172,8 @@ class CandidateLogps:
         return AnswerLogps(self.policy_logp, self.reference_logp, self.tokens)
 
 
-def score_candidates(
-    policy: VLM,
-    reference: VLM | None,
+def write_logps(
+    load: Callable[[], tuple[VLM, VLM | None]],
     candidates: Sequence[Candidate],
     instructions: Sequence[Instruction],
     image_root: Path,
@@ -179,15 +184,18 @@ def score_candidates(
 ) -> tuple[int, int]:
     """Write the log-probs of every candidate to `out`, `batch_size` instructions at a time.
 
-    Resumes what `store` holds; its key must cover both models' fingerprints. Candidates whose image cannot be read are
-    rejected. Returns the counts of rows and rejects.
+    `load` gives the policy and the reference (None: the policy without its adapter); it is called when something is
+    left to do. Candidates whose image cannot be read are rejected. Returns the counts of rows and rejects.
     """
     of_instruction: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
     with_answers = [i for i in instructions if i.id in of_instruction]
-    names = policy.fingerprint, reference.fingerprint if reference else policy.fingerprint.split("+")[0]
-    for index, chunk in store.pending(batched(with_answers, batch_size)):
+    models = cache(load)
+
+    def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateLogps], list[Reject]]:
+        policy, reference = models()
+        names = policy.fingerprint, reference.fingerprint if reference else policy.fingerprint.split("+")[0]
         rows, rejects, asked, groups = [], [], [], []
         for instruction in chunk:
             group = of_instruction[instruction.id]
@@ -202,5 +210,7 @@ def score_candidates(
         for group, scored in zip(groups, answer_logps(policy, reference, asked), strict=True):
             for candidate, s in zip(group, scored, strict=True):
                 rows.append(CandidateLogps(candidate.id, s.policy, s.reference, s.tokens, *names))
-        store.write(index, rows, rejects)
+        return rows, rejects
+
+    store.run(batched(with_answers, batch_size), score_chunk)
     return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

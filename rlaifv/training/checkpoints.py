@@ -11,9 +11,71 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
-from rlaifv.vlm.loading import load_vlm
+from rlaifv.params import TrainParams
+from rlaifv.training.library_quirks import whole_models
+from rlaifv.training.run_folder import read_whole, record_whole
+from rlaifv.vlm.loading import VLM, load_vlm
+
+
+def published(params: TrainParams) -> list[str]:
+    """The parts of a run's folder that a finished run has published: checkpoint 1 to n, and the log."""
+    n = params.epochs * params.checkpoints_per_epoch
+    return [*(f"published/checkpoint-{k}" for k in range(1, n + 1)), "published/log.csv"]
+
+
+class WriteCheckpoints(TrainerCallback):
+    """Writes checkpoint k after k/n of all steps, and then lets the Trainer write one that it can go on from.
+
+    `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path.
+    """
+
+    def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str):
+        self.trainer, self.vlm, self.params, self.run, self.policy = trainer, vlm, params, run, policy
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> TrainerControl:
+        parts = published(self.params)[:-1]
+        due = [
+            part
+            for k, part in enumerate(parts, start=1)
+            if max(1, round(k * state.max_steps / len(parts))) == state.global_step
+        ]
+        for part in due:
+            self._write(part)
+        control.should_save = bool(due)
+        return control
+
+    def on_save(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes a part of it
+        if state.is_world_process_zero:
+            now = f"trainer/checkpoint-{state.global_step}"
+            earlier = [part for part in read_whole(self.run) if part.startswith("trainer/") and part != now]
+            record_whole(self.run, now, instead_of=earlier)
+
+    def _write(self, part: str) -> None:
+        trainer, params, out = self.trainer, self.params, self.run / part
+        # every process takes part: the weights may be spread over all of them
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not trainer.accelerator.is_main_process:
+            return
+        weights = {name.removeprefix("policy."): weight for name, weight in weights.items()}
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped).policy
+        if params.lora_r:
+            write_adapter(model, self.run / "adapter", weights)
+            with whole_models(trainer):
+                merge(self.policy, self.run / "adapter", out, params.dtype)
+        else:
+            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+        record_whole(self.run, part)
 
 
 def write_checkpoint(
@@ -36,6 +98,7 @@ def write_checkpoint(
             cast[key] = tensor.to(target) if tensor.is_floating_point() else tensor
         weights[name] = cast[key]
     partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)

@@ -1,148 +1,431 @@
-"""One process of a training run: load, freeze, lay out, train or resume, write checkpoints."""
+"""Direct preference optimization on packed pairs (RLAIF-V, arXiv 2405.17220, section 2.3), from a batch to the step.
 
-import contextlib
-import dataclasses
-import json
+In reading order: `PairCollator` makes a batch of pairs, `PairScorer` gives their answers' log-probs under a policy,
+`reference_logps` those under the reference, `dpo_loss` compares the two, and `PairTrainer` takes the steps.
+"""
+
+import csv
 import logging
-import os
-from collections.abc import Iterator
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import datasets
+import numpy as np
 import torch
-import transformers
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainerCallback
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import DPOConfig
 
 from rlaifv.params import TrainParams
-from rlaifv.records import write_atomic
-from rlaifv.training.checkpoints import merge, write_adapter, write_checkpoint
-from rlaifv.training.dpo_trainer import PairCollator, PairTrainer, Watch, write_log
-from rlaifv.training.layout import choose_layout
+from rlaifv.store import progress
+from rlaifv.training import library_quirks
+from rlaifv.training.packed_pairs import (
+    PADDING,
+    build_batch,
+    move,
+    packed_masks,
+    packed_positions,
+    segment_weights,
+)
 from rlaifv.training.pair_data import PairData
-from rlaifv.training.policy import freeze, load_policy, lora_config, own_device, sharded
-from rlaifv.training.reference import ReferenceStore
-from rlaifv.training.run_folder import last_checkpoint, numbered, take_lock, throughput
-from rlaifv.vlm.loading import VLM
+from rlaifv.training.vision_features import ImageInputs, KeptFeatures
 
 log = logging.getLogger(__name__)
 
+LOGITS_AT_ONCE = 1 << 25
+"""So many logits are in memory at a time (128 MiB in float32); those of more answer tokens are computed in parts, and
+again in the backward pass."""
 
-def be_quiet() -> None:
-    """No usage statistics, and no progress bars of libraries between our own log lines."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports the use of its trainers otherwise
-    os.environ["TQDM_DISABLE"] = "1"
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def run_job(job: dict) -> None:
-    """Train in this process (one of several under `accelerate launch`), resuming what is in the job's folder."""
-    be_quiet()
-    main = int(os.environ.get("RANK", "0")) == 0
-    with take_lock(Path(job["run"])) if main else contextlib.nullcontext():
-        train_pairs(job, main)
+DISCOPOP_TAU = 0.05
+"""DiscoPOP's temperature, as found in its paper."""
 
 
-def train_pairs(job: dict, main: bool) -> None:
-    """The run itself; the `main` process writes the log and the result."""
-    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
-    run = Path(job["run"])
-    vlm = load_policy(job["policy"], params)
-    data = PairData(vlm, Path(job["pairs"]), params.max_length)
-    for reject in data.rejects:
-        log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
-    if not data.pairs:
-        raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
-    freeze(vlm.model, params)
-    if not sharded() and not params.load_in_4bit:
-        vlm.model.to(own_device())
-    if sharded():
-        # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
-        params = dataclasses.replace(params, feature_cache_gb=0)
-    layout = choose_layout(vlm, data, params)
-    trainer = make_trainer(vlm, data, params, run, job, layout)
-    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
-    last = last_checkpoint(run / "trainer")
-    if last:
-        log.info("train: resuming from %s", last.name)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if main:
-        write_log(trainer.state.log_history, run / "published" / "log.csv")
-        result = {
-            "n_checkpoints": params.epochs * params.checkpoints_per_epoch,
-            "steps": trainer.state.global_step,
-            "pairs": len(data.pairs),
-            "rejects": [(reject.id, reject.reason) for reject in data.rejects],
-            "layout": layout,
-            "reference": "reused" if trainer.reference.reused else "computed",
-            **throughput(trainer.state.log_history),
+class PairCollator:
+    """Turns numbers of pairs into a batch (`packed_pairs.build_batch`) with the `pairs` that it is made of and, for a
+    segment weight other than 1, `weights` [2B, A] of its tokens."""
+
+    def __init__(self, data: PairData, pad_token_id: int, *, packed: bool, segment_weight: float = 1.0):
+        self.data, self.pad_token_id = data, pad_token_id
+        self.packed, self.segment_weight = packed, segment_weight
+
+    def __call__(self, numbers: list[int]) -> dict:
+        pairs = [self.data.pairs[i] for i in numbers]
+        batch = build_batch(pairs, self.pad_token_id, packed=self.packed) | {"pairs": list(numbers)}
+        if self.segment_weight != 1.0:
+            batch["weights"] = segment_weights(pairs, self.segment_weight)
+        return batch
+
+
+class PairScorer(torch.nn.Module):
+    """A policy as a function from a batch of pairs to the log-probs of their answers' tokens.
+
+    This is the module that the Trainer trains: DDP, FSDP and DeepSpeed do their work in a module's `__call__`, so that
+    everything with weights happens in this one's. `images` says where image inputs come from.
+    """
+
+    def __init__(self, policy: PreTrainedModel | PeftModel, images: ImageInputs | KeptFeatures | None = None):
+        super().__init__()
+        self.policy, self.images = policy, images
+        self._no_split_modules = library_quirks.classes_to_shard(policy)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The transformers model itself, also where PEFT has put adapters into it."""
+        return self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """`logps`, `entropy`, `mean_logit` (nats) and `is_top1` of every answer token, [2B, A] each; 0 where
+        `answer_mask` is. Only the hidden states that predict an answer token are projected onto the vocabulary."""
+        rows, mask, network = batch["rows"], batch["answer_mask"], self.network
+        backbone, branch = network.base_model, rows["branch"]
+        with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
+            if rows["position_ids"] is None:
+                seen = {"attention_mask": (branch != PADDING).long()}
+            else:
+                seen = {
+                    "attention_mask": packed_masks(rows, network.get_decoder().config),
+                    "position_ids": packed_positions(rows, backbone, image_inputs),
+                }
+            inputs = {**rows["token_types"], **image_inputs, **seen}
+            hidden = backbone(input_ids=rows["input_ids"], **inputs, use_cache=False).last_hidden_state
+        hidden, targets = hidden.flatten(0, 1)[rows["predictors"][mask]], batch["answers"][mask]
+        part = max(1, LOGITS_AT_ONCE // network.config.get_text_config().vocab_size)
+        if len(targets) <= part:
+            scores = self._score_tokens(hidden, targets)
+        else:
+            pieces = zip(hidden.split(part), targets.split(part), strict=True)
+            done = [checkpoint(self._score_tokens, *piece, use_reentrant=False) for piece in pieces]
+            scores = {key: torch.cat([piece[key] for piece in done]) for key in done[0]}
+        return {key: value.new_zeros(mask.shape).masked_scatter(mask, value) for key, value in scores.items()}
+
+    def _score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From hidden states [T, H] to what `forward` says of the `targets` [T]; [T] each."""
+        config = self.network.config.get_text_config()
+        logits = self.network.get_output_embeddings()(hidden).float()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            watched = {
+                "entropy": -(logps.exp() * logps).sum(-1),
+                "mean_logit": logits.mean(-1),
+                "is_top1": logits.argmax(-1) == targets,
+            }
+        return {"logps": logps.gather(-1, targets[:, None])[:, 0], **watched}
+
+
+def answer_logps(scores: dict[str, torch.Tensor], batch: dict) -> torch.Tensor:
+    """log π(answer | image, question) in nats, [2, B]: chosen and rejected; tokens weighted where the batch says so."""
+    logps = scores["logps"] * batch["weights"] if "weights" in batch else scores["logps"]
+    return logps.sum(1).view(2, -1)
+
+
+@torch.no_grad()
+def reference_logps(
+    scorer: PairScorer, collate: PairCollator, batch_size: int, device: torch.device, bfloat16: bool
+) -> np.ndarray:
+    """`answer_logps` of all pairs under a policy that has not been trained yet, float32 [2, pairs].
+
+    The longest pairs come first: rows of similar length need little padding, and a batch that is too large fails at
+    once. Every process computes its share. Raises FloatingPointError, with pair ids, where one is not finite.
+    """
+    state, pairs = PartialState(), collate.data.pairs
+    order = sorted(range(len(pairs)), key=lambda i: -pairs[i].row_length)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found: list[tuple[int, list[float]]] = []
+    for numbers in progress(batches[state.process_index :: state.num_processes], "reference log-probs"):
+        batch = move(collate(numbers), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            found += zip(numbers, answer_logps(scorer(batch), batch).T.tolist(), strict=True)
+    logps = np.array([both for _, both in sorted(gather_object(found))], np.float32).T
+    if bad := [pair.pair_id for pair, finite in zip(pairs, np.isfinite(logps).all(0), strict=True) if not finite]:
+        raise FloatingPointError(f"the reference log-probs of {len(bad)} pairs are not finite: {', '.join(bad[:5])}")
+    return logps
+
+
+def dpo_loss(
+    loss_type: str,
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    lengths: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The loss of each pair, [B].
+
+    `policy` and `reference` are log π(answer | image, question) of chosen and rejected answers in nats, [2, B];
+    `lengths` [2, B] their tokens. DPO (arXiv 2305.18290, equation 7), RLAIF-V's loss, is
+
+        L = -log σ(β (log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x)))
+
+    with the chosen answer y_w, the rejected y_l and the pair's image and question x. Raises ValueError for a name that
+    is not in `rlaifv.params.LOSSES`.
+    """
+    chosen, rejected = policy - reference
+    margin = beta * (chosen - rejected)
+    per_token = chosen / lengths[0] - rejected / lengths[1]
+    flipped, right = label_smoothing, 1 - label_smoothing  # shares of pairs labeled wrongly and rightly
+    log_sigmoid, sigmoid = F.logsigmoid, torch.sigmoid
+    match loss_type:
+        case "sigmoid":  # DPO, arXiv 2305.18290, eq. 7
+            return -log_sigmoid(margin)
+        case "sigmoid_norm":  # DPO of log-probs per token: Tülu 3, arXiv 2411.15124, eq. 6
+            return -log_sigmoid(beta * per_token)
+        case "ipo":  # arXiv 2310.12036, eq. 17, of log-probs per token
+            return (per_token - 1 / (2 * beta)) ** 2
+        case "hinge":  # SLiC-HF, arXiv 2305.10425, on DPO's margin (RSO, arXiv 2309.06657)
+            return torch.relu(1 - margin)
+        case "robust":  # robust DPO, arXiv 2403.00409, eq. 12
+            return -(right * log_sigmoid(margin) - flipped * log_sigmoid(-margin)) / (1 - 2 * flipped)
+        case "exo_pair":  # EXO, arXiv 2402.00856, eq. 16
+            win = sigmoid(margin) * (log_sigmoid(margin) - math.log(right))
+            return win + sigmoid(-margin) * (log_sigmoid(-margin) - math.log(flipped))
+        case "nca_pair":  # NCA, arXiv 2402.05369, eq. 11, for two answers
+            both = log_sigmoid(-beta * chosen) + log_sigmoid(-beta * rejected)
+            return -log_sigmoid(beta * chosen) - 0.5 * both
+        case "bco_pair":  # BCO, arXiv 2404.04656, without its moving reward shift
+            return -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected)
+        case "sppo_hard":  # SPPO, arXiv 2405.00675, eq. 4.7, with P = 1 for the chosen answer
+            return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+        case "apo_zero":  # APO, arXiv 2408.06266, eq. 7
+            return 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)
+        case "apo_down":  # APO, eq. 8
+            return sigmoid(beta * chosen) + 1 - sigmoid(margin)
+        case "aot" | "aot_unpaired":  # AOT, arXiv 2406.05882: quantiles of the batch are compared, not pairs
+            better, worse = (policy[0] - policy[1], reference[0] - reference[1])
+            if loss_type == "aot_unpaired":
+                better, worse = chosen, rejected
+            delta = beta * (better.sort().values - worse.sort().values)
+            return -right * log_sigmoid(delta) - flipped * log_sigmoid(-delta)
+        case "discopop":  # DiscoPOP, arXiv 2406.08414, eq. 5
+            mix = sigmoid(margin / DISCOPOP_TAU)
+            return -(1 - mix) * log_sigmoid(margin) + mix * torch.exp(-margin)
+        case "sft":  # the negative log-likelihood of a chosen token, the batch's mean (RPO, arXiv 2404.19733)
+            return (-policy[0].sum() / lengths[0].sum()).expand(policy.shape[1])
+    raise ValueError(f"unknown loss {loss_type!r}")
+
+
+class EpochOrder(Sampler[int]):
+    """A new permutation of the pairs each epoch, from (seed, epoch) alone; the incomplete last batch is left out.
+
+    The epoch is read off the trainer's step, so an interrupted epoch goes on in its own order, and every step sees
+    the same pairs on any number of processes. Within a step the longest pairs come first, so that a micro-batch holds
+    rows of similar length and little padding; which pairs make a step is left to chance.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, step: Callable[[], int]):
+        n = len(lengths)
+        if n < batch_size:
+            raise ValueError(f"{n} pairs do not fill one batch: set train.batch_size (now {batch_size}) to {n} or less")
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.seed, self.step = batch_size, seed, step
+        self.steps_per_epoch = n // batch_size
+        self.length = self.steps_per_epoch * batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.step() // self.steps_per_epoch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        steps = torch.randperm(len(self.lengths), generator=generator)[: self.length].view(-1, self.batch_size)
+        by_length = self.lengths[steps].argsort(dim=1, descending=True, stable=True)
+        yield from steps.gather(1, by_length).flatten().tolist()
+
+
+class PairTrainer(Trainer):
+    """`transformers.Trainer` with DPO's loss. `reference` [2, pairs] is what `reference_logps` gave before training."""
+
+    loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch: the Trainer divides it by their number
+
+    def __init__(
+        self,
+        scorer: PairScorer,
+        collate: PairCollator,
+        reference: np.ndarray,
+        params: TrainParams,
+        args: TrainingArguments,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        pairs = collate.data.pairs
+        super().__init__(
+            scorer, args, data_collator=collate, train_dataset=range(len(pairs)), callbacks=list(callbacks)
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        library_quirks.keep_float32_under_fsdp(self)
+        self.pairs, self.params = pairs, params
+        self.reference = torch.from_numpy(reference).to(self.accelerator.device)
+        self.now_training_on: list[str] = []
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self._tokens = 0
+        self._last_log: tuple[float, int, int] | None = None  # time, step, tokens
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches in `EpochOrder`; every process gets its part of them."""
+        lengths, batch_size = [pair.row_length for pair in self.pairs], pairs_per_step(self.args)
+        order = EpochOrder(lengths, batch_size, self.args.seed, lambda: self.state.global_step)
+        loader = DataLoader(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            sampler=order,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        """The mean loss of a micro-batch; its metrics are added up for the next log entry."""
+        params, batch = self.params, inputs
+        self.now_training_on = [self.pairs[i].pair_id for i in batch["pairs"]]
+        with library_quirks.autocast_under_fsdp(self):
+            scores = model(batch)
+        policy, reference = answer_logps(scores, batch), self.reference[:, batch["pairs"]]
+        lengths = batch["answer_mask"].sum(1).view(2, -1)
+        weights = params.loss_weights or [1.0] * len(params.loss_type)
+        loss = sum(
+            weight * dpo_loss(name, policy, reference, lengths, params.beta, params.label_smoothing).mean()
+            for name, weight in zip(params.loss_type, weights, strict=True)
+        )
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._went_wrong(f"the loss is {loss.item()}"))
+        with torch.no_grad():
+            self._add_metrics(batch, scores, params.beta * (policy - reference), policy, lengths)
+        return (loss, scores) if return_outputs else loss
+
+    def _add_metrics(self, batch, scores, rewards, policy, lengths) -> None:
+        """Add this micro-batch to the sums; `rewards` are DPO's β log π/π_ref, [2, B]."""
+        chosen, rejected = batch["answer_mask"].chunk(2)
+        of_pairs_and_tokens = {
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1],
+            "rewards/accuracies": rewards[0] > rewards[1],
+            "rewards/margins": rewards[0] - rewards[1],
+            "logps/chosen": policy[0],
+            "logps/rejected": policy[1],
+            "length/chosen": lengths[0],
+            "length/rejected": lengths[1],
+            "entropy": scores["entropy"][batch["answer_mask"]],
+            "mean_token_accuracy": scores["is_top1"][: len(chosen)][chosen],
+            "logits/chosen": scores["mean_logit"][: len(chosen)][chosen],
+            "logits/rejected": scores["mean_logit"][len(chosen) :][rejected],
+            "num_tokens": torch.tensor([batch["tokens"]]),
         }
-        write_atomic(run / "finished.json", json.dumps(result))
+        for name, values in of_pairs_and_tokens.items():
+            self._sums[name] += torch.tensor([values.double().sum(), values.numel()], dtype=torch.float64)
+
+    def metrics(self) -> dict[str, float]:
+        """What was trained since the last call: means over all pairs or all answer tokens of all processes."""
+        sums = torch.stack(list(self._sums.values())).to(self.accelerator.device)
+        sums = self.accelerator.reduce(sums, "sum").tolist()
+        means = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True)}
+        self._tokens += int(sums[list(self._sums).index("num_tokens")][0])
+        self._sums.clear()
+        return means | {"num_tokens": self._tokens}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics, and what was trained per second (for TensorBoard; `write_log` leaves times out)."""
+        if "loss" in logs:
+            logs |= self.metrics()
+            now, step = time.monotonic(), self.state.global_step
+            if self._last_log is not None:
+                then, before, tokens = self._last_log
+                logs["throughput/pairs_per_second"] = (step - before) * pairs_per_step(self.args) / (now - then)
+                logs["throughput/tokens_per_second"] = (self._tokens - tokens) / (now - then)
+            self._last_log = (now, step, self._tokens)
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # private in transformers, but the only place between the gradient's norm and the optimizer's step
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(self._went_wrong(f"the gradient norm is {norm}"))
+        return norm
+
+    def _went_wrong(self, what: str) -> str:
+        pairs = ", ".join(self.now_training_on)
+        return (
+            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
+            f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
+        )
+
+    def _learned(self) -> dict[str, torch.Tensor]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What a run goes on from: the weights that learn. FSDP and DeepSpeed save theirs with the optimizer's."""
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                save_file(self._learned(), Path(output_dir) / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        with torch.no_grad():
+            for name, weight in self._learned().items():
+                weight.copy_(saved[name])
+        return None
 
 
-def make_trainer(vlm: VLM, data: PairData, params: TrainParams, run: Path, job: dict, layout: str) -> PairTrainer:
-    """A `PairTrainer` for this run; the reference log-probs are computed or read here."""
-    collator = PairCollator(
-        data, vlm.tokenizer.pad_token_id, packed=layout.startswith("packed"), segment_weight=params.segment_weight
-    )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
-    args = training_arguments(params, run / "trainer", job["seed"])
-    made_of = {
-        "policy": job["identity"]["policy"],
-        "data": job["identity"]["pairs"],
-        "source": job["identity"]["source"],
-        "segment_weight": params.segment_weight,
-        "dtype": params.dtype,
-        "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
-        "layout": layout,
-    }
-    reference = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
-    for module in vlm.model.modules():  # as TRL does, but before LoRA's own dropout joins
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if sharded() == "fsdp":
-        # transformers also lists classes of parts that this model has not (CLIP's text side); accelerate wants all
-        classes = {type(module).__name__ for module in vlm.model.modules()}
-        vlm.model._no_split_modules = sorted(classes & set(vlm.model._no_split_modules or ()))
-    trainer = PairTrainer(
-        model=vlm.model,
-        args=args,
-        data=data,
-        reference=reference,
-        data_collator=collator,
-        train_dataset=numbered(len(data.pairs), run / "dataset"),
-        processing_class=vlm.processor or vlm.tokenizer,
-        peft_config=lora_config(vlm.model, params) if params.lora_r else None,
-    )
-    if trainer.is_fsdp_enabled:
-        # autocast computes in bfloat16, as for the reference; accelerate's policy would also round log-probs (-120 to
-        # 0.5 nats) and sum the gradients in bfloat16
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    if params.load_in_4bit:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                # TRL rounds a 4-bit model's adapters to bfloat16, in which small steps vanish; ours are float32 always
-                parameter.data = parameter.data.float()
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Watch(params.beta, params.collapse_nats))
-    trainer.add_callback(Publish(trainer, vlm, params, run, job["policy"]))
-    return trainer
+class Watch(TrainerCallback):
+    """One line every few seconds, and a warning when chosen answers lose their likelihood.
+
+    DPO only widens a margin: it can do so by pushing both answers down. `rewards/chosen` / (β · length) is the mean
+    change of a chosen answer's log-prob per token, in nats.
+    """
+
+    def __init__(self, beta: float, collapse_nats: float, every_s: float = 5.0):
+        self.beta, self.collapse_nats, self.every_s = beta, collapse_nats, every_s
+        self.recent: list[float] = []
+        self.warned = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = self.said = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
+            return
+        self.recent = [*self.recent, logs["rewards/chosen"] / (self.beta * logs["length/chosen"])][-20:]
+        change = sum(self.recent) / len(self.recent)
+        if len(self.recent) == 20 and change < -self.collapse_nats and not self.warned:
+            self.warned = True
+            log.warning(
+                "step %d: chosen answers have lost %.2f nats per token against the reference (train.collapse_nats %g): "
+                "the model is forgetting, not preferring; lower train.learning_rate, raise train.beta or add the sft "
+                "loss",
+                *(state.global_step, -change, self.collapse_nats),
+            )
+        now = time.monotonic()
+        if now - self.said >= self.every_s or state.global_step == state.max_steps:
+            rate = (state.global_step - self.first_step) / (now - self.started)
+            self.said = now
+            log.info(
+                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
+                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
+                *(logs["rewards/accuracies"], rate * pairs_per_step(args)),
+                *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
+            )
 
 
-def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
-    """TRL's arguments for our parameters."""
-    args = DPOConfig(
+def training_arguments(params: TrainParams, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's arguments for our parameters; `folder` is where it writes what it goes on from."""
+    args = TrainingArguments(
         output_dir=str(folder),
-        beta=params.beta,
-        loss_type=list(params.loss_type),
-        loss_weights=list(params.loss_weights) if params.loss_weights else None,
-        label_smoothing=params.label_smoothing,
         learning_rate=params.learning_rate,
         num_train_epochs=params.epochs,
         per_device_train_batch_size=params.micro_batch_size,
@@ -152,63 +435,34 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfi
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         bf16=params.dtype == "bfloat16",
-        activation_checkpointing=params.gradient_checkpointing,  # their new name for it; TRL reads the old one from it
-        precompute_ref_log_probs=True,
-        disable_dropout=False,  # done already; LoRA's own stays
-        max_length=None,  # never cut an answer
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",  # `Publish` says when
-        save_total_limit=1,
+        save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
         report_to="tensorboard",
         disable_tqdm=True,
         seed=seed,
-        remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    args._n_gpu = min(args.n_gpu, 1)  # a process is one GPU, also where more are visible (TRL refuses DataParallel)
+    library_quirks.one_gpu_a_process(args)
     return args
 
 
-class Publish(TrainerCallback):
-    """Writes checkpoint k after k/n of an epoch's steps, and then lets the Trainer write one it can resume from."""
-
-    def __init__(self, trainer: PairTrainer, vlm: VLM, params: TrainParams, run: Path, policy: str):
-        self.trainer, self.vlm, self.params, self.run, self.policy = trainer, vlm, params, run, policy
-
-    def on_step_end(self, args, state, control, **kwargs):
-        n = self.params.epochs * self.params.checkpoints_per_epoch
-        due = [k for k in range(1, n + 1) if max(1, round(k * state.max_steps / n)) == state.global_step]
-        for k in due:
-            self._write(self.run / "published" / f"checkpoint-{k}")
-        control.should_save = bool(due)
-        return control
-
-    def _write(self, out: Path) -> None:
-        trainer, params = self.trainer, self.params
-        # every process takes part: the weights may be spread over all of them
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if not trainer.accelerator.is_main_process:
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        if params.lora_r:
-            write_adapter(model, self.run / "adapter", weights)
-            with whole_models(trainer):
-                merge(self.policy, self.run / "adapter", out, params.dtype)
-        else:
-            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+def pairs_per_step(args: TrainingArguments) -> int:
+    """The global batch: pairs per optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-@contextlib.contextmanager
-def whole_models(trainer: PairTrainer) -> Iterator[None]:
-    """Within the block `from_pretrained` loads a whole model in this process. Under ZeRO-3 it would load a part of it
-    and wait for the other processes to load theirs, and they wait for this one to have written the checkpoint."""
-    config = getattr(trainer.args, "hf_deepspeed_config", None)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            set_hf_deepspeed_config(config)
+LOG_COLUMNS = ("step", "epoch", "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+LOG_COLUMNS += ("logps/chosen", "logps/rejected", "length/chosen", "length/rejected", "learning_rate", "grad_norm")
+LOG_COLUMNS += ("entropy", "mean_token_accuracy")
+
+
+def write_log(history: list[dict], path: Path) -> None:
+    """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([column.replace("/", "_") for column in LOG_COLUMNS])
+        for entry in history:
+            if "loss" in entry:
+                writer.writerow([f"{entry.get(column, math.nan):.8g}" for column in LOG_COLUMNS])

@@ -1,4 +1,4 @@
-"""Preference training: DPO on pairs of answers (RLAIF-V section 2.3), on top of TRL.
+"""Preference training from pairs to checkpoints (RLAIF-V section 2.3): the public call, and the processes it starts.
 
     accelerate launch -m rlaifv.training.job --job JOB.json    # what `train` starts itself for more than one process
 
@@ -8,47 +8,60 @@ again it goes on and ends with the same bytes.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import re
-import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import set_seed
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest_modules
+from rlaifv.fingerprint import digest, stage_sources
 from rlaifv.params import TrainParams, check_train
-from rlaifv.training.pair_data import read_pairs
+from rlaifv.records import write_atomic
+from rlaifv.training import library_quirks
+from rlaifv.training.checkpoints import WriteCheckpoints, published
+from rlaifv.training.dpo import (
+    PairCollator,
+    PairScorer,
+    PairTrainer,
+    Watch,
+    reference_logps,
+    training_arguments,
+    write_log,
+)
+from rlaifv.training.packed_pairs import choose_layout
+from rlaifv.training.pair_data import PairData, read_pairs
+from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
+from rlaifv.training.reference import ReferenceStore
+from rlaifv.training.run_folder import (
+    broken,
+    go_on_from,
+    locked,
+    publish,
+    read_finished,
+    read_whole,
+    record_whole,
+    remove,
+)
 from rlaifv.vlm.loading import fingerprint_checkpoint
 
-SOURCES = (
-    "checkpoints.py",
-    "dpo.py",
-    "images.py",
-    "layout.py",
-    "packing.py",
-    "preferences.py",
-    "processors.py",
-    "reference.py",
-    "tower.py",
-    "train.py",
-    "trainer.py",
-    "vlm.py",
-)
-"""The modules that a run goes through: unfinished work and reference log-probs of other code are not gone on with."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What a training run did. `rejects` are (pair id, reason); `layout` is how pairs went through the model.
 
-    Tokens per second are TRL's: those of two rows a pair, prompt and image included, however they were computed.
+    Tokens per second are those of two rows a pair, prompt and image included, however they were computed.
     """
 
     checkpoints: list[str]
@@ -65,51 +78,51 @@ class TrainResult:
 def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int) -> TrainResult:
     """Train `policy` on the pairs in `pairs` and write `out/checkpoint-<k>`, k = 1..n, and `out/log.csv`.
 
-    `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Resumable work lives in `scratch`
-    under a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes.
-    TensorBoard reads `scratch/tensorboard`, during the run and after it.
+    `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Work lives in `scratch/train-<h>`,
+    h a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes. A
+    finished run leaves `finished.json` and `published/` there, from which another call publishes at once; whoever
+    removes such a folder takes its lock first. TensorBoard reads `scratch/tensorboard`.
 
     Raises ParamsError for parameters that do not fit each other, ValueError for those that do not fit the data,
-    FloatingPointError (with the pair ids) when the loss or gradient is not finite; the checkpoints before that are in
-    `out` then.
+    RuntimeError when another process is training the same, FloatingPointError (with the pair ids) when the loss or
+    gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
-    from rlaifv.training.dpo import run_job
-
     identity = {
         "policy": fingerprint_checkpoint(policy),
         "pairs": read_pairs(pairs)[1],
         "params": {k: v for k, v in dataclasses.asdict(params).items() if k != "collapse_nats"},
         "seed": seed,
-        "source": digest_modules(*SOURCES),
+        "source": stage_sources("train"),
     }
-    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-    run = scratch / f"train-{key}"
-    run.mkdir(parents=True, exist_ok=True)
+    run = (scratch / f"train-{digest(identity)}").resolve()
     job = {
         "policy": policy,
         "pairs": str(Path(pairs).resolve()),
         "params": dataclasses.asdict(params),
-        "run": str(run.resolve()),
+        "run": str(run),
         "seed": seed,
         "identity": identity,
     }
-    (run / "job.json").write_text(json.dumps(job, indent=2))
-    finished = run / "finished.json"
-    try:
-        if not finished.is_file():
-            if params.processes > 1:
-                launch(run / "job.json", params)
-            else:
-                run_job(job)
-    except FloatingPointError:
-        publish(run, out)  # the checkpoints before it are good
-        raise
-    publish(run, out)
-    result = json.loads(finished.read_text())
-    shutil.rmtree(run)
+    with locked(run):
+        write_atomic(run / "job.json", json.dumps(job, indent=2))
+        try:
+            finished = read_finished(run, published(params))
+            if finished is None:
+                launch(run / "job.json", params) if params.processes > 1 else run_job(job)
+                finished = read_finished(run, published(params))
+            if finished is None:
+                raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
+        except FloatingPointError:
+            good = {part: files for part, files in read_whole(run).items() if part in published(params)}
+            publish(run, {part: files for part, files in good.items() if not broken(run, {part: files})}, out)
+            raise
+        publish(run, finished["parts"], out)
+        for unfinished in ("trainer", "adapter"):
+            remove(run / unfinished)
+    result = finished["result"]
     return TrainResult(
-        checkpoints=[str(out / f"checkpoint-{k + 1}") for k in range(result.pop("n_checkpoints"))],
+        checkpoints=[str(out / Path(part).name) for part in published(params)[:-1]],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
         log=str(out / "log.csv"),
         **result,
@@ -145,21 +158,98 @@ def launch(job: Path, params: TrainParams) -> None:
         raise kind(f"training in {params.processes} processes failed: {first}")
 
 
-def publish(run: Path, out: Path) -> None:
-    """Replace what `out` holds of an earlier run by this run's checkpoints and log."""
-    out.mkdir(parents=True, exist_ok=True)
-    for old in [*out.glob("checkpoint-*"), *out.glob("log.csv")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for new in sorted((run / "published").glob("*")):
-        if new.is_dir() and new.suffix != ".partial":
-            shutil.copytree(new, out / new.name)
-        elif new.name == "log.csv":
-            shutil.copyfile(new, out / new.name)
+def run_job(job: dict) -> None:
+    """One process of a run: load, freeze, lay out, reference, train (or go on), write `finished.json`."""
+    library_quirks.be_quiet()
+    run = Path(job["run"])
+    if int(os.environ.get("RANK", "0")):
+        return train_pairs(job, run)
+    # a lock of the process that trains: it may outlive the one that called `train`
+    with locked(run / "process"):
+        return train_pairs(job, run)
+
+
+def train_pairs(job: dict, run: Path) -> None:
+    """The work of `run_job`, under its lock."""
+    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
+    vlm = load_policy(job["policy"], params)
+    data = PairData(vlm, Path(job["pairs"]), params.max_length)
+    for reject in data.rejects:
+        log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
+    if not data.pairs:
+        raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
+    freeze(vlm.model, params)
+    if sharded():
+        # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
+        params = dataclasses.replace(params, feature_cache_gb=0)
+    elif not params.load_in_4bit:
+        vlm.model.to(own_device())
+    arguments = training_arguments(params, run / "trainer", job["seed"])  # also joins the other processes
+    scorer = PairScorer(vlm.model)
+    layout = choose_layout(scorer, vlm, data, params)
+    packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
+    collate = PairCollator(data, pad, packed=packed, segment_weight=params.segment_weight)
+    made_of = {
+        "policy": job["identity"]["policy"],
+        "data": job["identity"]["pairs"],
+        "source": job["identity"]["source"],
+        "segment_weight": params.segment_weight,
+        "dtype": params.dtype,
+        "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
+        "layout": layout,
+    }
+    store = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
+    state, reference = PartialState(), store.load()
+    reused = reference is not None
+    if not reused:
+        before, device = vlm.model.device, reference_device(vlm.model)
+        # without gradients a batch of four times as many pairs takes less memory
+        batch_size = 4 * params.micro_batch_size
+        scorer.to(device)
+        reference = reference_logps(scorer, collate, batch_size, device, params.dtype == "bfloat16")
+        scorer.to(before)
+        if state.is_main_process:
+            store.save(reference)
+    set_seed(job["seed"])
+    if params.lora_r:
+        scorer = PairScorer(add_lora(vlm.model, params), scorer.images)
+    if params.gradient_checkpointing:
+        library_quirks.checkpoint_activations(scorer.policy, lora=bool(params.lora_r))
+    (last,) = broadcast_object_list([go_on_from(run) if state.is_main_process else None])
+    if last:
+        log.info("train: resuming from %s", last.name)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
+    trainer = PairTrainer(scorer, collate, reference, params, arguments, [Watch(params.beta, params.collapse_nats)])
+    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
+    trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if not state.is_main_process:
+        return
+    history = trainer.state.log_history
+    write_log(history, run / "published" / "log.csv")
+    record_whole(run, "published/log.csv")
+    result = {
+        "steps": trainer.state.global_step,
+        "pairs": len(data.pairs),
+        "rejects": [(reject.id, reject.reason) for reject in data.rejects],
+        "layout": layout,
+        "reference": "reused" if reused else "computed",
+        "pairs_per_second": usual(history, "throughput/pairs_per_second"),
+        "tokens_per_second": usual(history, "throughput/tokens_per_second"),
+    }
+    parts = {part: files for part, files in read_whole(run).items() if part in published(params)}
+    write_atomic(run / "finished.json", json.dumps({"result": result, "parts": parts}))
+
+
+def usual(history: list[dict], name: str) -> float | None:
+    """The median of a logged value over the steps, None for a run of one step."""
+    values = [entry[name] for entry in history if name in entry]
+    return statistics.median(values) if values else None
 
 
 if __name__ == "__main__":
     from rlaifv.stage import start_logging
-    from rlaifv.training.dpo import run_job
 
     parser = argparse.ArgumentParser(description="One process of a training job (started by rlaifv.training.job.train)")
     parser.add_argument("--job", type=Path, required=True)

@@ -1,88 +1,115 @@
-"""One row per pair: `[prompt | chosen | rejected]`, the image's features once, hidden states at answer positions only.
-What both answers begin with alike is part of what they share, like the prompt: it goes through the model once.
+"""Packed rows: a pair as one sequence `[prompt | chosen | rejected]`, and the check that a model reads it exactly.
 
-`build_batch` lays out a batch of pairs, `RowReader` teaches a model to read it. TRL's loss sees neither: it gets
-`input_ids` that hold only the answers, and hidden states that stand exactly where the answers' predictions are, so
-every loss and metric of `DPOTrainer` works on it unchanged. The plain layout (two ordinary rows per pair) goes through
-the same door, for architectures that cannot read the packed one.
+What both answers begin with alike belongs to what they share, like the prompt: it goes through the model once. The
+plain layout (two ordinary sequences per pair) has the same form, for architectures that cannot read the packed one.
 """
 
 import difflib
+import logging
 from collections.abc import Sequence
-from types import MethodType
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from rlaifv.training.pair_data import EncodedPair
-from rlaifv.training.vision_features import FrozenTower, ImageInputs
+from rlaifv.params import TrainParams
+from rlaifv.training.pair_data import EncodedPair, PairData
+from rlaifv.training.vision_features import ImageInputs, KeptFeatures, vision_tower
+from rlaifv.vlm.collate import stack_inputs
+from rlaifv.vlm.loading import VLM
 
-PAD_BRANCH = -1
+log = logging.getLogger(__name__)
+
+SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+"""What a token of a row belongs to."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
+"""Largest accepted difference of answer tokens' log-probs from those of the model's own forward, in nats: of any token
+in float32, on average in bfloat16, where single improbable tokens differ by more between any two ways to sum."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of n tokens. `branch` [n] says what each belongs to, `positions` [n] where it stands: the second
+    branch starts where the first did. `predictors` holds for each answer in it the indices [tokens of that answer] of
+    the positions that predict its tokens: the last prompt token the first one, then each token the next one."""
+
+    pair: EncodedPair
+    ids: np.ndarray
+    branch: np.ndarray
+    positions: np.ndarray
+    predictors: tuple[np.ndarray, ...]
+
+
+def packed_row(pair: EncodedPair) -> Row:
+    """Prompt and what both answers begin with, then the rest of the chosen and of the rejected answer."""
+    prompt, k = len(pair.prompt), pair.common
+    shared, a, b = prompt + k, len(pair.chosen) - k, len(pair.rejected) - k
+    into_rejected = np.concatenate([np.arange(prompt - 1, shared), shared + a + np.arange(b)])
+    return Row(
+        pair,
+        ids=np.concatenate([pair.prompt, pair.chosen, pair.rejected[k:]]),
+        branch=np.repeat([SHARED, CHOSEN, REJECTED], [shared, a, b]),
+        positions=np.concatenate([np.arange(shared + a), shared + np.arange(b)]),
+        predictors=(prompt - 1 + np.arange(len(pair.chosen)), into_rejected[:-1]),
+    )
+
+
+def plain_row(pair: EncodedPair, answer: np.ndarray) -> Row:
+    """Prompt and one answer, as any causal model reads them."""
+    prompt, n = len(pair.prompt), len(answer)
+    branch = np.repeat([SHARED, CHOSEN], [prompt, n])
+    return Row(pair, np.concatenate([pair.prompt, answer]), branch, np.arange(prompt + n), (prompt - 1 + np.arange(n),))
 
 
 def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool) -> dict:
-    """Lay out B pairs for `DPOTrainer`.
+    """Lay out B pairs.
 
-    Returns `input_ids`, `attention_mask`, `completion_mask` [2B, 1 + A] (chosen rows first; column 0 stands for the
-    last prompt token; `attention_mask` there holds the prompt's length, so that its sum is the number of tokens) and
-    `rows`, what the model really reads:
+    Returns `answers` [2B, A], the answers' token ids, chosen ones first; `answer_mask` bool [2B, A], the tokens that
+    are trained; `tokens`, the tokens of two plain rows per pair (what throughput counts); and `rows`, what the model
+    reads:
 
     - `input_ids` [R, n], right-padded; R = B packed, 2B plain
-    - `branch` [R, n] int8: 0 what both share (the prompt, and in packed rows the tokens that both answers begin with),
-      1 chosen, 2 rejected, -1 padding
-    - `position_ids` [R, n]: the second branch starts where the first did (packed only)
-    - `gather` [2B, 1 + A]: index into the flattened [R * n] of the position that predicts each column's next token
+    - `branch` [R, n] int8: SHARED, CHOSEN, REJECTED or PADDING
+    - `position_ids` [R, n] (packed only)
+    - `predictors` [2B, A]: index into the flattened [R * n] of the position that predicts each answer token
     - `images` [R]: which image each row is about
+    - `token_types`: [R, n] each, for processors that have them
     """
+    if packed:
+        rows = [packed_row(pair) for pair in pairs]
+    else:
+        rows = [plain_row(p, p.chosen) for p in pairs] + [plain_row(p, p.rejected) for p in pairs]
+    n = max(len(row.ids) for row in rows)
     answers = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
-    width = 1 + max(len(ids) for ids, _ in answers)
-    labels = np.full((len(answers), width), pad_token_id, np.int64)
-    completion = np.zeros((len(answers), width), np.int64)
-    tokens = np.zeros((len(answers), width), np.int64)
-    gather = np.zeros((len(answers), width), np.int64)
-    branches = [[p.chosen, p.rejected] for p in pairs] if packed else [[ids] for ids, _ in answers]
-    prompts = list(pairs) if packed else [*pairs, *pairs]
-    common = [p.common if packed else 0 for p in prompts]
-    n = max(p.row_length if packed else len(p.prompt) + len(b[0]) for p, b in zip(prompts, branches, strict=True))
-    ids = np.full((len(prompts), n), pad_token_id, np.int64)
-    branch = np.full((len(prompts), n), PAD_BRANCH, np.int8)
-    positions = np.zeros((len(prompts), n), np.int64)
-    types = {key: np.zeros((len(prompts), n), np.int64) for key in pairs[0].token_types}
-    for row, (pair, row_branches, k) in enumerate(zip(prompts, branches, common, strict=True)):
-        prompt, shared = len(pair.prompt), len(pair.prompt) + k
-        ids[row, :prompt], ids[row, prompt:shared] = pair.prompt, pair.chosen[:k]
-        branch[row, :shared], positions[row, :shared] = 0, np.arange(shared)
-        for key, values in pair.token_types.items():
-            types[key][row, :prompt] = values
-        start = shared
-        for number, answer in enumerate(row_branches):
-            stop = start + len(answer) - k
-            ids[row, start:stop] = answer[k:]
-            branch[row, start:stop] = number + 1
-            positions[row, start:stop] = shared + np.arange(stop - start)
-            out = row + number * len(pairs)  # chosen rows first, rejected rows behind them
-            labels[out, 1 : 1 + len(answer)] = answer
-            completion[out, 1 + answers[out][1] : 1 + len(answer)] = 1
-            tokens[out, 0], tokens[out, 1 : 1 + len(answer)] = prompt, 1
-            # the last prompt token predicts an answer's first token, then each token the one behind it
-            gather[out, : 1 + k] = row * n + np.arange(prompt - 1, shared)
-            gather[out, 1 + k : 1 + len(answer)] = row * n + np.arange(start, stop)
-            start = stop
-    as_tensor = torch.from_numpy
+    places = [(i, row.predictors[number]) for number in range(1 + packed) for i, row in enumerate(rows)]
+    trained = [np.arange(len(ids)) >= start for ids, start in answers]
     return {
-        "input_ids": as_tensor(labels),
-        "attention_mask": as_tensor(tokens),
-        "completion_mask": as_tensor(completion),
+        "answers": padded([ids for ids, _ in answers], pad_token_id),
+        "answer_mask": padded(trained, False),
+        "tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
         "rows": {
-            "input_ids": as_tensor(ids),
-            "branch": as_tensor(branch),
-            "position_ids": as_tensor(positions) if packed else None,
-            "gather": as_tensor(gather),
-            "images": [pair.image for pair in prompts],
-            "token_types": {key: as_tensor(value) for key, value in types.items()},
+            "input_ids": padded([row.ids for row in rows], pad_token_id),
+            "branch": padded([row.branch.astype(np.int8) for row in rows], PADDING),
+            "position_ids": padded([row.positions for row in rows], 0) if packed else None,
+            "predictors": padded([i * n + predictors for i, predictors in places], 0),
+            "images": [row.pair.image for row in rows],
+            "token_types": {
+                key: padded([np.pad(row.pair.token_types[key], (0, n - len(row.pair.prompt))) for row in rows], 0)
+                for key in pairs[0].token_types
+            },
         },
     }
+
+
+def padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
+    """Rows of different lengths as one tensor [rows, longest], `fill` after each row's end; token ids as int64."""
+    dtype = np.int64 if rows[0].dtype == np.int32 else rows[0].dtype
+    table = np.full((len(rows), max(map(len, rows))), fill, dtype)
+    for target, row in zip(table, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(table)
 
 
 def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -94,23 +121,20 @@ def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
     return mask
 
 
-def segment_weights(pairs: Sequence[EncodedPair], width: int, weight: float) -> torch.Tensor:
-    """Weights [2B, width - 1] of the answers' log-probs: `weight` for changed tokens, 1 for the rest.
+def segment_weights(pairs: Sequence[EncodedPair], weight: float) -> torch.Tensor:
+    """Weights [2B, A] of the answers' log-probs: `weight` for changed tokens, 1 for the rest.
 
     Dense DPO of RLHF-V (arXiv 2312.00849, eq. 3 without its 1/N): segments that a correction changed count more.
     """
-    weights = np.ones((2 * len(pairs), width - 1), np.float32)
-    for i, pair in enumerate(pairs):
-        for row, ids, other in ((i, pair.chosen, pair.rejected), (i + len(pairs), pair.rejected, pair.chosen)):
-            weights[row, : len(ids)][changed_tokens(ids, other)] = weight
-    return torch.from_numpy(weights)
+    sides = [(p.chosen, p.rejected) for p in pairs] + [(p.rejected, p.chosen) for p in pairs]
+    return padded([np.where(changed_tokens(*side), weight, 1.0).astype(np.float32) for side in sides], 1.0)
 
 
 def block_mask(branch: torch.Tensor) -> torch.Tensor:
     """Bool attention mask [R, n, n] from `branch` [R, n]: causal, and a branch sees only what both share and itself."""
     n = branch.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=branch.device).tril()
-    return causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
+    return causal & ((branch[:, None, :] == SHARED) | (branch[:, None, :] == branch[:, :, None]))
 
 
 def packed_masks(rows: dict, config: PretrainedConfig) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -138,7 +162,7 @@ def packed_positions(rows: dict, backbone: torch.nn.Module, image_inputs: dict) 
     """Positions [R, n] of packed rows; [3, R, n] for models that place image tokens in three dimensions (Qwen-VL)."""
     if not hasattr(backbone, "get_rope_index"):
         return rows["position_ids"]
-    shared = (rows["branch"] == 0).long()
+    shared = (rows["branch"] == SHARED).long()
     grids = {key: value for key, value in image_inputs.items() if key.endswith("grid_thw")}
     in_shared, delta = backbone.get_rope_index(
         input_ids=rows["input_ids"], attention_mask=shared, **rows["token_types"], **grids
@@ -146,61 +170,66 @@ def packed_positions(rows: dict, backbone: torch.nn.Module, image_inputs: dict) 
     return torch.where(shared.bool(), in_shared, rows["position_ids"] + delta)
 
 
-class RowReader:
-    """Teaches `model` to read batches of `build_batch`: gives its backbone a forward that understands `rows`.
+def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: TrainParams) -> str:
+    """Find the fastest way of pairs through a model that is exact for it, and set `scorer` (a `dpo.PairScorer`) to it.
 
-    The last hidden states come back at the positions in `gather` only, [2B, 1 + A, hidden], so that whoever projects
-    them onto the vocabulary does so for answers alone. Without `rows` the forward is the original one. `images` says
-    where image inputs come from and can be exchanged.
+    The ways are packed or plain rows, and images encoded each time or a frozen tower's features kept. Each is compared
+    with the model's own forward, a row at a time, on the shortest and the longest pair; one that fails is named in a
+    warning and not used. Returns the way's name; raises RuntimeError when even plain rows fail.
     """
-
-    def __init__(self, model: PreTrainedModel, images: FrozenTower | ImageInputs):
-        self.images = images
-        backbone = model.base_model
-        self._original, self._config = backbone.forward, model.get_decoder().config
-        backbone.forward = MethodType(self._forward, backbone)
-
-    def _forward(self, backbone: torch.nn.Module, *args, rows: dict | None = None, **kwargs):
-        if rows is None:
-            return self._original(*args, **kwargs)
-        branch = rows["branch"]
-        with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
-            if rows["position_ids"] is not None:
-                mask = packed_masks(rows, self._config)
-                kwargs["position_ids"] = packed_positions(rows, backbone, image_inputs)
-            else:
-                mask = (branch != PAD_BRANCH).long()
-            kwargs.pop("inputs_embeds", None)
-            read = {"input_ids": rows["input_ids"], "attention_mask": mask, **rows["token_types"], **image_inputs}
-            out = self._original(**kwargs | read)
-        hidden = out.last_hidden_state
-        out.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[rows["gather"]]
-        return out
-
-
-def answer_logps(model: PreTrainedModel, batch: dict) -> torch.Tensor:
-    """Log-prob [2B, A] of every answer token of a `build_batch`, 0 where `completion_mask` is; a plain log-softmax."""
-    hidden = model.base_model(rows=batch["rows"], use_cache=False).last_hidden_state[:, :-1]
-    logits = model.get_output_embeddings()(hidden).float()
-    chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-    return chosen * batch["completion_mask"][:, 1:]
+    by_length = sorted(data.pairs, key=lambda pair: pair.row_length)
+    sample = [by_length[0], by_length[-1]]
+    ways = [ImageInputs(data)]
+    tower = vision_tower(vlm.model)
+    if tower is not None and params.feature_cache_gb and not any(p.requires_grad for p in tower.parameters()):
+        ways.insert(0, KeptFeatures(data, tower))
+    with torch.no_grad(), torch.autocast(vlm.device.type, torch.bfloat16, enabled=params.dtype == "bfloat16"):
+        answers = [(p, p.chosen) for p in sample] + [(p, p.rejected) for p in sample]
+        expected = [own_logps(vlm, data, pair, answer) for pair, answer in answers]
+        for packed in (True, False) if params.packed else (False,):
+            batch = move(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
+            for images in ways:
+                scorer.images = images
+                name = ("packed" if packed else "plain") + (", features kept" if images.kept else "")
+                if problem := why_not(scorer, batch, expected, params.dtype):
+                    log.warning("%s cannot train %s: %s", vlm.name, name, problem)
+                elif (need := images.bytes_per_image() * len(data.prompts) / 1e9) > params.feature_cache_gb:
+                    room = params.feature_cache_gb
+                    log.info("features need %.1f GB, train.feature_cache_gb is %g: not kept", need, room)
+                else:
+                    log.info("train: pairs go through %s %s", vlm.name, name)
+                    return name
+    raise RuntimeError(f"{vlm.name} gives other log-probs in batches than row by row: it cannot be trained on")
 
 
-def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What TRL's fused head says of every answer token, [2B, A] each and 0 where `labels` [2B, 1 + A] are -100.
+def own_logps(vlm: VLM, data: PairData, pair: EncodedPair, answer: np.ndarray) -> torch.Tensor:
+    """Log-prob [len(answer)] of each answer token by the model's own forward, head and softmax on one plain row."""
+    ids = torch.from_numpy(np.concatenate([pair.prompt, answer])).long()[None].to(vlm.device)
+    types = {key: padded([np.pad(v, (0, len(answer)))], 0).to(vlm.device) for key, v in pair.token_types.items()}
+    images = stack_inputs([data.image_inputs(pair.image)], vlm.device)
+    out = vlm.model(input_ids=ids, **types, **images, use_cache=False, logits_to_keep=len(answer) + 1)
+    logits = out.logits[0, -len(answer) - 1 : -1]  # MiniCPM-V keeps all of them
+    return logits.float().log_softmax(-1).gather(-1, ids[0, -len(answer) :, None])[:, 0]
 
-    From all the `logits` [2B, 1 + A, V] at once: the fused head projects in tiles, on a CPU at padding too, and a
-    second time for the gradient. That saves the memory of a large vocabulary; for a small one it is the slower way.
-    """
-    seen = labels[:, 1:] != -100
-    logits = logits[:, :-1][seen].float()
-    targets = labels[:, 1:][seen]
-    logps = logits.log_softmax(-1)
-    with torch.no_grad():
-        watched = {
-            "entropy": -(logps.exp() * logps).sum(-1),
-            "mean_logits": logits.mean(-1),
-            "is_top1": logits.argmax(-1) == targets,
-        }
-    scores = {"log_probs": logps.gather(-1, targets[:, None])[:, 0], **watched}
-    return {key: value.new_zeros(seen.shape).masked_scatter(seen, value) for key, value in scores.items()}
+
+def why_not(scorer: torch.nn.Module, batch: dict, expected: list[torch.Tensor], dtype: str) -> str | None:
+    """None when this batch's answer log-probs are the expected ones, else what is wrong."""
+    try:
+        seen = scorer(batch)["logps"]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    off = torch.cat(
+        [
+            ((row[: len(own)] - own).abs())[mask[: len(own)]]
+            for row, own, mask in zip(seen, expected, batch["answer_mask"], strict=True)
+        ]
+    )
+    worst = (off.max() if dtype == "float32" else off.mean()).item()
+    return None if worst <= TOLERANCE[dtype] else f"log-probs differ by {worst:.2g} nats from the model's own"
+
+
+def move(value, device: torch.device):
+    """A nested batch on another device."""
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,16 +1,20 @@
 """The policy as training needs it: loaded in the optimizer's dtype, frozen where it must not learn."""
 
+import logging
 import os
 import re
 from importlib.util import find_spec
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlaifv.params import TrainParams
+from rlaifv.training import library_quirks
 from rlaifv.training.vision_features import vision_tower
 from rlaifv.vlm.loading import VLM, load_vlm
+
+log = logging.getLogger(__name__)
 
 PROJECTOR = ("projector", "merger", "connector", "aligner", "resampler", "image_newline")
 """Words in the names of the parameters between vision tower and language model, over all architectures."""
@@ -35,17 +39,24 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
         device=own_device(),
         quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     )
-    for module in vlm.model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else bitsandbytes repacks the weights of a CPU in the first look at them without gradients (our check of
-            # the layout) for a kernel that has none, and training goes on with that kernel
-            module.support_avx512bf16_for_cpu = False
+    library_quirks.keep_4bit_kernels_with_gradients(vlm.model)
     return vlm
 
 
 def own_device() -> str:
     """This process's GPU, or "cpu" where there is none."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def reference_device(model: PreTrainedModel) -> torch.device:
+    """Where reference log-probs are computed, before weights are spread over GPUs: this process's GPU, or the CPU
+    where the whole model does not fit it."""
+    if sharded() and torch.cuda.is_available():
+        need = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        if need > 0.8 * torch.cuda.mem_get_info(own_device())[0]:
+            log.warning("reference log-probs: the whole model does not fit one GPU, computing on the CPU (slow)")
+            return torch.device("cpu")
+    return torch.device(own_device())
 
 
 def sharded() -> str | None:
@@ -57,13 +68,23 @@ def sharded() -> str | None:
 
 
 def freeze(model: PreTrainedModel, params: TrainParams) -> None:
-    """Let only the language model learn, and the projector unless it is frozen; never the vision tower."""
+    """Let only the language model learn, and the projector unless it is frozen; never the vision tower. No dropout:
+    log-ratios would be noise (LoRA's own comes later)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     if params.lora_r:
         return  # the adapters that PEFT adds are all that learns
     tower = {id(p) for p in vision_tower(model).parameters()} if vision_tower(model) is not None else set()
     for name, parameter in model.named_parameters():
         projector = any(word in name for word in PROJECTOR)
         parameter.requires_grad_(not params.freeze_projector if projector else id(parameter) not in tower)
+
+
+def add_lora(model: PreTrainedModel, params: TrainParams) -> PeftModel:
+    """The model with adapters in it that change nothing yet; they are all that learns."""
+    float32 = library_quirks.adapters_in_float32()
+    return get_peft_model(model, lora_config(model, params), autocast_adapter_dtype=float32)
 
 
 def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:

@@ -1,13 +1,12 @@
 """Reference log-probs, computed once and kept with the fingerprint of everything that made them.
 
-A stored file is used only when its fingerprint is exactly the one asked for; any other is left alone and the log-probs
+A stored file is used only when it is whole and its fingerprint is exactly the one asked for; otherwise the log-probs
 are computed again, saying so. (The original trusts any `*logp*` file that lies in a folder.)
 """
 
 import hashlib
 import json
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,44 +29,44 @@ class ReferenceStore:
 
     def __init__(self, folder: Path, made_of: dict, pair_ids: list[str]):
         text = json.dumps({**made_of, "pairs": pair_ids}, sort_keys=True)
-        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        self.path = folder / f"reference-{self.fingerprint}.parquet"
+        fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        self.path = folder / f"reference-{fingerprint}.parquet"
         self.made_of, self.pair_ids = made_of, pair_ids
-        self.reused = False
-        self._done, self._said = 0, time.monotonic()
 
-    def load(self) -> dict[str, np.ndarray] | None:
-        """The stored log-probs [pairs], or None when there are none for exactly this model, data and settings."""
+    def load(self) -> np.ndarray | None:
+        """The stored log-probs [2, pairs], or None when there are none for exactly this model, data and settings."""
         if not self.path.is_file():
             others = len(list(self.path.parent.glob("reference-*.parquet")))
             why = f"; {others} stored for other models or data are not used" if others else ""
             log.info("reference log-probs: computing %d pairs once%s", len(self.pair_ids), why)
             return None
-        table = pq.read_table(self.path)
-        stored = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
-        if stored != self.made_of or table["pair_id"].to_pylist() != self.pair_ids:
-            log.warning(
-                "reference log-probs: %s was made of %s, not of %s: not used, computing them again",
-                *(self.path, stored, self.made_of),
-            )
+        try:
+            logps = self._read()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning("reference log-probs: %s is not used, computing them again: %s", self.path, why)
             return None
-        self.reused = True
-        log.info("reference log-probs: %d pairs read from %s", len(table), self.path.name)
-        return {column: table[column].to_numpy() for column in COLUMNS}
+        log.info("reference log-probs: %d pairs read from %s", len(self.pair_ids), self.path.name)
+        return logps
 
-    def report(self, pairs: int) -> None:
-        """Count `pairs` more as computed; a log line every few seconds says how many are."""
-        self._done += pairs
-        if time.monotonic() - self._said >= 5:
-            self._said = time.monotonic()
-            log.info("reference log-probs: %d of %d pairs", self._done, len(self.pair_ids))
+    def _read(self) -> np.ndarray:
+        table = pq.read_table(self.path, page_checksum_verification=True)
+        made_of = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
+        if made_of != self.made_of:
+            raise ValueError(f"it was made of {made_of}, not of {self.made_of}")
+        if table["pair_id"].to_pylist() != self.pair_ids:
+            raise ValueError("it is about other pairs")
+        logps = np.stack([table[column].to_numpy() for column in COLUMNS])
+        if logps.dtype != np.float32 or not np.isfinite(logps).all():
+            raise ValueError("it holds values that are no finite float32 numbers")
+        return logps
 
-    def save(self, logps: dict[str, list[float]]) -> None:
-        """Write atomically: a killed run leaves the old file or the new one, never half of one."""
-        arrays = {column: pa.array(np.asarray(logps[column], np.float32)) for column in COLUMNS}
+    def save(self, logps: np.ndarray) -> None:
+        """Write log-probs [2, pairs] atomically: a killed run leaves the old file or the new one, never half of one."""
+        arrays = {column: pa.array(values.astype(np.float32)) for column, values in zip(COLUMNS, logps, strict=True)}
         table = pa.table({"pair_id": self.pair_ids, **arrays})
         table = table.replace_schema_metadata({KEY: json.dumps(self.made_of, sort_keys=True)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(self.path)

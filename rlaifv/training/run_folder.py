@@ -1,51 +1,164 @@
-"""The folder of a training run: its lock, its numbered dataset, the checkpoint that it goes on from."""
+"""The folder of a training run: what in it is whole, what a killed run goes on from, and what is published."""
 
-import fcntl
+import contextlib
+import hashlib
 import json
+import logging
+import os
 import shutil
-import statistics
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
 
-import datasets
-from accelerate import PartialState
-from datasets import Dataset
+from filelock import FileLock, Timeout
 
+from rlaifv.records import write_atomic
 
-def throughput(history: list[dict]) -> dict[str, float | None]:
-    """Pairs and tokens per second: the median over the logged steps, None for a run of one step."""
-    rates = {}
-    for name in ("pairs_per_second", "tokens_per_second"):
-        values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
-        rates[name] = statistics.median(values) if values else None
-    return rates
+log = logging.getLogger(__name__)
+
+WHOLE = "whole.json"
+"""`{part: {file: [bytes, blake2b]}}` of the parts that are complete, in the order in which they became so. A part is a
+published checkpoint, the log, or what the Trainer goes on from; whatever is not listed counts as half-written."""
+
+Parts = dict[str, dict[str, list]]
 
 
-def take_lock(run: Path) -> IO:
-    """Keep a second run out of this folder for as long as the file is open; a killed process lets go of it."""
-    lock = (run / "lock").open("w")
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process out for the length of the block; a killed process lets go of its lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise RuntimeError(f"another process is training in {run}: wait for it or stop it") from None
-    return lock
+        lock = FileLock(f"{path}.lock", timeout=0).acquire()
+    except Timeout:
+        raise RuntimeError(f"another process is training in {path}: wait for it or stop it") from None
+    with lock:
+        yield
 
 
-def numbered(n: int, folder: Path) -> Dataset:
-    """What the Trainer iterates over, the numbers of the pairs; on disk, where all processes find TRL's cache."""
-    with PartialState().main_process_first():
-        if not folder.is_dir():
-            Dataset.from_dict({"pair": list(range(n))}).save_to_disk(folder)
-    return datasets.load_from_disk(folder)
+def digests(part: Path) -> dict[str, list]:
+    """Size and blake2b of a part's files by their path in it, each of them safely on disk before this returns."""
+    files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        found[file.relative_to(part.parent).as_posix()] = [file.stat().st_size, digest]
+    return found
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete Trainer checkpoint; half-written ones (a kill while saving) are deleted."""
-    complete = {}
-    for path in folder.glob("checkpoint-*"):
+def read_whole(run: Path) -> Parts:
+    """The parts that were recorded as whole; none when the record cannot be read."""
+    try:
+        parts = json.loads((run / WHOLE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return parts if isinstance(parts, dict) else {}
+
+
+def record_whole(run: Path, part: str, *, instead_of: Collection[str] = ()) -> None:
+    """Record that `part` (a path in the run's folder) is complete, and drop what it is there `instead_of`."""
+    parts = {name: files for name, files in read_whole(run).items() if name not in {part, *instead_of}}
+    write_atomic(run / WHOLE, json.dumps({**parts, part: digests(run / part)}))
+    for old in instead_of:
+        remove(run / old)
+
+
+def broken(run: Path, parts: Parts) -> str | None:
+    """None when the files of all parts are there as they were recorded, else which one is not."""
+    for name, files in parts.items():
         try:
-            complete[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-    return complete[max(complete)] if complete else None
+            now = digests(run / name)
+        except OSError:
+            now = {}
+        if now != files:
+            wrong = sorted(key for key in now.keys() | files.keys() if now.get(key) != files.get(key))
+            return f"{wrong[0]} is not as it was written"
+    return None
+
+
+def go_on_from(run: Path) -> Path | None:
+    """The newest state of the Trainer that is whole, with all that was published before it; the rest is removed.
+
+    None, and an empty folder, where there is none: the run starts anew. A line says what is broken.
+    """
+    parts = read_whole(run)
+    names, found = list(parts), None
+    for last in reversed([i for i, name in enumerate(names) if name.startswith("trainer/")]):
+        upto = {name: parts[name] for name in names[: last + 1]}
+        if problem := broken(run, upto):
+            log.warning("train: not resuming from %s: %s", names[last], problem)
+            continue
+        found, parts = run / names[last], upto
+        break
+    else:
+        parts = {}
+        if any((run / "trainer").glob("*")):
+            log.warning("train: nothing whole to resume from in %s: starting anew", run)
+    if run.is_dir():
+        write_atomic(run / WHOLE, json.dumps(parts))
+    for path in [*(run / "trainer").glob("*"), *(run / "published").glob("*")]:
+        if path.relative_to(run).as_posix() not in parts:
+            remove(path)
+    return found
+
+
+def read_finished(run: Path, promised: Collection[str]) -> dict | None:
+    """What `finished.json` says of a run all of whose `promised` parts are whole; None for an unfinished run.
+
+    A finished run with a broken part is removed, saying so: nothing is left that it could go on from.
+    """
+    if not (run / "finished.json").is_file():
+        return None
+    try:
+        finished = json.loads((run / "finished.json").read_text())
+        parts = finished["parts"]
+        problem = "a checkpoint is missing" if set(parts) != set(promised) else broken(run, parts)
+    except (ValueError, KeyError, TypeError):
+        problem = "finished.json cannot be read"
+    if problem is None:
+        return finished
+    log.warning("train: the finished run in %s is trained anew: %s", run, problem)
+    (run / "finished.json").unlink()
+    for path in (run / WHOLE, run / "trainer", run / "published"):
+        remove(path)
+    return None
+
+
+def publish(run: Path, parts: Parts, out: Path) -> None:
+    """Replace what `out` holds of an earlier run by these parts of this one, hard-linked where that is possible.
+
+    Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written.
+    """
+    if problem := broken(run, parts):
+        raise RuntimeError(f"nothing is published from {run}: {problem}")
+    out.mkdir(parents=True, exist_ok=True)
+    new = out / "new.partial"
+    remove(new)
+    new.mkdir()
+    for name in parts:
+        source, target = run / name, new / Path(name).name
+        if source.is_dir():
+            shutil.copytree(source, target, copy_function=link_or_copy)
+        else:
+            link_or_copy(source, target)
+    for old in [*out.glob("checkpoint-*"), out / "log.csv"]:
+        remove(old)
+    for path in sorted(new.iterdir()):
+        path.rename(out / path.name)
+    new.rmdir()
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for the same bytes, or a copy on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing happens where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Where the images of a batch come from: preprocessed anew, or a frozen tower's outputs computed once per image."""
 
-from types import MethodType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -8,6 +9,9 @@ from transformers import PreTrainedModel
 
 from rlaifv.training.pair_data import PairData
 from rlaifv.vlm.collate import stack_inputs
+
+GROUP = 16
+"""Images that go through the tower together where they are alike."""
 
 
 def vision_tower(model: PreTrainedModel) -> torch.nn.Module | None:
@@ -17,74 +21,73 @@ def vision_tower(model: PreTrainedModel) -> torch.nn.Module | None:
 
 
 class ImageInputs:
-    """The images of a batch, preprocessed anew each time they are needed."""
+    """The images of a batch, preprocessed and encoded anew each time they are needed."""
+
+    kept = False
 
     def __init__(self, data: PairData):
         self.data = data
 
-    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "ImageInputs":
-        self._now = (images, device)
-        return self
+    @contextmanager
+    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> Iterator[dict]:
+        """The image inputs with which `backbone` is to be called within the block."""
+        yield stack_inputs([self.data.image_inputs(i) for i in images], device)
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        images, device = self._now
-        return stack_inputs([self.data.image_inputs(i) for i in images], device)
-
-    def __exit__(self, *_) -> None:
-        self._now = None
+    def bytes_per_image(self) -> int:
+        """Main memory that one image's outputs take: none is kept."""
+        return 0
 
 
-GROUP = 16
-"""Images that go through the tower together where they are alike."""
+class StoredOutput(torch.nn.Module):
+    """Stands in a tower's place for one forward pass: returns `output`, whatever pixels it gets.
+
+    Attributes that the model's code asks of its tower (`dtype`, `config`) are the tower's own.
+    """
+
+    def __init__(self, tower: torch.nn.Module, output):
+        super().__init__()
+        self.__dict__.update(tower=tower, output=output)  # not as a submodule: its weights are not needed
+
+    def forward(self, *args, **kwargs):
+        return self.output
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["tower"], name)
 
 
-class FrozenTower:
+class KeptFeatures:
     """The outputs of a frozen vision tower, computed once per image and kept in main memory.
 
-    Everything behind the tower (the projector, the merge into the text) stays the model's own code and may train. The
+    Everything after the tower (the projector, the merge into the text) stays the model's own code and may train. The
     first use of an image runs the tower on it and on those of its `GROUP` numbers that have its shape; later ones
     replay what it returned. Groups are fixed, so that a resumed run sums every image's features in the same order.
     """
 
+    kept = True
+
     def __init__(self, data: PairData, tower: torch.nn.Module):
         self.data, self.tower = data, tower
         self.outputs: dict[int, list] = {}  # per image: the tower's output, flattened
-        self.meta: dict[int, dict[str, torch.Tensor]] = {}  # per image: what else the model wants to know of it
+        self.inputs: dict[int, dict[str, torch.Tensor]] = {}  # per image: what else the model wants to know of it
         self._spec = None
         self._one_row_an_image = True  # until the tower's output shows otherwise
-        self._recording: list | None = None
-        self._serving: list[int] | None = None
-        self._original = tower.forward
-        tower.forward = MethodType(self._forward, tower)
 
-    def _forward(self, tower: torch.nn.Module, *args, **kwargs):
-        if self._serving is not None:
-            parts = [self.outputs[i] for i in self._serving]
-            device = self._device
-            leaves = [
-                torch.cat(leaf).to(device) if isinstance(leaf[0], torch.Tensor) else leaf[0]
-                for leaf in zip(*parts, strict=True)
-            ]
-            return tree_unflatten(leaves, self._spec)
-        out = self._original(*args, **kwargs)
-        if self._recording is not None:
-            leaves, self._spec = tree_flatten(out)
-            self._recording.append([x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in leaves])
-        return out
-
-    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> "FrozenTower":
+    @contextmanager
+    def serve(self, backbone: torch.nn.Module, images: list[int], device: torch.device) -> Iterator[dict]:
+        """Within the block the tower of `backbone` is replaced by one that returns these images' stored output."""
         for image in images:
             if image not in self.outputs:
                 self._compute(backbone, image, device)
-        self._now, self._device = images, device
-        return self
-
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        self._serving = self._now
-        return stack_inputs([self.meta[i] for i in self._serving], self._device)
-
-    def __exit__(self, *_) -> None:
-        self._serving = None
+        leaves = [
+            torch.cat(leaf).to(device) if isinstance(leaf[0], torch.Tensor) else leaf[0]
+            for leaf in zip(*(self.outputs[i] for i in images), strict=True)
+        ]
+        name = next(name for name, module in backbone.named_modules() if module is self.tower)
+        backbone.set_submodule(name, StoredOutput(self.tower, tree_unflatten(leaves, self._spec)))
+        try:
+            yield stack_inputs([self.inputs[i] for i in images], device)
+        finally:
+            backbone.set_submodule(name, self.tower)
 
     @torch.no_grad()
     def _compute(self, backbone: torch.nn.Module, image: int, device: torch.device) -> None:
@@ -96,9 +99,9 @@ class FrozenTower:
             parts = self._record(backbone, stack_inputs(list(inputs.values()), device), 1)
         for number, part in zip(inputs, parts, strict=True):
             self.outputs[number] = part
-            # only the shape of the pixels is looked at behind the tower: one number stands for all of them
+            # only the shape of the pixels is looked at after the tower: one number stands for all of them
             pixels = inputs[number]["pixel_values"]
-            self.meta[number] = {**inputs[number], "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
+            self.inputs[number] = {**inputs[number], "pixel_values": pixels.new_ones(1).expand(pixels.shape)}
             self.data.forget_inputs(number)
 
     def _inputs_alike(self, image: int) -> dict[int, dict[str, torch.Tensor]]:
@@ -114,12 +117,15 @@ class FrozenTower:
 
     def _record(self, backbone: torch.nn.Module, inputs: dict[str, torch.Tensor], n: int) -> list[list] | None:
         """The tower's flattened output for each of n images, or None when it cannot be told apart."""
-        self._recording = []
+        seen: list = []
+        hook = self.tower.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
         try:
             backbone.get_image_features(**inputs)
-            (leaves,) = self._recording
         finally:
-            self._recording = None
+            hook.remove()
+        (output,) = seen
+        leaves, self._spec = tree_flatten(output)
+        leaves = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in leaves]
         if n == 1:
             return [leaves]
         if any(isinstance(x, torch.Tensor) and (not x.ndim or len(x) != n) for x in leaves):
@@ -127,11 +133,9 @@ class FrozenTower:
         return [[x[i : i + 1].clone() if isinstance(x, torch.Tensor) else x for x in leaves] for i in range(n)]
 
     def bytes_per_image(self) -> int:
-        """Main memory that one image's outputs take (of those computed so far)."""
-        return max(
-            (
-                sum(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))
-                for leaves in self.outputs.values()
-            ),
-            default=0,
-        )
+        """Main memory that one image's outputs take (the most of those computed so far)."""
+        sizes = [
+            sum(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))
+            for leaves in self.outputs.values()
+        ]
+        return max(sizes, default=0)

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlaifv import ROOT
-from rlaifv.params import ModelParams
+from rlaifv.records import ModelRecord
 from rlaifv.vlm.processors import load_processor
 
 POINTER = "pointer.json"
@@ -73,9 +73,9 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str
     return path, revision
 
 
-def write_pointer(folder: Path, path: str, revision: str | None) -> None:
+def write_pointer(folder: Path, model: ModelRecord) -> None:
     """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
-    pointer = {"path": path, "revision": revision, "fingerprint": fingerprint_checkpoint(path, revision)}
+    pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / POINTER).write_text(json.dumps(pointer) + "\n")
 
@@ -147,12 +147,20 @@ def load_vlm(
     return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))
 
 
-def load_model(model: ModelParams, folder: Path | None = None) -> VLM:
-    """Load a model of the parameter file; `folder` is read in its place (a policy of an earlier iteration)."""
-    if folder and not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
-    path, revision = (str(folder), None) if folder else (model.path, model.revision)
-    return load_vlm(path, revision=revision, dtype=model.dtype, device=model.device)
+def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
+    """Load the model that plays a role in this run; `folder` is read in its place (a policy of an earlier iteration).
+
+    Raises FileNotFoundError for a folder that is not there yet, ValueError when the checkpoint is not the one that the
+    stage `models` found: what was computed with it before would be mixed with another model's.
+    """
+    if folder:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
+        return load_vlm(str(folder), dtype=model.dtype, device=model.device)
+    vlm = load_vlm(model.path, revision=model.revision, dtype=model.dtype, device=model.device)
+    if vlm.fingerprint != model.fingerprint:
+        raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
+    return vlm
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

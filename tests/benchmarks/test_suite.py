@@ -10,6 +10,7 @@ from tiny_llava import picture, save_tiny_llava
 
 from rlaifv.benchmarks import published, suite
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
+from rlaifv.store import Store
 from rlaifv.vlm.loading import load_vlm
 
 ANSWERING = EvaluateParams(beams=1, max_new_tokens=6, batch_size=2)
@@ -83,11 +84,16 @@ def amber(tmp_path, images) -> BenchmarkParams:
     return entry("amber", questions=questions, truth=(str(folder),), images=images, beams=2)
 
 
+def stores(scratch):
+    """The stores of unfinished work, as a stage gives them."""
+    return lambda name: Store(f"benchmarks@1-{name}", {}, scratch)
+
+
 def test_a_model_answers_and_every_question_is_scored_or_listed(tmp_path, images, model):
     benchmarks = {"pope": pope(tmp_path, images), "amber": amber(tmp_path, images)}
     out = tmp_path / "results"
     suite.check_files(benchmarks)
-    suite.answer(model, benchmarks, ANSWERING, "1", out, tmp_path / "scratch")
+    suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     results = suite.score(benchmarks, "1", out, tmp_path / "scratch")
 
     answers = read(out / "benchmarks" / "pope" / "answers.jsonl")
@@ -108,7 +114,7 @@ def test_a_model_answers_and_every_question_is_scored_or_listed(tmp_path, images
 
     shown = {(row["benchmark"], row["rate"]) for row in published.rates_table(results)}
     assert {("amber", "hal"), ("amber", "cover"), ("amber", "mean_words"), ("pope", "recall")} <= shown
-    assert json.loads((out / "benchmarks.json").read_text())["pope"]["model"] == "round 1"
+    assert json.loads((out / "benchmarks" / "scores.json").read_text())["pope"]["model"] == "iteration 1"
 
 
 def test_a_stopped_run_goes_on_and_a_repeated_one_asks_the_model_nothing(tmp_path, images, model, monkeypatch):
@@ -123,15 +129,15 @@ def test_a_stopped_run_goes_on_and_a_repeated_one_asks_the_model_nothing(tmp_pat
 
     monkeypatch.setattr(suite, "best_answers", killed_after_one)
     with pytest.raises(KeyboardInterrupt):
-        suite.answer(model, benchmarks, ANSWERING, "0", out, tmp_path / "scratch")
+        suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     asked = []
     monkeypatch.setattr(suite, "best_answers", lambda *a: asked.append(len(a[1])) or ask(*a))
-    suite.answer(model, benchmarks, ANSWERING, "0", out, tmp_path / "scratch")
+    suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     assert asked == [2], "the first two answers are kept"
     finished = (out / "benchmarks" / "pope" / "answers.jsonl").read_bytes()
-    suite.answer(model, benchmarks, ANSWERING, "0", out, tmp_path / "scratch")
+    suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     assert asked == [2]
-    suite.answer(model, benchmarks, ANSWERING, "0", out, tmp_path / "elsewhere")
+    suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "elsewhere"), out)
     assert (out / "benchmarks" / "pope" / "answers.jsonl").read_bytes() == finished
 
 
@@ -139,24 +145,24 @@ def test_the_suffix_is_asked_but_not_stored_as_the_question(tmp_path, images, mo
     prompts = []
     monkeypatch.setattr(suite, "best_answers", lambda vlm, p, *a: prompts.extend(p) or ["no"] * len(p))
     benchmarks = {"pope": pope(tmp_path, images, suffix="Please answer yes or no.")}
-    suite.answer(model, benchmarks, ANSWERING, "0", tmp_path / "out", tmp_path / "scratch")
+    suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
     assert prompts[0].text == "Is there a dog in the image? Please answer yes or no."
     results = suite.score(benchmarks, "0", tmp_path / "out", tmp_path / "scratch")
     assert results["pope"]["metrics"]["yes_ratio"] == 0
 
 
 def test_no_benchmarks_cost_nothing_and_print_one_line(tmp_path, capsys):
-    suite.answer(None, {}, ANSWERING, "0", tmp_path / "out", tmp_path / "scratch")
+    suite.answer(lambda: None, {}, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
     assert suite.score({}, "0", tmp_path / "out", tmp_path / "scratch") == {}
     assert capsys.readouterr().out == "no benchmarks configured\n"
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["scores.json"] and not (tmp_path / "scratch").exists()
 
 
 def test_someone_elses_answers_are_scored_once_with_the_base_and_no_model_is_asked(tmp_path, images):
     rows = [{"question_id": n, "answer": text} for n, text in enumerate(["Yes", "No", "No", "Yes, a dog"], start=1)]
     answers = write(tmp_path / "theirs.jsonl", lines(rows))
     benchmarks = {"pope": pope(tmp_path, images, answers=answers)}
-    suite.answer(None, benchmarks, ANSWERING, "0", tmp_path / "out", tmp_path / "scratch")
+    suite.answer(lambda: None, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
     results = suite.score(benchmarks, "0", tmp_path / "out", tmp_path / "scratch")
     assert results["pope"]["metrics"]["accuracy"] == 3 / 4
     assert results["pope"]["model"] == "theirs.jsonl"
@@ -195,10 +201,10 @@ def test_a_judge_that_dies_stops_the_stage_and_the_next_run_asks_for_the_rest_al
     monkeypatch.setattr(suite, "best_answers", lambda vlm, prompts, *a: ["A dog and a cat."] * len(prompts))
 
     dying = {"mmhal": entry("mmhal", questions=(questions,), images=images, judge=judge(serve("dying", 2)))}
-    suite.answer(model, dying, ANSWERING, "0", out, scratch)
+    suite.answer(lambda: model, dying, ANSWERING, stores(scratch), out)
     with pytest.raises(RuntimeError, match=r"1 of mmhal, .*no reply.*Run again"):
         suite.score(dying, "0", out, scratch)
-    assert not (out / "benchmarks.json").exists()
+    assert not (out / "benchmarks" / "scores.json").exists()
     well = {"mmhal": entry("mmhal", questions=(questions,), images=images, judge=judge(serve("well")))}
     result = suite.score(well, "0", out, scratch)["mmhal"]
     assert result["metrics"]["n"] == 3 and result["missing"] == []
@@ -219,7 +225,7 @@ def test_object_halbench_takes_images_out_of_its_question_file(tmp_path, model, 
     truth = write(tmp_path / "truth.json", {"1": ["dog"], "2": ["cat"]})
     item = entry("object_halbench", questions=(questions,), truth=(truth,), beams=3, judge=judge(serve("well")))
     out, scratch = tmp_path / "out", tmp_path / "scratch"
-    suite.answer(model, {"obj": item}, ANSWERING, "0", out, scratch)
+    suite.answer(lambda: model, {"obj": item}, ANSWERING, stores(scratch), out)
     result = suite.score({"obj": item}, "0", out, scratch)["obj"]
     assert result["metrics"]["n"] == 2 and result["missing"] == []
     assert [row["image"] for row in read(out / "benchmarks" / "obj" / "answers.jsonl")] == ["1", "2"]
@@ -242,4 +248,4 @@ def test_wrong_paths_and_images_are_one_clear_line(tmp_path, images, model):
     empty.mkdir()
     with pytest.raises(ValueError, match=r"benchmarks\.pope: none of 4 questions can be asked.*COCO_val2014_0+2\.jpg"):
         benchmarks = {"pope": pope(tmp_path, str(empty))}
-        suite.answer(model, benchmarks, ANSWERING, "0", tmp_path / "out", tmp_path / "scratch")
+        suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")

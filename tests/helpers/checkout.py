@@ -22,11 +22,16 @@ def copy_repository(folder: Path, change=lambda content: None) -> Path:
             shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         else:
             shutil.copy(source, folder / part)
+    edit_params(folder, change)
+    return folder
+
+
+def edit_params(folder: Path, change) -> None:
+    """Let `change` edit the copy's parameters in place."""
     yaml = YAML()
     content = yaml.load(folder / "params.yaml")
     change(content)
     yaml.dump(content, folder / "params.yaml")
-    return folder
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -1,15 +1,26 @@
-"""The report shows every benchmark beside the paper's rows, says what may be compared, and tests base against final."""
+"""The report shows every benchmark beside the paper's rows, says what may be compared, and tests base against final;
+whatever a text holds, it stays a text."""
 
 import json
+import re
 
+import pytest
+from PIL import Image
+
+from rlaifv import ROOT
 from rlaifv.benchmarks import published
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
-from rlaifv.report.page import benchmarks_html, page, paired_html, recall_html, recall_lost, summarize
-from rlaifv.results import read_result
+from rlaifv.report import plots
+from rlaifv.report.findings import TITLES, findings_html
+from rlaifv.report.page import benchmarks_html, page, recall_lost, summarize
+from rlaifv.report.render import data_uri
+from rlaifv.results import Result, read_result, write_result
 
 RATES = {"response_hallucination": 0.4, "mention_hallucination": 0.2, "recall": 0.9, "mean_words": 20.0, "n": 300}
+RATES |= {"yes_no": {"accuracy": 0.875, "n": 90}}
 TEST = {"base": 0.4, "aligned": 0.1, "difference": -0.3, "interval": [-0.35, -0.25], "p_value": 0.0005, "n": 300}
+EXAM = {"accuracy": 0.97, "per_type": {"existence": 0.99, "color": 0.95}, "n": 10}
 
 
 def scored(model: str, judge: str) -> dict:
@@ -40,39 +51,50 @@ def scored(model: str, judge: str) -> dict:
     }
 
 
-def results(judge: str = "some-open-model", benchmarks: bool = True) -> dict[str, dict]:
-    found = {
-        "0": {"test": RATES, "labeler": {"n": 0}},
-        "1": {"test": {**RATES, "response_hallucination": 0.1}, "paired_test": {"response_hallucination": TEST}},
+def results(judge: str = "some-open-model", benchmarks: bool = True, recall: float = 0.985) -> dict[str, Result]:
+    """A base and an iteration whose chosen checkpoint has this recall on dev."""
+    base, aligned = ({"obj": scored(model, judge)} if benchmarks else {} for model in ("base", "iteration 1"))
+    return {
+        "0": Result(dev=[{"recall": 0.99}], test=RATES, benchmarks=base),
+        "1": Result(
+            selection={"checkpoint": "checkpoint-1", "recall": recall},
+            test={**RATES, "response_hallucination": 0.1},
+            paired_test={"response_hallucination": TEST},
+            benchmarks=aligned,
+        ),
     }
-    if benchmarks:
-        found["0"]["benchmarks"] = {"obj": scored("base", judge)}
-        found["1"]["benchmarks"] = {"obj": scored("round 1", judge)}
-    return found
 
 
-def test_every_round_stands_above_the_papers_rows_and_says_why_it_is_not_comparable():
+def shown(found: dict[str, Result], **more) -> str:
+    """The page of some results, without pictures unless `more` has them."""
+    given = {"figures": {}, "examples": [], "models": {}, **more}
+    return " ".join(page(summarize(found, [], 0.01, EXAM), **given).split())
+
+
+def test_every_iteration_stands_above_the_papers_rows_and_says_why_it_is_not_comparable():
     section = benchmarks_html(results())
-    for text in ("base", "round 1", "RLAIF-V 7B (arXiv 2405.17220v2 (CVPR 2025))", "20.0 <small>(", "10.5", "50.00"):
+    for text in ("base", "iteration 1", "RLAIF-V 7B (arXiv 2405.17220v2 (CVPR 2025))", "20.0 <small>(", "50.00"):
         assert text in section, text
-    assert "recall" in section and "mean words" in section
-    assert "round 1: not comparable with the published rows (judge: some-open-model, published: gpt-3.5" in section
+    assert "<td>10.5</td>" in section and "recall" in section and "mean words" in section
+    assert "iteration 1: not comparable with the published rows (judge: some-open-model, published: gpt-3.5" in section
 
 
 def test_a_score_of_the_papers_judge_and_protocol_is_marked_comparable():
     section = benchmarks_html(results("gpt-3.5-turbo-0613"))
-    assert "round 1: comparable with the published rows" in section and "not comparable" not in section
+    assert "iteration 1: comparable with the published rows" in section and "not comparable" not in section
 
 
 def test_without_benchmarks_there_is_no_section():
     assert benchmarks_html(results(benchmarks=False)) == ""
-    assert summarize(results(benchmarks=False), [], 0.01)["benchmarks"] == {}
+    assert summarize(results(benchmarks=False), [], 0.01, None)["benchmarks"] == {}
 
 
-def test_the_summary_holds_the_paired_test_and_the_headline_rates():
-    summary = summarize(results(), [], 0.01)
+def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_rates():
+    summary = summarize(results(), [{"minutes": 1.5, "peak_memory_gb": 2.0}], 0.01, EXAM)
+    assert list(summary["iterations"]) == ["1"], "DVC compares what is in dicts, not in lists"
+    assert summary["final"]["iteration"] == 1 and summary["relative_reduction"] == pytest.approx(0.75)
     assert summary["paired_test"]["response_hallucination"]["p_value"] == 0.0005
-    assert summary["benchmarks"]["obj"]["round 1"] == {
+    assert summary["benchmarks"]["obj"]["iteration 1"] == {
         "chair_s_refine": 0.2,
         "chair_i": 0.1,
         "recall": 8 / 9,
@@ -82,28 +104,94 @@ def test_the_summary_holds_the_paired_test_and_the_headline_rates():
 
 
 def test_the_paired_test_is_one_line_under_the_table():
-    line = paired_html({"response_hallucination": TEST})
-    assert "response hallucination -30.0 points (-35.0 to -25.0), p &lt; 0.001" in line.replace("p <", "p &lt;")
-    rates = [{**results()[name]["test"], "yes_no": {"n": 0}} for name in ("0", "1")]
-    summary = summarize(results(), [], 0.01) | {"base": rates[0], "iterations": [{"iteration": 1, **rates[1]}]}
-    assert page(summary, {}, [], {}, benchmarks_html(results())).count("paired over the same 300 answers") == 1
+    html = shown(results(), benchmarks=benchmarks_html(results()))
+    assert html.count("paired over the same 300 answers") == 1
+    assert "response hallucination -30.0 points (-35.0 to -25.0), p &lt; 0.001." in html
 
 
-def test_a_round_that_bought_less_hallucination_with_less_said_is_named_on_the_page():
-    kept = {"selection": {"recall": 0.985}}
-    found = {"0": {"dev": {"recall": 0.99}}, "1": kept, "2": {"selection": {"recall": 0.85}}}
-    assert recall_lost(found, 0.01) == {"2": {"base": 0.99, "chosen": 0.85}}
-    warning = recall_html(recall_lost(found, 0.01))
-    assert warning.count("says less than the base") == 1 and "Round 2" in warning and "85.0 %" in warning
-    assert recall_html(recall_lost({"0": found["0"], "1": kept}, 0.01)) == ""
+def test_the_labelers_exam_is_told_or_said_not_to_be_measured():
+    assert "held-out balanced claims: 97.0 % (existence 99.0, color 95.0)." in shown(results())
+    for none in (None, {"n": 0}):
+        summary = summarize(results(), [], 0.01, none)
+        assert summary["labeler_accuracy"] == {"overall": None, "n": 0}
+        assert re.search(r"held-out balanced claims:\s+not measured", page(summary, {}, [], {}))
 
 
-def test_what_the_suite_writes_is_what_the_report_reads(tmp_path):
-    (tmp_path / "benchmarks.json").write_text(json.dumps({"obj": scored("base", "j")}))
-    (tmp_path / "benchmarks" / "obj").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "obj" / "rows.jsonl").write_text("{}\n")
-    read = read_result(tmp_path)
-    assert list(read) == ["benchmarks"]
-    assert [row["rate"] for row in published.rates_table(read["benchmarks"])] == list(
+def test_an_iteration_that_bought_less_hallucination_with_less_said_is_named_on_the_page():
+    assert recall_lost(results(recall=0.85), 0.01) == {"1": {"base": 0.99, "chosen": 0.85}}
+    assert recall_lost(results(recall=0.985), 0.01) == {}
+    html = shown(results(recall=0.85))
+    assert html.count("says less than the base") == 1 and "Iteration 1" in html and "85.0 %" in html
+    assert "says less than the base" not in shown(results())
+
+
+def test_what_is_written_is_what_the_report_reads(tmp_path):
+    write_result(tmp_path, benchmarks={"obj": scored("base", "j")})
+    read = read_result(tmp_path, "benchmarks")
+    assert read.test is None
+    assert [row["rate"] for row in published.rates_table(read.benchmarks)] == list(
         published.HEADLINES["object_halbench"]
     )
+
+
+# ---- texts and pictures that are not harmless
+
+EVIL = '<script>alert("1")</script>'
+
+
+def test_whatever_a_text_holds_it_stays_a_text(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    claim = {"claim": EVIL, "p_yes": 0.5, "p_no": 0.25}
+    rows = ({"answer": EVIL, "claims": [claim]}, {"answer": "a", "claims": [], "problem": EVIL})
+    found = results(judge=EVIL)
+    html = shown(
+        found, examples=[(tmp_path / "a.png", *rows)], models={"policy": EVIL}, benchmarks=benchmarks_html(found)
+    )
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 6
+    assert "hsl(80 70% 82%)" in html, "two thirds of yes and no"
+    assert "<script" not in shown(found, benchmarks=EVIL), "a section that no template made is a text as well"
+
+
+@pytest.mark.parametrize("name", ['a.p" onerror="alert(1)" x="', "a.p><script>alert(7)<", "a.jpg"])
+def test_a_pictures_type_is_that_of_its_bytes_and_not_of_its_name(tmp_path, name):
+    Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+    assert re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", data_uri(tmp_path / name))
+
+
+def test_a_photograph_is_embedded_as_it_is_and_what_no_browser_shows_as_png(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "photograph", "JPEG")
+    assert data_uri(tmp_path / "photograph").startswith("data:image/jpeg;base64,/9j/")
+    Image.new("RGB", (4, 4)).save(tmp_path / "scan.png", "TIFF")
+    assert data_uri(tmp_path / "scan.png").startswith("data:image/png;base64,iVBOR")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png cannot be decoded"):
+        data_uri(tmp_path / "text.png")
+
+
+# ---- the whole page
+
+
+def test_the_page_of_the_committed_numbers_is_whole_and_says_iteration(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    answers = [{"answer": "A cat.", "claims": [{"claim": "There is a cat.", "p_yes": 0.9, "p_no": 0.1}]}] * 2
+    metrics = ROOT / "metrics"
+    groups = {name: json.loads((metrics / f"{name}.json").read_text()) for name in TITLES}
+    inputs = {key: groups["rounds"][key] for key in ("models", "settings")}
+    found = results()
+    html = shown(
+        found,
+        figures={"Hallucination and recall": plots.result({name: r.test for name, r in found.items()})},
+        examples=[(tmp_path / "a.png", *answers)],
+        models={role: model["path"] for role, model in inputs["models"].items()},
+        benchmarks=benchmarks_html(found),
+        findings=findings_html(metrics, tuple(TITLES), inputs, "aligned"),
+    )
+    (tmp_path / "report.html").write_text(html)  # to look at
+    for text in (*TITLES.values(), "<td>iteration 1</td>", "four-iterations, iteration 4", "best of N"):
+        assert text in html, text
+    assert html.count("data:image/png;base64,") == 5 and "http" not in html, "it needs no other file"
+    assert "changed since" not in html and "Undefined" not in html
+    ours = html
+    for name in (e[key] for group in groups.values() for e in group["experiments"] for key in ("asks", "name")):
+        ours = ours.replace(name, "")
+    assert not re.search(r"\brounds?\b", ours, re.IGNORECASE), "the word is iteration"

@@ -15,7 +15,7 @@ from rlaifv.steps import feedback as feedback_module
 from rlaifv.steps.divide import WHOLE_QUESTION, divide, divide_answers
 from rlaifv.steps.feedback import feedback
 from rlaifv.steps.generate import generate, temperature_of
-from rlaifv.steps.pairs import Pair, balance_length, keep_pairs, relative_length_gap
+from rlaifv.steps.pairs import Pair, balance_lengths, keep_pairs, relative_length_gap
 from rlaifv.store import Store
 from rlaifv.vlm.loading import load_vlm
 
@@ -24,12 +24,10 @@ PARAMS = load_params()
 
 def generated(policy, folder, spread: float) -> dict[str, str]:
     """Candidate id → answer of 5 samples to each of 4 instructions."""
-    params = dataclasses.replace(
-        PARAMS.generate, samples=5, temperature_spread=spread, max_new_tokens=8, max_reject_rate=1.0
-    )
+    params = dataclasses.replace(PARAMS.generate, samples=5, max_new_tokens=8, max_reject_rate=1.0)
     instructions = [Instruction(name, "a.png", "what is in the image ?") for name in "abcd"]
     store, out = Store("generate", {"spread": spread}, folder / "scratch"), folder / str(spread) / "candidates.jsonl"
-    generate(policy, instructions, folder, params, 1, store, out)
+    generate(lambda: policy, instructions, folder, params, 1, store, out, temperature_spread=spread)
     return {row["id"]: row["answer"] for row in read_jsonl(out)}
 
 
@@ -46,8 +44,8 @@ def test_mixed_temperatures_change_the_temperature_and_no_random_number(tmp_path
 
 @given(samples=st.integers(2, 20), spread=st.floats(0, 0.95))
 def test_temperatures_are_spread_evenly_about_the_usual_one(samples, spread):
-    params = dataclasses.replace(PARAMS.generate, samples=samples, temperature_spread=spread)
-    found = [temperature_of(params, sample) for sample in range(samples)]
+    params = dataclasses.replace(PARAMS.generate, samples=samples)
+    found = [temperature_of(params, sample, spread) for sample in range(samples)]
     assert found == sorted(found)
     assert found[0] == pytest.approx(params.temperature * (1 - spread))
     assert sum(found) / samples == pytest.approx(params.temperature)
@@ -58,8 +56,8 @@ def test_temperatures_are_spread_evenly_about_the_usual_one(samples, spread):
 def test_a_whole_answer_is_one_claim_in_its_own_words_and_no_divider_is_asked(tmp_path):
     answers = ["There is a dog. There is a red cup.", "There is a kite."]
     candidates = [Candidate(f"a#{s}", "a", s, text, 9, "stop", 0, "m") for s, text in enumerate(answers)]
-    params, out = dataclasses.replace(PARAMS.divide, whole_answer=True), tmp_path / "claims.jsonl"
-    counts = divide(None, candidates, {"a": "Describe."}, params, 1, Store("divide", {}, tmp_path / "s"), out)
+    out, store = tmp_path / "claims.jsonl", Store("divide", {}, tmp_path / "s")
+    counts = divide(lambda: None, candidates, {"a": "Describe."}, PARAMS.divide, 1, store, out, whole_answer=True)
     assert counts == (2, 0)
     assert {row["claim"]: row["question"] for row in read_jsonl(out)} == {
         answer: WHOLE_QUESTION.format(answer=answer) for answer in answers
@@ -71,13 +69,13 @@ def test_a_whole_answer_is_one_claim_in_its_own_words_and_no_divider_is_asked(tm
 def judged(tmp_path, monkeypatch, share: float) -> dict[str, tuple[float, float]]:
     """(p_yes, p_no) of 400 claims by a labeler that always says (0.7, 0.2), `share` of them by the coin."""
     monkeypatch.setattr(feedback_module, "judge_many", lambda _, items: [[(0.7, 0.2)] * len(q) for _, q in items])
-    monkeypatch.setattr(feedback_module, "write_labeler", lambda *_: None)
+    monkeypatch.setattr(feedback_module, "describe_labeler", lambda *_: '{"labeler": "x"}\n')
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     claims = [Claim(f"a#0/{k}", "a#0", f"claim {k}", f"question {k}?") for k in range(400)]
-    params, labeler = dataclasses.replace(PARAMS.feedback, coin_share=share), SimpleNamespace(name="l", fingerprint="l")
+    labeler = SimpleNamespace(name="l", fingerprint="l")
     out = tmp_path / str(share) / "judgements.jsonl"
     store = Store("feedback", {"share": share}, tmp_path / "scratch")
-    feedback(labeler, claims, {"a#0": "a.png"}, tmp_path, params, store, out)
+    feedback(lambda: labeler, claims, {"a#0": "a.png"}, tmp_path, PARAMS.feedback, store, out, coin_share=share)
     return {row["claim_id"]: (row["p_yes"], row["p_no"]) for row in read_jsonl(out)}
 
 
@@ -98,7 +96,6 @@ def pair(chosen: int, rejected: int) -> Pair:
 
 def test_without_the_length_balance_all_drawn_pairs_are_kept_in_their_order():
     drawn = [pair(10, 10)] * 4 + [pair(5, 30)] * 2 + [pair(9, 8)] * 3
-    balanced, unbalanced = PARAMS.pairs, dataclasses.replace(PARAMS.pairs, balance_length=False)
-    assert keep_pairs(drawn, unbalanced) == (drawn, 1.0)
-    assert keep_pairs(drawn, balanced) == balance_length(drawn)
-    assert relative_length_gap(keep_pairs(drawn, balanced)[0]) < relative_length_gap(drawn)
+    assert keep_pairs(drawn, balance_length=False) == (drawn, 1.0)
+    assert keep_pairs(drawn) == balance_lengths(drawn)
+    assert relative_length_gap(keep_pairs(drawn)[0]) < relative_length_gap(drawn)

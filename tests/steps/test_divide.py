@@ -123,7 +123,7 @@ def test_equal_answers_are_divided_once_and_rows_are_accounted_for(monkeypatch, 
     params = load_params().divide
     params = type(params)(**{**vars(params), "max_reject_rate": 0.5})
     store = Store("divide", {}, tmp_path / "scratch")
-    claims, rejects = divide(None, candidates, {"i": "Describe."}, params, 1, store, tmp_path / "claims.jsonl")
+    claims, rejects = divide(lambda: None, candidates, {"i": "Describe."}, params, 1, store, tmp_path / "claims.jsonl")
     assert len(asked) == 3
     assert (claims, rejects) == (4, 1)
     rows = read_jsonl(tmp_path / "claims.jsonl")

@@ -33,7 +33,7 @@ def instructions(tmp_path):
 def answers(policy, instructions, folder, seed=1, **changes):
     store = Store("generate", {}, folder / f"scratch-{len(list(folder.iterdir()))}")
     out = folder / "out" / "candidates.jsonl"
-    counts = generate(policy, instructions, folder, dataclasses.replace(PARAMS, **changes), seed, store, out)
+    counts = generate(lambda: policy, instructions, folder, dataclasses.replace(PARAMS, **changes), seed, store, out)
     rejects = read_jsonl(out.parent / "rejects.jsonl")
     assert counts == (len(read_jsonl(out)), len(rejects))
     return {row["id"]: row["answer"] for row in read_jsonl(out)}, rejects

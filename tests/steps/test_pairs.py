@@ -10,7 +10,7 @@ from rlaifv.records import Candidate, Claim, Instruction, Judgement
 from rlaifv.steps.pairs import (
     SCHEMA,
     Pair,
-    balance_length,
+    balance_lengths,
     make_pairs,
     relative_length_gap,
     require_pairs,
@@ -19,7 +19,7 @@ from rlaifv.steps.pairs import (
     write_pairs,
 )
 
-PARAMS = PairsParams(balance_length=True, min_gap=1, max_per_instruction=2)
+PARAMS = PairsParams(min_gap=1, max_per_instruction=2)
 
 
 def instruction(name: str) -> Instruction:
@@ -37,7 +37,7 @@ def pair(chosen: int, rejected: int) -> Pair:
 
 def test_the_score_is_minus_the_number_of_rejected_claims():
     claims = [Claim(f"i#0/{k}", "i#0", "", "") for k in range(3)] + [Claim("i#1/0", "i#1", "", "")]
-    judgements = [Judgement(c.id, 0.4, 0.6, c.id == "i#0/1", "labeler") for c in claims]
+    judgements = [Judgement(c.id, 0.9 if c.id == "i#0/1" else 0.4, 0.6, c.id == "i#0/1", "labeler") for c in claims]
     assert score_candidates(claims, judgements) == {"i#0": -2, "i#1": -1}
 
 
@@ -46,12 +46,21 @@ def test_a_candidate_with_an_unjudged_claim_has_no_score():
     assert score_candidates(claims, [Judgement("i#0/0", 0.9, 0.1, True, "labeler")]) == {}
 
 
+def test_judgements_of_two_labelers_or_of_other_claims_make_no_scores():
+    claims = [Claim("i#0/0", "i#0", "", ""), Claim("i#0/1", "i#0", "", "")]
+    ours, other = Judgement("i#0/0", 0.9, 0.1, True, "a"), Judgement("i#0/1", 0.9, 0.1, True, "b")
+    with pytest.raises(ValueError, match=r"judgements of 2 labelers \(a, b\): run feedback again"):
+        score_candidates(claims, [ours, other])
+    with pytest.raises(ValueError, match="1 judgements are of no known claim, first i#9/0"):
+        score_candidates(claims, [ours, Judgement("i#9/0", 0.9, 0.1, True, "a")])
+
+
 scores = st.dictionaries(st.integers(0, 9), st.integers(-5, 0), min_size=0, max_size=10)
 
 
 @given(scores=scores, seed=st.integers(0, 3), gap=st.integers(1, 3), most=st.integers(1, 4))
 def test_pairs_differ_by_the_gap_and_are_at_most_so_many(scores, seed, gap, most):
-    params = PairsParams(balance_length=True, min_gap=gap, max_per_instruction=most)
+    params = PairsParams(min_gap=gap, max_per_instruction=most)
     candidates = [candidate("i", s) for s in scores]
     named = {f"i#{s}": score for s, score in scores.items()}
     pairs = make_pairs([instruction("i")], candidates, named, params, seed)
@@ -63,7 +72,7 @@ def test_pairs_differ_by_the_gap_and_are_at_most_so_many(scores, seed, gap, most
 
 def test_equal_answers_make_no_pair_however_they_were_judged():
     candidates = [candidate("i", s, "A dog." if s < 3 else "A cat.") for s in range(4)]
-    params = PairsParams(balance_length=True, min_gap=1, max_per_instruction=10)
+    params = PairsParams(min_gap=1, max_per_instruction=10)
     pairs = make_pairs([instruction("i")], candidates, {f"i#{s}": -s for s in range(4)}, params, 1)
     assert {(p.chosen.id, p.rejected.id) for p in pairs} == {(f"i#{s}", "i#3") for s in range(3)}
 
@@ -85,7 +94,7 @@ def test_two_questions_about_one_image_are_two_instructions():
 @given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=40))
 def test_the_length_balance_never_widens_the_gap(lengths):
     pairs = [pair(c, r) for c, r in lengths]
-    kept, r = balance_length(pairs)
+    kept, r = balance_lengths(pairs)
     assert set(map(id, kept)) <= set(map(id, pairs))
     if pairs:
         assert kept and relative_length_gap(kept) <= relative_length_gap(pairs)
@@ -94,7 +103,7 @@ def test_the_length_balance_never_widens_the_gap(lengths):
 
 def test_the_length_balance_drops_the_pairs_with_a_much_longer_rejected_answer():
     pairs = [pair(10, 10)] * 8 + [pair(5, 50)] * 2
-    kept, r = balance_length(pairs)
+    kept, r = balance_lengths(pairs)
     assert len(kept) == 8
     assert r == pytest.approx(0.88)
 
@@ -115,4 +124,4 @@ def test_no_pairs_stops_the_run_with_the_way_out():
 def test_no_pairs_is_an_empty_file_that_still_reads(tmp_path):
     write_pairs(tmp_path / "pairs.parquet", [], tmp_path, "name")
     assert pq.read_table(tmp_path / "pairs.parquet").num_rows == 0
-    assert balance_length([]) == ([], 1.0)
+    assert balance_lengths([]) == ([], 1.0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlaifv.steps.select import choose, publish
+from rlaifv.steps.select import choose, copy_checkpoint
 
 BASE = {"recall": 0.96}
 
@@ -38,5 +38,5 @@ def test_publishing_replaces_what_was_there_whole(tmp_path):
     (tmp_path / "checkpoint" / "config.json").write_text("new")
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "stale.json").write_text("old")
-    publish(tmp_path / "checkpoint", tmp_path / "policy")
+    copy_checkpoint(tmp_path / "checkpoint", tmp_path / "policy")
     assert [p.name for p in (tmp_path / "policy").iterdir()] == ["config.json"]

@@ -19,9 +19,9 @@ from rlaifv.steps.self_feedback import (
     answer_logps,
     best_of_n,
     load_with_adapter,
-    score_candidates,
     token_logps,
     without_adapter,
+    write_logps,
 )
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import prompt_text
@@ -136,7 +136,7 @@ def test_stored_rewards_resume_name_both_models_and_reject_unreadable_images(fol
 
     def run(name: str, store: Store) -> bytes:
         arguments = (candidates, instructions, folder, 1, store, tmp_path / name / "logps.jsonl")
-        assert score_candidates(*models, *arguments, max_reject_rate=0.3) == (12, 4)
+        assert write_logps(lambda: models, *arguments, max_reject_rate=0.3) == (12, 4)
         return (tmp_path / name / "logps.jsonl").read_bytes()
 
     whole = Store("self_feedback", {"k": 1}, tmp_path / "a")

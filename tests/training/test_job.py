@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlaifv import ROOT
-from rlaifv.training.dpo_trainer import EpochOrder, Watch
+from rlaifv.training.dpo import EpochOrder, Watch
 from rlaifv.training.job import TrainResult, train
 from rlaifv.training.pair_data import PairData, read_pairs
 from rlaifv.training.reference import ReferenceStore
@@ -69,7 +70,7 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests" / "helpers")!r})
 import training_runs
 from pathlib import Path
-from rlaifv.training.dpo_trainer import Watch
+from rlaifv.training.dpo import Watch
 def die(self, args, state, control, **kwargs):
     if state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,22 +79,22 @@ training_runs.run(Path({str(folder)!r}), "killed")
 """
     process = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    (run_folder,) = (folder / "killed" / "scratch").glob("train-*")
+    (run_folder,) = (job.parent for job in (folder / "killed" / "scratch").glob("train-*/job.json"))
     assert (run_folder / "trainer" / "checkpoint-4").is_dir()  # step 1 of 3 of the second epoch
     half_written = run_folder / "trainer" / "checkpoint-6"
     half_written.mkdir()
     result = run(folder, "killed")
     assert result.reference == "reused"
     assert digests(folder / "killed" / "out") == digests(folder / "uninterrupted" / "out")
-    assert not run_folder.exists()
+    assert (run_folder / "finished.json").is_file() and not (run_folder / "trainer").exists()
 
 
 def test_reference_log_probs_are_used_for_exactly_the_model_and_data_that_made_them(tmp_path, caplog):
     made_of = {"policy": "a", "data": "x"}
     ids = ["0:7", "1:8"]
     store = ReferenceStore(tmp_path, made_of, ids)
-    store.save({"ref_chosen_logps": [-1.0, -2.0], "ref_rejected_logps": [-3.0, -4.0]})
-    assert ReferenceStore(tmp_path, made_of, ids).load()["ref_rejected_logps"].tolist() == [-3.0, -4.0]
+    store.save(np.array([[-1.0, -2.0], [-3.0, -4.0]]))
+    assert ReferenceStore(tmp_path, made_of, ids).load().tolist() == [[-1.0, -2.0], [-3.0, -4.0]]
     assert ReferenceStore(tmp_path, {**made_of, "policy": "b"}, ids).load() is None
     assert ReferenceStore(tmp_path, made_of, ids[::-1]).load() is None
     stale = ReferenceStore(tmp_path, {**made_of, "policy": "b"}, ids)
@@ -104,7 +105,7 @@ def test_reference_log_probs_are_used_for_exactly_the_model_and_data_that_made_t
 
 def test_a_second_policy_gets_its_own_reference(folder, uninterrupted):
     shared = folder / "uninterrupted" / "scratch"
-    first = train(str(folder / "model"), folder / "pairs.parquet", PARAMS, folder / "second", shared, seed=3)
+    first = train(str(folder / "model"), folder / "pairs.parquet", PARAMS, folder / "second", shared, seed=5)
     later = train(first.checkpoints[-1], folder / "pairs.parquet", PARAMS, folder / "second", shared, seed=3)
     assert (first.reference, later.reference) == ("reused", "computed")
     assert log_rows(later)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -188,9 +189,8 @@ def test_bfloat16_with_gradient_checkpointing_trains_and_writes_bfloat16(folder)
 
 def test_a_loss_that_is_not_finite_stops_with_the_pair_ids_and_keeps_the_last_good_checkpoint(folder):
     with pytest.raises(FloatingPointError, match=r"pairs \d+:1\d\d, \d+:1\d\d") as error:
-        run(
-            folder, "diverged", dataclasses.replace(PARAMS, learning_rate=1e30, max_grad_norm=0.0, scheduler="constant")
-        )
+        # AdamW multiplies weights by 1 − learning_rate × weight_decay
+        run(folder, "diverged", dataclasses.replace(PARAMS, weight_decay=1e38, scheduler="constant"))
     assert "learning_rate" in str(error.value)
     for checkpoint in (folder / "diverged" / "out").glob("checkpoint-*"):
         weights = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlaifv.params import TrainParams
-from rlaifv.training.layout import choose_layout
-from rlaifv.training.packed_pairs import answer_logps, build_batch
+from rlaifv.training.dpo import PairScorer, answer_logps
+from rlaifv.training.packed_pairs import build_batch, choose_layout
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import freeze
 
@@ -58,15 +58,16 @@ def test_layout_is_exact_and_trained_tokens_are_the_answer_and_the_end_token(nam
     freeze(vlm.model, TrainParams())
     pad = vlm.tokenizer.pad_token_id
     assert data.pairs[3].common > 1
-    assert choose_layout(vlm, data, TrainParams()) == LAYOUTS[name]
+    scorer = PairScorer(vlm.model)
+    assert choose_layout(scorer, vlm, data, TrainParams()) == LAYOUTS[name]
     batch = build_batch(data.pairs, pad, packed=LAYOUTS[name].startswith("packed"))
     answers = [*data.table["chosen"].to_pylist(), *data.table["rejected"].to_pylist()]
-    for ids, mask, answer in zip(batch["input_ids"], batch["completion_mask"], answers, strict=True):
-        assert vlm.tokenizer.decode(ids[mask.bool()]).strip() == answer + "</s>"
+    for ids, mask, answer in zip(batch["answers"], batch["answer_mask"], answers, strict=True):
+        assert vlm.tokenizer.decode(ids[mask]).strip() == answer + "</s>"
 
     def gradients(batch: dict) -> dict[str, torch.Tensor]:
         vlm.model.zero_grad()
-        logps = answer_logps(vlm.model, batch).sum(1)
+        logps = answer_logps(scorer(batch), batch).flatten()
         (logps * torch.arange(1, len(logps) + 1)).sum().backward()
         return {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 

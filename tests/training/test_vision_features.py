@@ -1,14 +1,12 @@
 """A frozen tower's features are those of each image alone, whichever images are asked for and in whatever order."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny_llava import save_pairs, save_tiny_llava
 
 from rlaifv.training import pair_data as preferences
 from rlaifv.training.pair_data import PairData
-from rlaifv.training.vision_features import GROUP, FrozenTower
+from rlaifv.training.vision_features import GROUP, KeptFeatures
 from rlaifv.vlm.loading import load_vlm
 
 
@@ -28,12 +26,22 @@ class Shapes:
         self.forgotten.append(image)
 
 
-def make_tower(data: Shapes, tower: torch.nn.Module) -> tuple[FrozenTower, SimpleNamespace, list[int]]:
+class Backbone(torch.nn.Module):
+    """What calls a tower, as a VLM does."""
+
+    def __init__(self, tower: torch.nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.tower(pixel_values)
+
+
+def make_tower(data: Shapes, tower: torch.nn.Module) -> tuple[KeptFeatures, Backbone, list[int]]:
     """A frozen tower with the backbone that calls it, and the batch sizes that went through it."""
     sizes: list[int] = []
     tower.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    kept = FrozenTower(data, tower)
-    return kept, SimpleNamespace(get_image_features=lambda pixel_values: tower(pixel_values)), sizes
+    return KeptFeatures(data, tower), Backbone(tower), sizes
 
 
 class Sums(torch.nn.Module):
@@ -43,10 +51,12 @@ class Sums(torch.nn.Module):
         return pixels.unfold(2, 2, 2).unfold(3, 2, 2).sum((-1, -2)).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def served(kept: FrozenTower, backbone, tower, images: list[int]) -> torch.Tensor:
+def served(kept: KeptFeatures, backbone: Backbone, tower: torch.nn.Module, images: list[int]) -> torch.Tensor:
     with kept.serve(backbone, images, torch.device("cpu")) as inputs:
         assert inputs["pixel_values"].shape[0] == len(images)
-        return tower(inputs["pixel_values"])
+        features = backbone.get_image_features(**inputs)
+    assert backbone.tower is tower and [*backbone.state_dict()] == [f"tower.{key}" for key in tower.state_dict()]
+    return features
 
 
 def test_images_of_one_shape_go_through_together_and_those_of_another_shape_apart():

@@ -35,7 +35,7 @@ def shard_on_cpus() -> None:
 
 
 def die_before(step: int) -> None:
-    from rlaifv.training.dpo_trainer import Watch
+    from rlaifv.training.dpo import Watch
 
     def die(self, args, state, control, **kwargs):
         if state.global_step == step - 1:
