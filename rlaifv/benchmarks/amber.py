@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.cli import command, run
 from rlaifv.benchmarks.pope import yes_no_rates
+from rlaifv.benchmarks.spec import V1, Spec, published
 from rlaifv.evaluation.answers import Answer, lookup, read_answers
 from rlaifv.evaluation.nouns import SOURCE, text_nouns
 from rlaifv.evaluation.scores import Scores
+from rlaifv.params import BenchmarkParams
 
 _GENERATIVE = "generative"
 _ID_FIELDS = ("question_id", "id", "qid")
@@ -237,6 +240,29 @@ def _first_similar(noun: str, words: Iterable[str], similar: Similar | None) -> 
     return next((word for word in words if similar(noun, word)), None) if similar else None
 
 
+def score_entry(item: BenchmarkParams, answers: Path, judge: None, replies: Path) -> tuple[Scores, list[dict]]:
+    """Score one entry of the parameter file (`spec.Scorer`)."""
+    given, bad = read_answers(answers)
+    return score(given, read_annotations(ROOT / item.truth[0])), bad
+
+
+SPEC = Spec(
+    kind="amber",
+    score=score_entry,
+    headlines=("chair", "hal", "cog", "cover", "mean_words", "accuracy", "f1", "yes_ratio"),
+    truth=True,
+    rows=(
+        published("LLaVA-1.5-7B", V1, accuracy=0.735, f1=0.776),
+        published("LLaVA-RLHF 13B", V1, accuracy=0.797, f1=0.839),
+        published("OmniLMM-12B", V1, accuracy=0.865, f1=0.895),
+        published("RLAIF-V 7B", V1, accuracy=0.768, f1=0.845),
+        published("RLAIF-V 12B", V1, accuracy=0.880, f1=0.909),
+        published("GPT-4V", V1, accuracy=0.834, f1=0.874),
+    ),
+    protocol={"n_yes_no": 14216},
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, score, print."""
     parser = command("amber", "AMBER: hallucination in descriptions and in yes/no answers, without a judge")
@@ -251,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         similar = spacy_similar(options.vectors) if options.vectors else None
         return score(answers, read_annotations(options.data), similar), bad
 
-    run(options, scorer)
+    run(options, scorer, SPEC)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
-from rlaifv.benchmarks.published import print_table, table
-from rlaifv.evaluation.bootstrap import Comparison, compare, intervals
+from rlaifv.benchmarks.spec import Spec, print_table
+from rlaifv.evaluation.bootstrap import Comparison, compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.records import write_jsonl
 
@@ -65,18 +65,21 @@ def cache_of(options: argparse.Namespace, answers: str) -> Path:
     return Path(options.cache) if options.cache else Path(f"{answers}.judge.jsonl")
 
 
-def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Iterable[Mapping[str, Any]]]]) -> None:
+def run(
+    options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Iterable[Mapping[str, Any]]]], spec: Spec
+) -> None:
     """Score and print; a wrong file, name or value ends the command with one line.
 
     Args:
         options: parsed options of `command`.
         scorer: path of an answer file → its scores, and the rows of the file that are no answers.
+        spec: the kind of benchmark.
     """
     try:
         scores, bad = scorer(options.answers)
         scores = replace(scores, missing=[*bad, *scores.missing])
         bounds = intervals(scores)
-        tests = compare(scorer(options.against)[0], scores) if options.against else []
+        tests = compare_paired(scorer(options.against)[0], scores) if options.against else []
         if options.rows:
             write_jsonl(Path(options.rows), scores.rows)
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -85,7 +88,7 @@ def run(options: argparse.Namespace, scorer: Callable[[str], tuple[Scores, Itera
         sys.exit(f"error: {error}")
     print_scores(scores, bounds, tests)
     if options.published:
-        print_table(table(scores, Path(options.answers).name))
+        print_table(spec.table(scores, Path(options.answers).name))
     nothing = {} if scores.rows else {"error": "no answer could be scored; the reasons are listed"}
     if options.json:
         compared = {"against": options.against, "tests": [asdict(test) for test in tests]} if tests else {}

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
+from rlaifv.benchmarks.spec import V1, Spec, published
 from rlaifv.evaluation.answers import Answer, plain, read_answers, read_json_objects
 from rlaifv.evaluation.scores import Scores
+from rlaifv.params import BenchmarkParams
 
 PROMPT = """\
 You are a fair and careful judge. Below is what an image contains, a question about the image, the answer of a human \
@@ -155,7 +158,7 @@ def score(rows: Sequence[Row], ratings: Mapping[str, int]) -> Scores:
     return Scores("mmhal", table, rates, {"n": len(rated)}, {}, missing, means)
 
 
-def evaluate(
+def judge_and_score(
     rows: Sequence[Row],
     judge: Judge,
     cache: str | Path | None = None,
@@ -189,6 +192,34 @@ def evaluate(
     return replace(result, counts=counts, settings=settings, missing=judged.missing)
 
 
+def score_entry(item: BenchmarkParams, answers: Path, judge: Judge, replies: Path) -> tuple[Scores, list[dict]]:
+    """Score one entry of the parameter file (`spec.Scorer`)."""
+    rows, bad = read_rows(answers, ROOT / item.questions[0])
+    strict, (prompt,) = item.judge.strict_published, item.judge.prompts or (None,)
+    prompt_file = ROOT / prompt if prompt else None
+    return judge_and_score(rows, judge, replies, strict_published=strict, prompt_file=prompt_file), bad
+
+
+SPEC = Spec(
+    kind="mmhal",
+    score=score_entry,
+    headlines=("hallucination_rate", "score", "informativeness", "mean_words"),
+    prompts=1,
+    rows=(
+        published("LLaVA-1.5-7B", V1, score=2.36, hallucination_rate=0.510),
+        published("LLaVA-RLHF 13B", V1, score=2.02, hallucination_rate=0.625),
+        published("RLAIF-V 7B", V1, score=3.06, hallucination_rate=0.292),
+        published("RLAIF-V 12B", V1, score=3.36, hallucination_rate=0.292),
+    ),
+    protocol={
+        "judge": "gpt-4-1106-preview",
+        "prompt": "published",
+        "unreadable_replies": "count as 0 (published rule)",
+        "n": 96,
+    },
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, ask, score, print."""
     parser = command("mmhal", "MMHal-Bench: a judge rates answers from 0 to 6 for information and hallucination")
@@ -201,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows, missing = read_rows(path, options.template)
         cache, prompt = cache_of(options, path), options.published_prompt
         judge = judge_of(options)
-        return evaluate(rows, judge, cache, options.attempts, options.strict_published, prompt), missing
+        return judge_and_score(rows, judge, cache, options.attempts, options.strict_published, prompt), missing
 
-    run(options, scorer)
+    run(options, scorer, SPEC)
 
 
 if __name__ == "__main__":

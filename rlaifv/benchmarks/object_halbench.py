@@ -14,12 +14,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
+from rlaifv.benchmarks.spec import V1, V2, Spec, published
 from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import Answer, image_key, read_answers
 from rlaifv.evaluation.nouns import SOURCE, is_adjective, is_participle, noun_forms, noun_lemma, tokenize
 from rlaifv.evaluation.scores import Scores
+from rlaifv.params import BenchmarkParams
 
 PROMPT = """\
 You are an expert in finding the objects that an answer about an image names.
@@ -155,7 +158,7 @@ def score(
     return replace(result, benchmark="object_halbench", missing=[*missing, *result.missing])
 
 
-def evaluate(
+def judge_and_score(
     answers: Sequence[Answer],
     objects: Mapping[str, Iterable[str]],
     judge: Judge,
@@ -204,6 +207,42 @@ def evaluate(
     return replace(result, counts=counts, settings=settings, missing=reasons)
 
 
+def score_entry(item: BenchmarkParams, answers: Path, judge: Judge, replies: Path) -> tuple[Scores, list[dict]]:
+    """Score one entry of the parameter file (`spec.Scorer`)."""
+    given, bad = read_answers(answers)
+    vocabulary = chair.load_vocabulary(ROOT / item.vocabulary if item.vocabulary else chair.COCO_WORDS, WORDS)
+    objects = chair.load_objects([ROOT / path for path in item.truth], vocabulary, [a.image for a in given])
+    prompt = ROOT / item.judge.prompts[0] if item.judge.prompts else None
+    return judge_and_score(given, objects, judge, vocabulary, replies, prompt_file=prompt), bad
+
+
+SPEC = Spec(
+    kind="object_halbench",
+    score=score_entry,
+    headlines=("chair_s_refine", "chair_i", "recall", "mean_words"),
+    prompts=1,
+    truth=True,
+    rows=(
+        published("LLaVA-1.5-7B", V1, chair_s_refine=0.536, chair_i=0.252),
+        published("LLaVA-1.5-7B", V2, chair_s_refine=0.545, chair_i=0.278),
+        published("LLaVA-RLHF 13B", V1, chair_s_refine=0.381, chair_i=0.189),
+        published("OmniLMM-12B", V1, chair_s_refine=0.194, chair_i=0.109),
+        published("RLAIF-V 7B", V1, chair_s_refine=0.085, chair_i=0.043),
+        published("RLAIF-V 7B", V2, chair_s_refine=0.105, chair_i=0.052),
+        published("RLAIF-V 7B, best of N", V2, chair_s_refine=0.068, chair_i=0.038),
+        published("RLAIF-V 12B", V1, chair_s_refine=0.045, chair_i=0.029),
+        published("GPT-4V", V1, chair_s_refine=0.136, chair_i=0.073),
+    ),
+    protocol={
+        "judge": "gpt-3.5-turbo-0613",
+        "prompt": "published",
+        "nouns": "en_core_web_trf",
+        "vocabulary": "synonyms_refine.txt",
+        "n": 300,
+    },
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, ask, score, print."""
     parser = command("object_halbench", "Object HalBench: CHAIR on the objects that a judge lists from each answer")
@@ -217,9 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers, bad = read_answers(path)
         objects = chair.load_objects(options.objects, vocabulary, [answer.image for answer in answers])
         cache, prompt = cache_of(options, path), options.published_prompt
-        return evaluate(answers, objects, judge_of(options), vocabulary, cache, options.attempts, prompt), bad
+        return judge_and_score(answers, objects, judge_of(options), vocabulary, cache, options.attempts, prompt), bad
 
-    run(options, scorer)
+    run(options, scorer, SPEC)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.cli import command, run
+from rlaifv.benchmarks.spec import Spec
 from rlaifv.evaluation.answers import Answer, image_keys, lookup, plain, read_answers, read_json_objects
 from rlaifv.evaluation.scores import Scores
+from rlaifv.params import BenchmarkParams
 
 _ID_FIELDS = ("question_id", "id", "doc_id")
 
 
 @dataclass(frozen=True)
-class Question:
+class PopeQuestion:
     """One yes/no question; `label` is "yes" or "no", `category` the split where a file holds several."""
 
     id: str
@@ -29,7 +32,7 @@ class Question:
     category: str = ""
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path) -> list[PopeQuestion]:
     """The questions of a POPE file, or of an lmms-eval sample file, which carries its questions and labels.
 
     Raises:
@@ -38,7 +41,7 @@ def read_questions(path: str | Path) -> list[Question]:
     records, bad = read_json_objects(path)
     if bad:
         raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
-    questions: dict[str, Question] = {}
+    questions: dict[str, PopeQuestion] = {}
     for number, record in enumerate(records):
         split = lookup(record, ("category",))
         identity = _in_split(split, lookup(record, _ID_FIELDS) or str(number))
@@ -52,7 +55,7 @@ def read_questions(path: str | Path) -> list[Question]:
         if identity in questions:
             raise ValueError(f"{path}: two questions have the id {identity}; give one split at a time")
         image = lookup(record, ("image", "image_source", "image_id"))
-        questions[identity] = Question(identity, text, label, image, split)
+        questions[identity] = PopeQuestion(identity, text, label, image, split)
     return list(questions.values())
 
 
@@ -77,7 +80,7 @@ def is_clear(text: str) -> bool:
     return yes != no and yes == says_yes(text)
 
 
-def align(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[str, Answer], list[dict]]:
+def align(questions: Sequence[PopeQuestion], answers: Iterable[Answer]) -> tuple[dict[str, Answer], list[dict]]:
     """Question id → its answer, and a list of what has no partner.
 
     Raises:
@@ -127,7 +130,7 @@ def _has_id(answer: Answer) -> bool:
     return bool(lookup(answer.record, ("doc_id",)) and (answer.question or answer.image))
 
 
-def _same(question: Question, answer: Answer) -> bool:
+def _same(question: PopeQuestion, answer: Answer) -> bool:
     """False when the answer names another question or another image."""
     if question.text and answer.question and plain(question.text) not in plain(answer.question):
         return False
@@ -135,7 +138,7 @@ def _same(question: Question, answer: Answer) -> bool:
     return not (question.image and answer.image) or bool(keys)
 
 
-def score(questions: Sequence[Question], answers: Iterable[Answer]) -> Scores:
+def score(questions: Sequence[PopeQuestion], answers: Iterable[Answer]) -> Scores:
     """Accuracy, precision, recall, F1 (positive class: yes) and the share of yes answers.
 
     Raises:
@@ -193,6 +196,15 @@ def yes_no_rates(
     }
 
 
+def score_entry(item: BenchmarkParams, answers: Path, judge: None, replies: Path) -> tuple[Scores, list[dict]]:
+    """Score one entry of the parameter file (`spec.Scorer`)."""
+    given, bad = read_answers(answers)
+    return score(read_questions(ROOT / item.questions[0]), given), bad
+
+
+SPEC = Spec("pope", score_entry, headlines=("accuracy", "precision", "recall", "f1", "yes_ratio"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, align, score, print."""
     parser = command("pope", "POPE: yes or no about objects that are and are not in the image")
@@ -203,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers, bad = read_answers(path)
         return score(read_questions(options.questions or path), answers), bad
 
-    run(options, scorer)
+    run(options, scorer, SPEC)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.cli import add_judge_options, cache_of, command, judge_of, positive, run
 from rlaifv.benchmarks.judge import Judge, Request, ask_all, prompt_label, published_prompt
+from rlaifv.benchmarks.spec import V1, Spec, published
 from rlaifv.evaluation.answers import Answer, lookup, plain, read_answers, read_json_objects
 from rlaifv.evaluation.scores import Scores, ratio
+from rlaifv.params import BenchmarkParams
 
 REVIEW_PROMPT = """\
 You are an impartial judge of two multimodal models that answered a question about an image. You do not see the \
@@ -172,7 +175,7 @@ def score(rows: Sequence[Row], verdicts: Sequence[Mapping[str, str]], trust: Seq
     return Scores("refomb", table, rates, counts, {}, missing)
 
 
-def evaluate(
+def judge_and_score(
     rows: Sequence[Row],
     judge: Judge,
     cache: str | Path | None = None,
@@ -212,6 +215,28 @@ def evaluate(
     return replace(result, counts=counts, settings=settings, missing=missing)
 
 
+def score_entry(item: BenchmarkParams, answers: Path, judge: Judge, replies: Path) -> tuple[Scores, list[dict]]:
+    """Score one entry of the parameter file (`spec.Scorer`)."""
+    rows, bad = read_rows(ROOT / item.questions[0], answers)
+    strict, files = item.judge.strict_published, tuple(ROOT / path for path in item.judge.prompts)
+    return judge_and_score(rows, judge, replies, strict_published=strict, prompt_files=files or None), bad
+
+
+# The released questions are the development split, which no row of the paper is known to be of: never comparable.
+SPEC = Spec(
+    kind="refomb",
+    score=score_entry,
+    headlines=("trust", "win", "overall", "mean_words"),
+    prompts=2,
+    rows=(
+        published("LLaVA-1.5-7B", V1, trust=0.308, win=0.121),
+        published("LLaVA-RLHF 13B", V1, trust=0.263, win=0.172),
+        published("RLAIF-V 7B", V1, trust=0.475, win=0.207),
+    ),
+    protocol={"judge": "gpt-4-1106-preview", "prompt": "published", "split": "of the paper"},
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, ask, score, print."""
     parser = command("refomb", "RefoMB: a judge compares answers with a reference, and weighs their hallucinations")
@@ -229,9 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows, missing = read_rows(options.reference, path)
         cache, judge = cache_of(options, path), judge_of(options)
         files = prompts if all(prompts) else None
-        return evaluate(rows, judge, cache, options.attempts, options.runs, options.strict_published, files), missing
+        strict = options.strict_published
+        return judge_and_score(rows, judge, cache, options.attempts, options.runs, strict, files), missing
 
-    run(options, scorer)
+    run(options, scorer, SPEC)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,14 @@ from pathlib import Path
 from PIL import Image
 
 from rlaifv import ROOT
-from rlaifv.benchmarks import amber, mmhal, object_halbench, pope, published, refomb
+from rlaifv.benchmarks import published
 from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
-from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import (
     ID_FIELDS,
     IMAGE_FIELDS,
     QUESTION_FIELDS,
     coco_number,
     lookup,
-    read_answers,
     read_json_objects,
 )
 from rlaifv.evaluation.bootstrap import intervals
@@ -50,7 +48,7 @@ _INLINE = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # an image in base64, as Object
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One question of a benchmark about the image called `name`: a file, the image itself in base64, or none."""
 
     id: str
@@ -111,7 +109,7 @@ def answer(
 
 
 def _answer_chunk(
-    policy: Callable[[], VLM], chunk: Sequence[Question], item: BenchmarkParams, max_new_tokens: int
+    policy: Callable[[], VLM], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, max_new_tokens: int
 ) -> tuple[list[dict], list[Reject]]:
     readable, prompts, rejects = [], [], []
     for question in chunk:
@@ -130,7 +128,7 @@ def _answer_chunk(
     return rows, rejects
 
 
-def _open(question: Question, item: BenchmarkParams) -> Image.Image:
+def _open(question: BenchmarkQuestion, item: BenchmarkParams) -> Image.Image:
     """The image of a question; ValueError or FileNotFoundError say what is wrong with it."""
     if question.image is None:
         raise FileNotFoundError(f"no image {question.name} below {item.images}")
@@ -139,7 +137,7 @@ def _open(question: Question, item: BenchmarkParams) -> Image.Image:
     return decode_image(base64.b64decode(question.image), question.name)
 
 
-def read_questions(item: BenchmarkParams) -> list[Question]:
+def read_questions(item: BenchmarkParams) -> list[BenchmarkQuestion]:
     """The questions of a benchmark's own files, with their images.
 
     Images are found below `item.images` by path, file name, stem or COCO number; a row may also hold its image itself,
@@ -163,7 +161,7 @@ def read_questions(item: BenchmarkParams) -> list[Question]:
             names = [value for value in values if not _INLINE.fullmatch(value)]
             files = [table[key] for name in names for key in _image_names(name) if table.get(key)]
             image = next((value for value in values if value not in names), files[0] if files else None)
-            questions.append(Question(identity, text, names[0] if names else identity, image))
+            questions.append(BenchmarkQuestion(identity, text, names[0] if names else identity, image))
     return questions
 
 
@@ -195,7 +193,7 @@ def score(
 
     Returns:
         name → `kind`, `model`, `metrics`, `intervals` (95 %), `means` (rates that are no shares), `settings`, `missing`
-        (what is not scored, and why) and `published` (`published.table`); {} without benchmarks.
+        (what is not scored, and why) and `published` (`Spec.table`); {} without benchmarks.
 
     Raises:
         RuntimeError: a judge left more than `MAX_WITHOUT_REPLY` of the rows without a reply; all others are kept, and
@@ -230,7 +228,7 @@ def score(
             "means": list(scores.means),
             "settings": dict(scores.settings),
             "missing": list(scores.missing),
-            "published": published.table(scores, model),
+            "published": published.SPECS[item.kind].table(scores, model),
         }
     if silent:
         raise RuntimeError(f"rows without a reply of the judge: {'; '.join(silent)}. Run again to ask for these alone")
@@ -244,34 +242,9 @@ def _model_name(iteration: str) -> str:
 
 def score_file(item: BenchmarkParams, answers: Path, cache: Path) -> Scores:
     """One benchmark's scores of an answer file; what cannot be scored, unreadable rows included, is in `missing`."""
-    truth, questions = [ROOT / path for path in item.truth], [ROOT / path for path in item.questions]
-    asked = {}
-    if item.judge:
-        prompts = [ROOT / path for path in item.judge.prompts]
-        asked = {"judge": judge_of(item.judge), "cache": cache, "prompt_file": prompts[0] if prompts else None}
-    if item.kind == "mmhal":
-        rows, bad = mmhal.read_rows(answers, questions[0])
-        scores = mmhal.evaluate(rows, **asked, strict_published=item.judge.strict_published)
-    elif item.kind == "refomb":
-        rows, bad = refomb.read_rows(questions[0], answers)
-        del asked["prompt_file"]
-        strict = item.judge.strict_published
-        scores = refomb.evaluate(rows, **asked, strict_published=strict, prompt_files=tuple(prompts) or None)
-    else:
-        given, bad = read_answers(answers)
-        if item.kind == "pope":
-            scores = pope.score(pope.read_questions(questions[0]), given)
-        elif item.kind == "amber":
-            scores = amber.score(given, amber.read_annotations(truth[0]))
-        else:
-            extra = object_halbench.WORDS if item.kind == "object_halbench" else ()
-            vocabulary = chair.load_vocabulary(ROOT / item.vocabulary if item.vocabulary else chair.COCO_WORDS, extra)
-            objects = chair.load_objects(truth, vocabulary, [a.image for a in given])
-            if item.kind == "chair":
-                scores = chair.score(given, objects, vocabulary)
-            else:
-                scores = object_halbench.evaluate(given, objects, vocabulary=vocabulary, **asked)
-    if item.answers is None and item.kind in ("chair", "object_halbench", "amber"):  # the others list them themselves
+    spec = published.SPECS[item.kind]
+    scores, bad = spec.score(item, answers, judge_of(item.judge) if item.judge else None, cache)
+    if item.answers is None and spec.truth:  # a scorer that reads the questions lists those without an answer itself
         bad = [*bad, *({"id": r["id"], "reason": r["reason"]} for r in read_jsonl(answers.parent / "rejects.jsonl"))]
     return replace(scores, missing=[*scores.missing, *bad])
 

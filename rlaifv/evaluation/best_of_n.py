@@ -155,7 +155,7 @@ def curve(pool: Pool, weights: np.ndarray) -> list[dict]:
     return rows
 
 
-def compare(pool: Pool, weights: np.ndarray, n: int) -> dict[str, object]:
+def choice_gains(pool: Pool, weights: np.ndarray, n: int) -> dict[str, object]:
     """Best of `n` by the normalized reward against a random answer and against the summed reward, on the same images.
 
     `relative_reduction` is 1 − response hallucination / that of a random answer; `recall_change` and the two

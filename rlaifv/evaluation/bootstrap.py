@@ -60,7 +60,7 @@ def intervals(
     return {name: percentile_interval(drawn[:, i], tail) for i, name in enumerate(names)}
 
 
-def compare(
+def compare_paired(
     a: Scores, b: Scores, rates: Sequence[str] | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Comparison]:
     """Test model B against model A, row by row (paired).

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import Answer
-from rlaifv.evaluation.bootstrap import compare, intervals
+from rlaifv.evaluation.bootstrap import compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
@@ -116,7 +116,7 @@ def paired_test(
 ) -> dict[str, dict[str, object]]:
     """The aligned model against the base on the same rows: for each rate of `hallucination` both values, their
     `difference` with its 95 % `interval`, and the two-sided `p_value` of the same resamples."""
-    tests = compare(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
+    tests = compare_paired(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
     return {
         name: {
             "base": test.a,

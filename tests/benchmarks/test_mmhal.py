@@ -53,17 +53,17 @@ def test_a_rating_in_the_last_line_is_always_found(rating, talk):
 def test_an_unreadable_reply_is_listed_by_default_and_zero_under_the_published_rule():
     judge = Judge("moody", lambda rs: ["Rating: 6" if r.id == "image 0" else "Hm." for r in rs])
     table = rows("attribute", "other")
-    lenient = mmhal.evaluate(table, judge)
+    lenient = mmhal.judge_and_score(table, judge)
     assert (lenient.metrics["n"], lenient.metrics["score"], lenient.metrics["n_unparsed"]) == (1, 6, 1)
     assert [row["id"] for row in lenient.missing] == ["image 1"]
-    strict = mmhal.evaluate(table, judge, strict_published=True)
+    strict = mmhal.judge_and_score(table, judge, strict_published=True)
     assert (strict.metrics["n"], strict.metrics["score"], strict.metrics["n_unparsed"]) == (2, 3, 0)
     assert strict.settings["unreadable_replies"] != lenient.settings["unreadable_replies"]
 
 
 def test_a_reply_that_did_not_come_is_never_scored_not_even_under_the_published_rule():
     judge = Judge("gone", lambda rs: [NoReply("HTTP 500") for _ in rs])
-    result = mmhal.evaluate(rows("attribute"), judge, strict_published=True)
+    result = mmhal.judge_and_score(rows("attribute"), judge, strict_published=True)
     assert result.metrics["n"] == 0
     assert result.metrics["n_without_verdict"] == 1
 
@@ -71,7 +71,7 @@ def test_a_reply_that_did_not_come_is_never_scored_not_even_under_the_published_
 def test_the_judge_reads_contents_question_reference_and_answer_and_its_reply_is_kept():
     prompts = []
     judge = Judge("reader", lambda rs: [prompts.append(r.text) or "Fine. Rating: 4" for r in rs])
-    result = mmhal.evaluate([mmhal.Row("i", "other", "Dog, Sofa", "Who?", "A dog.", "A wolf.")], judge)
+    result = mmhal.judge_and_score([mmhal.Row("i", "other", "Dog, Sofa", "Who?", "A dog.", "A wolf.")], judge)
     assert all(part in prompts[0] for part in ("Dog, Sofa", "Who?", "A dog.", "A wolf."))
     assert result.rows[0]["reply"] == "Fine. Rating: 4"
     assert result.settings["judge"] == "reader" and result.settings["prompt"].startswith("ours ")
@@ -80,7 +80,7 @@ def test_the_judge_reads_contents_question_reference_and_answer_and_its_reply_is
 def test_an_empty_answer_is_rated_like_any_other():
     prompts = []
     judge = Judge("reader", lambda rs: [prompts.append(r.text) or "Says nothing. Rating: 3" for r in rs])
-    result = mmhal.evaluate([mmhal.Row("i", "other", "Dog", "Who?", "A dog.", "")], judge)
+    result = mmhal.judge_and_score([mmhal.Row("i", "other", "Dog", "Who?", "A dog.", "")], judge)
     assert "### Answer of the assistant\n\n" in prompts[0]
     assert (result.metrics["n"], result.metrics["score"], result.metrics["mean_words"]) == (1, 3, 0)
 
@@ -90,7 +90,7 @@ def test_a_published_prompt_with_four_blanks_is_filled_in_order(tmp_path):
     path.write_text("template = 'C {} Q {} R {} A {}'\n")
     prompts = []
     judge = Judge("reader", lambda rs: [prompts.append(r.text) or "Rating: 4" for r in rs])
-    result = mmhal.evaluate([mmhal.Row("i", "other", "c", "q", "r", "a")], judge, prompt_file=path)
+    result = mmhal.judge_and_score([mmhal.Row("i", "other", "c", "q", "r", "a")], judge, prompt_file=path)
     assert prompts == ["C c Q q R r A a"]
     assert result.settings["prompt"].startswith("published ")
 

@@ -80,7 +80,7 @@ def test_short_answers_are_not_shown_to_the_judge_and_lost_ones_are_listed():
 
     texts = ["Yes it is.", "There is a dog here.", "A lost dog is here.", "A dog is somewhere else."]
     answers = [Answer(f"q{i}", text, image="9" if i == 3 else "1") for i, text in enumerate(texts)]
-    result = object_halbench.evaluate(answers, {"1": ["dog"]}, Judge("j", ask))
+    result = object_halbench.judge_and_score(answers, {"1": ["dog"]}, Judge("j", ask))
     assert len(asked) == 2
     assert result.metrics["n"] == 2 and result.metrics["n_without_verdict"] == 1
     assert {row["id"]: row["reason"] for row in result.missing} == {

@@ -12,10 +12,10 @@ from rlaifv.benchmarks import pope
 from rlaifv.evaluation.answers import Answer, read_answers, to_answers
 
 QUESTIONS = [
-    pope.Question("1", "Is there a dog in the image?", "yes", "COCO_val2014_000000000009.jpg"),
-    pope.Question("2", "Is there a cat in the image?", "no"),
-    pope.Question("3", "Is there a kite in the image?", "no"),
-    pope.Question("4", "Is there a cup in the image?", "yes"),
+    pope.PopeQuestion("1", "Is there a dog in the image?", "yes", "COCO_val2014_000000000009.jpg"),
+    pope.PopeQuestion("2", "Is there a cat in the image?", "no"),
+    pope.PopeQuestion("3", "Is there a kite in the image?", "no"),
+    pope.PopeQuestion("4", "Is there a cup in the image?", "yes"),
 ]
 
 
@@ -130,7 +130,7 @@ def test_an_answer_that_the_published_rule_may_misread_is_counted_as_unclear(tex
 
 @given_any(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
 def test_the_rates_are_those_of_a_plain_count(rows):
-    questions = [pope.Question(str(i), "Is it?", "yes" if truth else "no") for i, (truth, _) in enumerate(rows)]
+    questions = [pope.PopeQuestion(str(i), "Is it?", "yes" if truth else "no") for i, (truth, _) in enumerate(rows)]
     given = [Answer(str(i), "Yes" if said else "No") for i, (_, said) in enumerate(rows)]
     tp, fp = (sum(said and truth == kind for truth, said in rows) for kind in (True, False))
     fn = sum(truth and not said for truth, said in rows)

@@ -50,17 +50,17 @@ def test_the_second_judge_reads_the_first_ones_review_and_every_run_asks_anew(tm
         return ["Both fine. [[C]]" if "review text" in r.text else f"Review of {r.id}. [[B]]" for r in requests]
 
     cache = tmp_path / "cache.jsonl"
-    result = refomb.evaluate(ROWS, Judge("j", ask), cache, runs=2)
+    result = refomb.judge_and_score(ROWS, Judge("j", ask), cache, runs=2)
     assert len(asked) == 2 * 2 * len(ROWS)
     assert "Review of 0. [[B]]" in asked[4].text
     assert (result.metrics["overall"], result.metrics["trust"], result.metrics["runs"]) == (1, 0.5, 2)
-    refomb.evaluate(ROWS, Judge("j", ask), cache, runs=2)
+    refomb.judge_and_score(ROWS, Judge("j", ask), cache, runs=2)
     assert len(asked) == 2 * 2 * len(ROWS)
 
 
 def test_rows_that_the_judge_left_are_listed_with_their_run():
     judge = Judge("j", lambda rs: [NoReply("HTTP 500") if r.id == "2" else "[[B]]" for r in rs])
-    result = refomb.evaluate(ROWS, judge, runs=3)
+    result = refomb.judge_and_score(ROWS, judge, runs=3)
     assert result.metrics["n"] == 3
     assert [row["reason"] for row in result.missing] == [f"run {n}, review: no reply: HTTP 500" for n in range(3)]
 

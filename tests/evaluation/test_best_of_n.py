@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaifv.evaluation.best_of_n import METHODS, chances, compare, curve, expected_rates, make_pool, resample, sizes
+from rlaifv.evaluation.best_of_n import (
+    METHODS,
+    chances,
+    choice_gains,
+    curve,
+    expected_rates,
+    make_pool,
+    resample,
+    sizes,
+)
 from rlaifv.evaluation.hallucination import Split
 from rlaifv.records import Candidate, Instruction
 from rlaifv.steps.self_feedback import CandidateLogps
@@ -64,7 +73,7 @@ def test_a_reward_that_falls_with_length_is_mended_by_normalization():
     # every token costs 5 on top of the phantom's price: the sum prefers to say less, the mean does not
     logps = [dataclasses.replace(v, policy_logp=v.policy_logp - 5.0 * v.tokens) for v in logps]
     pool, _ = make_pool(answers, logps, split, 8)
-    found = compare(pool, resample(pool, 200), 8)
+    found = choice_gains(pool, resample(pool, 200), 8)
     assert found["recall_against_summed"] > 0.1
     assert found["recall_against_summed_interval"][0] > 0
     assert found["relative_reduction"] > 0.9
@@ -124,9 +133,9 @@ def test_instructions_with_too_few_candidates_are_left_out_and_counted():
 def test_where_nothing_hallucinates_there_is_no_reduction_to_speak_of():
     pool, _ = make_pool(*pool_of(), 8)
     faithful = dataclasses.replace(pool, hallucinated=np.zeros_like(pool.hallucinated))
-    found = compare(faithful, resample(pool, 200), 8)
+    found = choice_gains(faithful, resample(pool, 200), 8)
     assert (found["relative_reduction"], found["relative_reduction_interval"]) == (0.0, (0.0, 0.0))
     once = pool.hallucinated * 0
     once[0, 0] = 1  # in most resamples no random answer hallucinates
-    found = compare(dataclasses.replace(pool, hallucinated=once), resample(pool, 50), 8)
+    found = choice_gains(dataclasses.replace(pool, hallucinated=once), resample(pool, 50), 8)
     assert np.abs(found["relative_reduction_interval"]).max() <= 20

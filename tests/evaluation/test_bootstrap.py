@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaifv.evaluation.bootstrap import compare, intervals, percentile_interval
+from rlaifv.evaluation.bootstrap import compare_paired, intervals, percentile_interval
 from rlaifv.evaluation.scores import Scores
 
 
@@ -59,7 +59,7 @@ def test_a_paired_test_sees_what_unpaired_intervals_hide():
     hard = rng.random(300) < 0.5  # rows on which both models fail
     a = scores([int(value) for value in hard])
     better = [int(value and rng.random() > 0.15) for value in hard]
-    (test,) = compare(a, scores(better))
+    (test,) = compare_paired(a, scores(better))
     assert test.p_value < 0.01 and test.high < 0
     assert test.difference == pytest.approx(test.b - test.a)
     first, second = intervals(a)["rate"], intervals(scores(better))["rate"]
@@ -68,7 +68,7 @@ def test_a_paired_test_sees_what_unpaired_intervals_hide():
 
 def test_a_model_does_not_differ_from_itself():
     model = scores([0, 1, 1, 0, 1, 0, 0, 1])
-    (test,) = compare(model, model)
+    (test,) = compare_paired(model, model)
     assert (test.difference, test.low, test.high, test.p_value) == (0, 0, 0, 1)
 
 
@@ -78,28 +78,28 @@ def test_two_equal_models_seldom_seem_different():
     for seed in range(100):
         pair = rng.binomial(3, 0.3, size=(2, 80))
         a, b = (scores([int(x) for x in row], [3] * 80) for row in pair)
-        found += compare(a, b, resamples=200, seed=seed)[0].p_value < 0.05
+        found += compare_paired(a, b, resamples=200, seed=seed)[0].p_value < 0.05
     assert found <= 12
 
 
 def test_rows_are_paired_by_id_not_by_position():
     a = Scores("test", [{"id": "x"}, {"id": "y"}, {"id": "z"}], {"rate": ([1, 0, 0], [1, 1, 1])}, {})
     b = Scores("test", [{"id": "y"}, {"id": "x"}], {"rate": ([0, 1], [1, 1])}, {})
-    (test,) = compare(a, b)
+    (test,) = compare_paired(a, b)
     assert (test.n, test.a, test.b, test.difference) == (2, 0.5, 0.5, 0)
 
 
 def test_rows_that_cannot_be_paired_are_refused_with_their_ids():
     with pytest.raises(ValueError, match="no row id in common"):
-        compare(scores([1]), Scores("test", [{"id": "other"}], {"rate": ([1], [1])}, {}))
+        compare_paired(scores([1]), Scores("test", [{"id": "other"}], {"rate": ([1], [1])}, {}))
     twice = Scores("test", [{"id": "x"}, {"id": "x"}], {"rate": ([1, 0], [1, 1])}, {})
     with pytest.raises(ValueError, match="two rows with the id 'x'"):
-        compare(twice, twice)
+        compare_paired(twice, twice)
 
 
 def test_one_lucky_mention_among_many_makes_no_difference_however_much_the_models_say():
     of_a, of_b = [3] * 300, [3 + (i % 4 == 0) for i in range(300)]
-    (test,) = compare(scores([1] + [0] * 299, of_a), scores([0] * 300, of_b))
+    (test,) = compare_paired(scores([1] + [0] * 299, of_a), scores([0] * 300, of_b))
     assert test.p_value > 0.5 and test.low < 0 <= test.high
 
 
@@ -109,6 +109,6 @@ def test_p_is_below_a_twentieth_just_when_the_interval_leaves_zero_out(seed):
     rng = np.random.default_rng(seed)
     of = list(rng.integers(1, 5, size=60))
     a, b = (scores(list(rng.binomial(of, share)), of) for share in (0.3, 0.3 + rng.random() / 4))
-    (test,) = compare(a, b, resamples=800)
+    (test,) = compare_paired(a, b, resamples=800)
     if abs(test.p_value - 0.05) > 0.01:
         assert (test.p_value < 0.05) == (test.low > 0 or test.high < 0)

@@ -47,7 +47,7 @@ def scored(model: str, judge: str) -> dict:
         "means": list(scores.means),
         "settings": settings,
         "missing": [],
-        "published": published.table(scores, model),
+        "published": published.SPECS[scores.benchmark].table(scores, model),
     }
 
 
