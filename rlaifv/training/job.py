@@ -131,7 +131,8 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
 
 def stage_sources(stage: str) -> str:
     """Stands in for `rlaifv.fingerprint.stage_sources` until that is merged."""
-    return digest_files(ROOT / "rlaifv" / "vlm", ROOT / "rlaifv" / "training")
+    rooms = (ROOT / "rlaifv" / "vlm", ROOT / "rlaifv" / "training")
+    return digest_files(*(file for room in rooms for file in sorted(room.glob("*.py"))))
 
 
 def launch(job: Path, params: TrainParams) -> None:
