@@ -61,8 +61,11 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     shutil.rmtree(partial, ignore_errors=True)
     model, dataset = partial / "model", partial / "dataset"
     shutil.copytree(Paths(iteration).policy, model)
-    with (model / "training_params.yaml").open("w", encoding="utf-8") as stream:
-        YAML().dump(read_content(params_file.resolve()), stream)  # a profile with the default that it changes
+    if params_file.with_name("default.yaml").is_file():  # a profile: with the default that it changes
+        with (model / "training_params.yaml").open("w", encoding="utf-8") as stream:
+            YAML().dump(read_content(params_file.resolve()), stream)
+    else:
+        shutil.copyfile(params_file, model / "training_params.yaml")
     metrics = {name: result.test for name, result in results.items()}
     write_atomic(model / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_atomic(model / "README.md", model_card(params, results, read_exam(), license_name))

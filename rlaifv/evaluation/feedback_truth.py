@@ -30,7 +30,7 @@ def false_claims(text: str, scene: Scene) -> int:
 
 
 def holds(claim: str, scene: Scene) -> bool:
-    """Whether a claim is true; a text that is no atomic claim (the ablation `whole_answer`) is when all of its claims are."""
+    """Whether a claim is true; a text that is no atomic claim (ablation `whole_answer`) is when all its claims are."""
     try:
         return is_true(claim, scene)
     except ValueError:
@@ -113,7 +113,7 @@ def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed:
 
 
 def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
-    """Claim accuracy and pair agreement of the iteration in `folder` (data/iterations/K); `instances` lists its images."""
+    """Claim accuracy and pair agreement of the iteration in `folder`; `instances` lists its images."""
     scenes = read_scenes(instances)
     path_of = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
     candidates = read_records(folder / "candidates" / "candidates.jsonl", Candidate)

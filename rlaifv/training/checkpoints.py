@@ -11,15 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from rlaifv.params import TrainParams
 from rlaifv.training.library_quirks import whole_models
@@ -42,19 +34,15 @@ class WriteCheckpoints(TrainerCallback):
     def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str):
         self.trainer, self.vlm, self.params, self.run, self.policy = trainer, vlm, params, run, policy
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> TrainerControl:
-        parts = published(self.params)[:-1]
-        due = [
-            part
-            for k, part in enumerate(parts, start=1)
-            if max(1, round(k * state.max_steps / len(parts))) == state.global_step
-        ]
-        for part in due:
-            self._write(part)
-        control.should_save = bool(due)
+    def on_step_end(self, args, state, control, **kwargs):
+        parts, control.should_save = published(self.params)[:-1], False
+        for k, part in enumerate(parts, start=1):
+            if max(1, round(k * state.max_steps / len(parts))) == state.global_step:
+                self._write(part)
+                control.should_save = True
         return control
 
-    def on_save(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()  # each process writes a part of it
         if state.is_world_process_zero:
             now = f"trainer/checkpoint-{state.global_step}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
@@ -27,14 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rlaifv.params import TrainParams
 from rlaifv.store import progress
 from rlaifv.training import library_quirks
-from rlaifv.training.packed_pairs import (
-    PADDING,
-    build_batch,
-    move,
-    packed_masks,
-    packed_positions,
-    segment_weights,
-)
+from rlaifv.training.packed_pairs import PADDING, build_batch, packed_masks, packed_positions, segment_weights
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.vision_features import ImageInputs, KeptFeatures
 
@@ -146,7 +139,7 @@ def reference_logps(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: list[tuple[int, list[float]]] = []
     for numbers in progress(batches[state.process_index :: state.num_processes], "reference log-probs"):
-        batch = move(collate(numbers), device)
+        batch = send_to_device(collate(numbers), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             found += zip(numbers, answer_logps(scorer(batch), batch).T.tolist(), strict=True)
     logps = np.array([both for _, both in sorted(gather_object(found))], np.float32).T

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import PretrainedConfig
 
 from rlaifv.params import TrainParams
@@ -187,7 +188,7 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
         answers = [(p, p.chosen) for p in sample] + [(p, p.rejected) for p in sample]
         expected = [own_logps(vlm, data, pair, answer) for pair, answer in answers]
         for packed in (True, False) if params.packed else (False,):
-            batch = move(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
+            batch = send_to_device(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
             for images in ways:
                 scorer.images = images
                 name = ("packed" if packed else "plain") + (", features kept" if images.kept else "")
@@ -226,10 +227,3 @@ def why_not(scorer: torch.nn.Module, batch: dict, expected: list[torch.Tensor], 
     )
     worst = (off.max() if dtype == "float32" else off.mean()).item()
     return None if worst <= TOLERANCE[dtype] else f"log-probs differ by {worst:.2g} nats from the model's own"
-
-
-def move(value, device: torch.device):
-    """A nested batch on another device."""
-    if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -6,7 +6,6 @@ used (an answer longer than the context, a broken image) is rejected by its id a
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,57 +94,58 @@ class PairData:
             groups.setdefault((hashlib.blake2b(data, digest_size=16).digest(), questions[row]), []).append(row)
         return groups
 
-    def _encode_prompt(self, rows: list[int], limit: int) -> Iterator[tuple[int, EncodedPair]]:
-        table, image_id, kept = self.table, len(self.prompts), []
-        for row in rows:
-            chosen, rejected = table["chosen"][row].as_py(), table["rejected"][row].as_py()
-            if not chosen or not rejected:
-                self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
-            elif chosen == rejected:
-                self._reject(row, "chosen and rejected are the same answer")
-            else:
-                kept.append((row, chosen, rejected))
-        if not kept:
-            return
-        self.prompts.append((rows[0], table["question"][rows[0]].as_py()))
+    def _encode_prompt(self, rows: list[int], limit: int) -> list[tuple[int, EncodedPair]]:
+        """The pairs of one prompt with their rows, those rejected left out."""
+        usable = [row for row in rows if self._usable(row)]
+        if not usable:
+            return []
         try:
-            image = self._image(image_id)
-            both = [answer for _, chosen, rejected in kept for answer in (chosen, rejected)]
-            coded = encode(self.vlm, image, self.prompts[image_id][1], both)
+            answers = [self.table[side][row].as_py() for row in usable for side in ("chosen", "rejected")]
+            question = self.table["question"][usable[0]].as_py()
+            coded = encode(self.vlm, self._image(usable[0]), question, answers)
         except ValueError as error:
-            self.prompts.pop()
-            if len(kept) == 1:
-                self._reject(kept[0][0], str(error))
-            else:  # one bad answer must not take the prompt's other pairs with it
-                for row, _, _ in kept:
-                    yield from self._encode_prompt([row], limit)
-            return
+            if len(usable) == 1:
+                self._reject(usable[0], str(error))
+                return []
+            # one bad answer must not take the prompt's other pairs with it
+            return [pair for row in usable for pair in self._encode_prompt([row], limit)]
+        image_id = len(self.prompts)
+        self.prompts.append((usable[0], question))
         self._keep(image_id, coded.inputs)
         types = {
             key: value[0].numpy().astype(np.int8)
             for key, value in coded.inputs.items()
             if key in TOKEN_TYPES and value.shape[-1] == len(coded.prompt_ids)
         }
-        for place, (row, _, _) in enumerate(kept):
+        found = []
+        for place, row in enumerate(usable):
             (a, b), (start_a, start_b) = coded.rows[2 * place : 2 * place + 2], coded.answer_starts[2 * place :][:2]
             if max(len(a), len(b)) > limit:
                 name = "chosen" if len(a) > limit else "rejected"
                 self._reject(row, f"{name} with its prompt is {max(len(a), len(b))} tokens, the context holds {limit}")
                 continue
             shared = min(start_a, start_b)
-            yield (
-                row,
-                EncodedPair(
-                    pair_id=self.pair_id(row),
-                    image=image_id,
-                    prompt=np.array(a[:shared], np.int32),
-                    chosen=np.array(a[shared:], np.int32),
-                    rejected=np.array(b[shared:], np.int32),
-                    chosen_start=start_a - shared,
-                    rejected_start=start_b - shared,
-                    token_types={key: value[:shared] for key, value in types.items()},
-                ),
+            pair = EncodedPair(
+                pair_id=self.pair_id(row),
+                image=image_id,
+                prompt=np.array(a[:shared], np.int32),
+                chosen=np.array(a[shared:], np.int32),
+                rejected=np.array(b[shared:], np.int32),
+                chosen_start=start_a - shared,
+                rejected_start=start_b - shared,
+                token_types={key: value[:shared] for key, value in types.items()},
             )
+            found.append((row, pair))
+        return found
+
+    def _usable(self, row: int) -> bool:
+        """Whether there are two answers to prefer one of; says so where there are not."""
+        chosen, rejected = self.table["chosen"][row].as_py(), self.table["rejected"][row].as_py()
+        if not chosen or not rejected:
+            self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
+        elif chosen == rejected:
+            self._reject(row, "chosen and rejected are the same answer")
+        return bool(chosen and rejected and chosen != rejected)
 
     def _reject(self, row: int, reason: str) -> None:
         self.rejects.append(Reject(self.pair_id(row), "train", reason))
@@ -154,8 +154,7 @@ class PairData:
         """`row:idx`: the row's number and the dataset's own index."""
         return f"{row}:{self.table['idx'][row].as_py()}" if "idx" in self.table.column_names else str(row)
 
-    def _image(self, image_id: int):
-        row = self.prompts[image_id][0]
+    def _image(self, row: int):
         cell = self.table["image"][row].as_py()
         if not cell["bytes"]:
             raise ValueError(f"the image of pair {self.pair_id(row)} has no bytes")
@@ -165,7 +164,8 @@ class PairData:
         """What the processor makes of one image (`pixel_values`, ...), with a batch of one; no token types."""
         if image_id in self._kept:
             return self._kept[image_id]
-        return without_types(encode(self.vlm, self._image(image_id), self.prompts[image_id][1]).inputs)
+        row, question = self.prompts[image_id]
+        return without_types(encode(self.vlm, self._image(row), question).inputs)
 
     def _keep(self, image_id: int, inputs: dict[str, torch.Tensor]) -> None:
         inputs = without_types(inputs)

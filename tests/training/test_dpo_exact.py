@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llava import save_pairs, save_tiny_llava
@@ -18,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from rlaifv.params import LOSSES, TrainParams
 from rlaifv.training import dpo
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments
-from rlaifv.training.packed_pairs import block_mask, build_batch, changed_tokens, choose_layout, move
+from rlaifv.training.packed_pairs import block_mask, build_batch, changed_tokens, choose_layout
 from rlaifv.training.pair_data import EncodedPair, PairData
 from rlaifv.training.policy import freeze
 from rlaifv.vlm.collate import stack_inputs
@@ -276,5 +277,5 @@ def test_a_model_that_reads_packed_rows_wrongly_is_trained_on_plain_rows(folder,
 
 def test_batches_move_between_devices_whole():
     batch = build_batch([EncodedPair("0", 0, np.array([1]), np.array([2]), np.array([3]), 0, 0, {})], 0, packed=True)
-    moved = move(batch, torch.device("cpu"))
+    moved = send_to_device(batch, torch.device("cpu"))
     assert moved["rows"]["images"] == [0] and moved["rows"]["predictors"].equal(batch["rows"]["predictors"])
