@@ -175,4 +175,4 @@ def test_an_unknown_profile_is_one_line_with_those_there_are(name, capsys):
 
 
 def test_a_stage_by_hand_reads_a_profile():
-    assert Stage("feedback", "params/self.yaml", "1", "0").params == profile("self")
+    assert Stage("feedback", "params/self.yaml", "1", "0").params.feedback == profile("self").feedback
