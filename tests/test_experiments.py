@@ -282,7 +282,7 @@ def test_a_run_is_scored_from_its_results_and_the_truth_where_it_is_known(tmp_pa
         ),
     }
     scored = {"claims": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "n": 9}, "pairs": {"n": 0}}
-    monkeypatch.setattr(module, "score_round", lambda *_: scored)
+    monkeypatch.setattr(module, "score_iteration", lambda *_: scored)
     unknown = score_run(results, tmp_path, tmp_path, tmp_path / "absent.json")
     assert unknown["base"]["response_hallucination"] == 0.6
     assert unknown["rounds"]["1"]["pairs"] == {"n": 77, "mean_words_chosen": 29.4, "mean_words_rejected": 30.6}

@@ -81,7 +81,7 @@ def test_a_changed_file_makes_the_stages_run_again_that_use_its_room(whole, file
     before = path.read_text()
     path.write_text(before + "\n# another line\n")
     try:
-        status = json.loads(run(whole, "dvc", "status", "--json", "feedback@1"))
+        status = json.loads(run(whole, "dvc", "status", "--json", "--with-deps", "feedback@1"))
     finally:
         path.write_text(before)
     changed = {

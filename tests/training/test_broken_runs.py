@@ -82,20 +82,31 @@ def test_a_kill_while_a_run_tidies_up_loses_nothing(folder, expected, monkeypatc
     assert not (started / "trainer").exists()
 
 
-@pytest.mark.parametrize("target", ["checkpoint-1/model.safetensors", "checkpoint-3", "log.csv", "finished.json"])
-@pytest.mark.parametrize("how", ["missing", "garbled"])
-def test_a_finished_run_with_a_broken_part_is_trained_anew_and_says_so(folder, expected, caplog, target, how):
-    key = f"finished-{target.replace('/', '-')}-{how}"
-    started = finished_run(folder, key)
-    path = started / target if target == "finished.json" else started / "published" / target
+def damage(path: Path, how: str) -> None:
+    """Remove a file or folder, cut it in half, or change its first byte (of a folder: of its config.json)."""
     if how == "missing":
         run_folder.remove(path)
-    else:
-        file = path / "config.json" if path.is_dir() else path
-        file.write_bytes(b"x" + file.read_bytes()[1:])
-    run(folder, key)
-    assert digests(folder / key / "out") == expected
-    assert "trained anew" in caplog.text or target == "finished.json"
+        return
+    file = path / "config.json" if path.is_dir() else path
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] if how == "cut" else b"x" + data[1:])
+
+
+@pytest.mark.parametrize("target", ["checkpoint-1/model.safetensors", "checkpoint-3", "log.csv", "finished.json"])
+@pytest.mark.parametrize("how", ["missing", "cut", "garbled"])
+def test_a_finished_run_with_a_broken_part_is_not_taken_for_finished(folder, expected, caplog, target, how):
+    started = finished_run(folder, f"finished-{target.replace('/', '-')}-{how}")
+    damage(started / target if target == "finished.json" else started / "published" / target, how)
+    assert run_folder.read_finished(started, checkpoints.published(PARAMS)) is None
+    assert "trained anew" in caplog.text or (target, how) == ("finished.json", "missing")
+    assert not (started / "finished.json").exists()
+
+
+def test_a_finished_run_with_a_broken_part_is_trained_anew_and_ends_in_the_same_bytes(folder, expected, caplog):
+    started = finished_run(folder, "anew")
+    damage(started / "published" / "checkpoint-1" / "model.safetensors", "garbled")
+    run(folder, "anew")
+    assert digests(folder / "anew" / "out") == expected and "trained anew" in caplog.text
 
 
 def test_a_second_call_publishes_again_at_once(folder, expected, monkeypatch):
@@ -154,19 +165,22 @@ training_runs.run(Path({str(folder)!r}), "killed")
         ("whole.json", "cut"),
     ],
 )
-def test_a_broken_state_is_never_resumed_from(folder, expected, killed, caplog, target, how):
+def test_a_broken_state_is_never_resumed_from(folder, killed, caplog, target, how):
     key = f"broken-{Path(target).name}-{how}"
     shutil.copytree(killed, folder / key)
-    path = scratch(folder, key) / target
-    if how == "missing":
-        run_folder.remove(path)
-    else:
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2] if how == "cut" else b"x" + data[1:])
+    started = scratch(folder, key)
+    damage(started / target, how)
+    assert run_folder.go_on_from(started) is None and "starting anew" in caplog.text
+    assert not list((started / "trainer").glob("*")) and not list((started / "published").glob("*"))
+
+
+def test_a_run_whose_state_is_broken_starts_anew_and_ends_in_the_same_bytes(folder, expected, killed, caplog):
+    shutil.copytree(killed, folder / "no-optimizer")
+    damage(scratch(folder, "no-optimizer") / "trainer" / "checkpoint-4" / "optimizer.pt", "missing")
     with caplog.at_level("INFO", logger="rlaifv"):
-        run(folder, key)
+        run(folder, "no-optimizer")
     assert "starting anew" in caplog.text and "resuming from checkpoint-4" not in caplog.text
-    assert digests(folder / key / "out") == expected
+    assert digests(folder / "no-optimizer" / "out") == expected
 
 
 def test_the_next_older_whole_state_is_resumed_from(tmp_path, caplog):

@@ -130,18 +130,30 @@ def trl_step(trainer: PairTrainer, batch: dict) -> tuple[torch.Tensor, dict[str,
     trl._metrics, trl._total_train_tokens = {"train": collections.defaultdict(list)}, 0
     chosen, rejected = trainer.reference[:, batch["pairs"]]
     inputs = {"input_ids": ids, "attention_mask": seen, "completion_mask": completion, **stack_inputs(images, "cpu")}
-    add_fused_lm_head(policy, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     loss = trl._compute_loss(policy, inputs, return_outputs=False)
     return loss, {key: values[0] for key, values in trl._metrics["train"].items()}
 
 
+@pytest.fixture(scope="module")
+def beside_trl(folder) -> PairTrainer:
+    """A trainer whose policy TRL can read as well."""
+    trainer, _ = make_trainer(folder)
+    add_fused_lm_head(trainer.model.policy, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return trainer
+
+
 @pytest.mark.parametrize("at_once", [1 << 25, 1000], ids=["at once", "in parts"])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_loss_its_gradient_and_its_metrics_are_those_of_trls_own_trainer(folder, monkeypatch, loss_type, at_once):
+def test_every_loss_its_gradient_and_its_metrics_are_those_of_trls_own_trainer(
+    beside_trl, monkeypatch, loss_type, at_once
+):
+    trainer, smoothing = beside_trl, 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
     monkeypatch.setattr(dpo, "LOGITS_AT_ONCE", at_once)
-    smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
-    trainer, _ = make_trainer(folder, dataclasses.replace(PARAMS, loss_type=(loss_type,), label_smoothing=smoothing))
+    monkeypatch.setattr(
+        trainer, "params", dataclasses.replace(PARAMS, loss_type=(loss_type,), label_smoothing=smoothing)
+    )
+    monkeypatch.setattr(trainer, "_tokens", 0)
     batch = trainer.data_collator([0, 3, 5, 6])
     trainer.model.train()
     seen = []
