@@ -41,7 +41,7 @@ rounds: $(READY) ## four iterations against one of as many instructions, and sel
 	python -m rlaifv.experiments rounds
 
 test: $(READY) ## run the tests
-	python -m pytest -n 2 --dist loadgroup
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## check code, formatting and that notebooks are stripped
 	ruff check .

@@ -11,8 +11,6 @@ import psutil
 import pytest
 from checkout import copy_repository, edit_params, environment, run
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # one run that all tests start from
-
 
 def small(content) -> None:
     content["world"].update(train=24, dev=4, test=4)
