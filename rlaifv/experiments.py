@@ -25,7 +25,7 @@ import pandas as pd
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
-from rlaifv.fingerprint import digest, digest_files
+from rlaifv.fingerprint import digest, digest_files, files_below
 from rlaifv.params import (
     DEFAULT,
     NAMED,
@@ -143,8 +143,7 @@ def sources() -> list[Path]:
             if not stage.get("frozen") and name not in ("report", "self_feedback"):
                 deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
                 found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
-    files = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
-    return sorted(file for file in files if "__pycache__" not in file.parts)
+    return sorted({file for path in found for file in files_below(path) if file.is_file()})
 
 
 def digest_sources() -> str:

@@ -6,7 +6,6 @@ or a reject saying why not; nothing disappears.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import typing
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RATES = ("response_hallucination", "mention_hallucination", "recall")
