@@ -135,17 +135,18 @@ def _attempt(
 
 def _ask(vlm: VLM, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Generation]:
     # a reply depends on its prompt alone: the random numbers are those of (seed, prompt, attempt)
-    streams = [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))
     generations = generate_batch(
         vlm,
-        [Prompt(None, prompt) for prompt in prompts],
-        streams,
+        [Prompt(None, prompt) for prompt in distinct],
+        [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in distinct],
         temperature=params.temperature,
         top_k=0,
         top_p=params.top_p,
         max_new_tokens=params.max_new_tokens,
     )
-    return [samples[0] for samples in generations]
+    replies = {prompt: samples[0] for prompt, samples in zip(distinct, generations, strict=True)}
+    return [replies[prompt] for prompt in prompts]
 
 
 def _parse(reply: Generation, header: str, params: DivideParams) -> tuple[list[str], str]:
@@ -172,8 +173,8 @@ def divide(
     `load` gives the divider; it is called when something is left to do.
 
     An answer that makes no claim at all ("What a lovely picture.") goes to the rejects: nothing in it can be
-    checked, and a score of 0 would teach the policy to say nothing. Equal answers to equal questions are divided
-    once. Returns the counts of claims and of rejected candidates.
+    checked, and a score of 0 would teach the policy to say nothing. Within a chunk, equal answers to equal
+    questions are divided once, and equal lists of claims are turned into questions once. Returns the counts of claims and of rejected candidates.
     """
     divider = cache(load)
 
@@ -196,11 +197,11 @@ def divide(
 
 
 def _chunks(candidates: Sequence[Candidate], questions: dict[str, str], batch_size: int) -> list[Sequence[Candidate]]:
-    """Candidates sorted by text, so that equal answers meet in one chunk and rows of a batch are of like length."""
-    ordered = sorted(candidates, key=lambda c: (c.n_tokens, questions[c.instruction_id], c.answer, c.id))
+    """Chunks of `batch_size` distinct texts. An instruction's candidates stay together: that is where answers are
+    equal, and where answers in other words make the same claims."""
     chunks: list[list[Candidate]] = []
     texts: set[tuple[str, str]] = set()
-    for candidate in ordered:
+    for candidate in sorted(candidates, key=lambda c: c.instruction_id):
         text = (questions[candidate.instruction_id], candidate.answer)
         if not chunks or (text not in texts and len(texts) == batch_size):
             chunks.append([])

@@ -131,6 +131,13 @@ def test_equal_answers_are_divided_once_and_rows_are_accounted_for(monkeypatch, 
     assert read_jsonl(tmp_path / "rejects.jsonl")[0]["reason"] == "the answer makes no claim"
 
 
+def test_equal_lists_of_claims_are_turned_into_questions_once(monkeypatch):
+    asked = scripted(monkeypatch, [FACTS, FACTS, QUESTIONS])
+    first, second = divide_answers(None, [("Describe.", "A red cup."), ("Describe.", "A cup, red.")], PARAMS, seed=1)
+    assert len(asked) == 3
+    assert first == second and first.questions == ["Is there a cup?", "Is the cup red?"]
+
+
 def test_the_random_numbers_of_a_reply_depend_on_the_prompt_and_the_attempt_alone(monkeypatch):
     seen = []
 
