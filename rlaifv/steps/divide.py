@@ -174,7 +174,8 @@ def divide(
 
     An answer that makes no claim at all ("What a lovely picture.") goes to the rejects: nothing in it can be
     checked, and a score of 0 would teach the policy to say nothing. Within a chunk, equal answers to equal
-    questions are divided once, and equal lists of claims are turned into questions once. Returns the counts of claims and of rejected candidates.
+    questions are divided once, and equal lists of claims are turned into questions once. Returns the counts of
+    claims and of rejected candidates.
     """
     divider = cache(load)
 
