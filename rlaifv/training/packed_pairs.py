@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from rlaifv.params import TrainParams
@@ -106,11 +107,8 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
 
 def padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
     """Rows of different lengths as one tensor [rows, longest], `fill` after each row's end; token ids as int64."""
-    dtype = np.int64 if rows[0].dtype == np.int32 else rows[0].dtype
-    table = np.full((len(rows), max(map(len, rows))), fill, dtype)
-    for target, row in zip(table, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(table)
+    table = pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+    return table.long() if table.dtype == torch.int32 else table
 
 
 def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -190,12 +188,11 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
         for packed in (True, False) if params.packed else (False,):
             batch = send_to_device(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
             for images in ways:
-                scorer.images = images
-                name = ("packed" if packed else "plain") + (", features kept" if images.kept else "")
+                scorer.images, kept, room = images, isinstance(images, KeptFeatures), params.feature_cache_gb
+                name = ("packed" if packed else "plain") + (", features kept" if kept else "")
                 if problem := why_not(scorer, batch, expected, params.dtype):
                     log.warning("%s cannot train %s: %s", vlm.name, name, problem)
-                elif (need := images.bytes_per_image() * len(data.prompts) / 1e9) > params.feature_cache_gb:
-                    room = params.feature_cache_gb
+                elif kept and (need := images.bytes_per_image() * len(data.prompts) / 1e9) > room:
                     log.info("features need %.1f GB, train.feature_cache_gb is %g: not kept", need, room)
                 else:
                     log.info("train: pairs go through %s %s", vlm.name, name)
@@ -219,11 +216,6 @@ def why_not(scorer: torch.nn.Module, batch: dict, expected: list[torch.Tensor], 
         seen = scorer(batch)["logps"]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    off = torch.cat(
-        [
-            ((row[: len(own)] - own).abs())[mask[: len(own)]]
-            for row, own, mask in zip(seen, expected, batch["answer_mask"], strict=True)
-        ]
-    )
+    off = (seen - pad_sequence(expected, batch_first=True)).abs()[batch["answer_mask"]]
     worst = (off.max() if dtype == "float32" else off.mean()).item()
     return None if worst <= TOLERANCE[dtype] else f"log-probs differ by {worst:.2g} nats from the model's own"

@@ -21,10 +21,6 @@ from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import decode_image
 from rlaifv.vlm.loading import VLM
 
-KEPT_INPUTS = 512 << 20
-"""Bytes of preprocessed images that stay in memory between tokenizing a prompt and encoding its image, so that those
-of a small set are decoded and resized once; images beyond that are preprocessed again."""
-
 COLUMNS = ("image", "question", "chosen", "rejected")
 """The columns that training needs; `idx` and `ds_name` name the row where they exist."""
 
@@ -77,8 +73,6 @@ class PairData:
         self.pairs: list[EncodedPair] = []
         self.rejects: list[Reject] = []
         self.prompts: list[tuple[int, str]] = []  # (row that holds the image bytes, question) of each distinct prompt
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
-        self._room = KEPT_INPUTS
         limit = max_length or context_length(vlm)
         encoded: list[tuple[int, EncodedPair]] = []
         for rows in progress(list(self._by_prompt().values()), "tokenize"):
@@ -111,7 +105,6 @@ class PairData:
             return [pair for row in usable for pair in self._encode_prompt([row], limit)]
         image_id = len(self.prompts)
         self.prompts.append((usable[0], question))
-        self._keep(image_id, coded.inputs)
         types = {
             key: value[0].numpy().astype(np.int8)
             for key, value in coded.inputs.items()
@@ -162,25 +155,9 @@ class PairData:
 
     def image_inputs(self, image_id: int) -> dict[str, torch.Tensor]:
         """What the processor makes of one image (`pixel_values`, ...), with a batch of one; no token types."""
-        if image_id in self._kept:
-            return self._kept[image_id]
         row, question = self.prompts[image_id]
-        return without_types(encode(self.vlm, self._image(row), question).inputs)
-
-    def _keep(self, image_id: int, inputs: dict[str, torch.Tensor]) -> None:
-        inputs = without_types(inputs)
-        size = sum(value.numel() * value.element_size() for value in inputs.values())
-        if size <= self._room:
-            self._kept[image_id], self._room = inputs, self._room - size
-
-    def forget_inputs(self, image_id: int) -> None:
-        """Free what is kept of a preprocessed image that is not needed again."""
-        self._kept.pop(image_id, None)
-
-
-def without_types(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The processor's outputs that are about the image, not about the prompt's tokens."""
-    return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
+        inputs = encode(self.vlm, self._image(row), question).inputs
+        return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
 
 
 def read_pairs(path: Path) -> tuple[pa.Table, str]:
