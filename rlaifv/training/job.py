@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest, stage_sources
+from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import write_atomic
 from rlaifv.store import FINISHED, lock_folder
@@ -79,22 +79,16 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
-    identity = {
+    pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
+    read_pairs(pairs)  # what cannot be read stops here
+    made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "pairs": read_pairs(pairs)[1],
-        "params": {k: v for k, v in dataclasses.asdict(params).items() if k != "collapse_nats"},
-        "seed": seed,
+        "data": digest_files(*pairs.glob("*.parquet") if pairs.is_dir() else [pairs]),
         "source": stage_sources("train"),
     }
+    identity = {**made_of, "params": {**settings, "collapse_nats": None}, "seed": seed}
     run = (scratch / f"train-{digest(identity)}").resolve()
-    job = {
-        "policy": policy,
-        "pairs": str(Path(pairs).resolve()),
-        "params": dataclasses.asdict(params),
-        "run": str(run),
-        "seed": seed,
-        "identity": identity,
-    }
+    job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
     lock = lock_folder(run, "train")
     try:
         write_atomic(run / "job.json", json.dumps(job, indent=2))
@@ -171,9 +165,7 @@ def run_job(job: dict) -> None:
     packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
     collate = PairCollator(data, pad, packed=packed, segment_weight=params.segment_weight)
     made_of = {
-        "policy": job["identity"]["policy"],
-        "data": job["identity"]["pairs"],
-        "source": job["identity"]["source"],
+        **job["made_of"],
         "segment_weight": params.segment_weight,
         "dtype": params.dtype,
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32

@@ -7,7 +7,7 @@ plain layout (two ordinary sequences per pair) has the same form, for architectu
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,46 +23,37 @@ from rlaifv.vlm.loading import VLM
 
 log = logging.getLogger(__name__)
 
-SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
-"""What a token of a row belongs to."""
+SHARED, PADDING = 0, -1
+"""What a token of a row belongs to; 1 and up are the branches: chosen and rejected, or a plain row's one answer."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 """Largest accepted difference of answer tokens' log-probs from those of the model's own forward, in nats: of any token
 in float32, on average in bfloat16, where single improbable tokens differ by more between any two ways to sum."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sequence of n tokens. `branch` [n] says what each belongs to, `positions` [n] where it stands: the second
     branch starts where the first did. `predictors` holds for each answer in it the indices [tokens of that answer] of
     the positions that predict its tokens: the last prompt token the first one, then each token the next one."""
 
-    pair: EncodedPair
     ids: np.ndarray
     branch: np.ndarray
     positions: np.ndarray
-    predictors: tuple[np.ndarray, ...]
+    predictors: list[np.ndarray]
 
 
-def packed_row(pair: EncodedPair) -> Row:
-    """Prompt and what both answers begin with, then the rest of the chosen and of the rejected answer."""
-    prompt, k = len(pair.prompt), pair.common
-    shared, a, b = prompt + k, len(pair.chosen) - k, len(pair.rejected) - k
-    into_rejected = np.concatenate([np.arange(prompt - 1, shared), shared + a + np.arange(b)])
-    return Row(
-        pair,
-        ids=np.concatenate([pair.prompt, pair.chosen, pair.rejected[k:]]),
-        branch=np.repeat([SHARED, CHOSEN, REJECTED], [shared, a, b]),
-        positions=np.concatenate([np.arange(shared + a), shared + np.arange(b)]),
-        predictors=(prompt - 1 + np.arange(len(pair.chosen)), into_rejected[:-1]),
-    )
-
-
-def plain_row(pair: EncodedPair, answer: np.ndarray) -> Row:
-    """Prompt and one answer, as any causal model reads them."""
-    prompt, n = len(pair.prompt), len(answer)
-    branch = np.repeat([SHARED, CHOSEN], [prompt, n])
-    return Row(pair, np.concatenate([pair.prompt, answer]), branch, np.arange(prompt + n), (prompt - 1 + np.arange(n),))
+def lay_out(prompt: np.ndarray, answers: Sequence[np.ndarray], common: int) -> Row:
+    """The prompt and the `common` tokens that all answers begin with, then the rest of each."""
+    end = shared = len(prompt) + common
+    parts, positions, predictors = [prompt, answers[0][:common]], [np.arange(shared)], []
+    for answer in answers:
+        rest = np.arange(len(answer) - common)
+        parts.append(answer[common:])
+        positions.append(shared + rest)
+        predictors.append(np.concatenate([np.arange(len(prompt) - 1, shared), end + rest])[:-1])
+        end += len(rest)
+    branch = np.repeat(range(1 + len(answers)), [shared, *map(len, parts[2:])]).astype(np.int8)
+    return Row(np.concatenate(parts), branch, np.concatenate(positions), predictors)
 
 
 def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool) -> dict:
@@ -73,18 +64,20 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     reads:
 
     - `input_ids` [R, n], right-padded; R = B packed, 2B plain
-    - `branch` [R, n] int8: SHARED, CHOSEN, REJECTED or PADDING
+    - `branch` [R, n] int8: SHARED, 1 for a row's first answer, 2 for its second, or PADDING
     - `position_ids` [R, n] (packed only)
     - `predictors` [2B, A]: index into the flattened [R * n] of the position that predicts each answer token
     - `images` [R]: which image each row is about
     - `token_types`: [R, n] each, for processors that have them
     """
-    if packed:
-        rows = [packed_row(pair) for pair in pairs]
-    else:
-        rows = [plain_row(p, p.chosen) for p in pairs] + [plain_row(p, p.rejected) for p in pairs]
-    n = max(len(row.ids) for row in rows)
     answers = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
+    if packed:
+        about = list(pairs)  # the pair of each row
+        rows = [lay_out(p.prompt, (p.chosen, p.rejected), p.common) for p in pairs]
+    else:
+        about = [*pairs, *pairs]
+        rows = [lay_out(p.prompt, (ids,), 0) for p, (ids, _) in zip(about, answers, strict=True)]
+    n = max(len(row.ids) for row in rows)
     places = [(i, row.predictors[number]) for number in range(1 + packed) for i, row in enumerate(rows)]
     trained = [np.arange(len(ids)) >= start for ids, start in answers]
     return {
@@ -93,12 +86,12 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
         "tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
         "rows": {
             "input_ids": padded([row.ids for row in rows], pad_token_id),
-            "branch": padded([row.branch.astype(np.int8) for row in rows], PADDING),
+            "branch": padded([row.branch for row in rows], PADDING),
             "position_ids": padded([row.positions for row in rows], 0) if packed else None,
             "predictors": padded([i * n + predictors for i, predictors in places], 0),
-            "images": [row.pair.image for row in rows],
+            "images": [pair.image for pair in about],
             "token_types": {
-                key: padded([np.pad(row.pair.token_types[key], (0, n - len(row.pair.prompt))) for row in rows], 0)
+                key: padded([np.pad(pair.token_types[key], (0, n - len(pair.prompt))) for pair in about], 0)
                 for key in pairs[0].token_types
             },
         },
