@@ -80,10 +80,10 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     """
     check_train(params)
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
-    read_pairs(pairs)  # what cannot be read stops here
+    read_pairs(pairs)  # pairs that cannot be read stop here
     made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "data": digest_files(*pairs.glob("*.parquet") if pairs.is_dir() else [pairs]),
+        "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
         "source": stage_sources("train"),
     }
     identity = {**made_of, "params": {**settings, "collapse_nats": None}, "seed": seed}

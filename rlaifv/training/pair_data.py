@@ -63,8 +63,8 @@ class EncodedPair:
 class PairData:
     """All pairs of a parquet file (or of a folder of them), tokenized; image bytes stay in the memory-mapped table.
 
-    Raises ValueError when a column is missing, FileNotFoundError when there is no parquet file. `max_length` is the
-    longest row (prompt, image tokens, answer and end token) in tokens; None is the model's own limit.
+    `max_length` is the longest row (prompt, image tokens, answer and end token) in tokens; None is the model's own
+    limit. Raises what `read_pairs` does.
     """
 
     def __init__(self, vlm: VLM, path: Path, max_length: int | None = None):
@@ -152,7 +152,7 @@ class PairData:
 
 def read_pairs(path: Path) -> pa.Table:
     """The pairs as an Arrow table. `path` is a parquet file or a folder of them (the public RLAIF-V dataset's files, in
-    order of name)."""
+    order of name). Raises FileNotFoundError where there is none, ValueError naming a column that is missing."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(f"no parquet file of preference pairs at {path}")
@@ -161,5 +161,6 @@ def read_pairs(path: Path) -> pa.Table:
         names = pq.read_schema(file).names
         if missing := [name for name in COLUMNS if name not in names]:
             raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-        tables.append(pq.read_table(file, columns=[*COLUMNS, *({"idx"} & set(names))], memory_map=True))
+        columns = [name for name in (*COLUMNS, "idx") if name in names]
+        tables.append(pq.read_table(file, columns=columns, memory_map=True))
     return pa.concat_tables(tables, promote_options="permissive")
