@@ -5,17 +5,14 @@ python -m rlaifv.training.checkpoints POLICY ADAPTER OUT    # merge a LoRA adapt
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from rlaifv.params import TrainParams
 from rlaifv.training.library_quirks import whole_models
-from rlaifv.training.run_folder import read_whole, record_whole
+from rlaifv.training.run_folder import read_whole, record_whole, remove
 from rlaifv.vlm.loading import VLM, load_vlm
 
 
@@ -58,7 +55,8 @@ class WriteCheckpoints(TrainerCallback):
         weights = {name.removeprefix("policy."): weight for name, weight in weights.items()}
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).policy
         if params.lora_r:
-            write_adapter(model, self.run / "adapter", weights)
+            remove(self.run / "adapter")
+            model.save_pretrained(self.run / "adapter", state_dict=weights)
             with whole_models(trainer):
                 merge(self.policy, self.run / "adapter", out, params.dtype)
         else:
@@ -87,21 +85,14 @@ def write_checkpoint(
         weights[name] = cast[key]
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     config = json.loads((partial / "config.json").read_text())
     config["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
+    remove(out)
     partial.rename(out)
-
-
-def write_adapter(model: PeftModel, out: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a LoRA adapter alone (what `merge` takes)."""
-    weights = get_peft_model_state_dict(model, state_dict=state_dict)
-    shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out, state_dict=weights)
 
 
 def merge(policy: str, adapter: Path, out: Path, dtype: str = "bfloat16") -> None:

@@ -4,7 +4,6 @@ In reading order: `PairCollator` makes a batch of pairs, `PairScorer` gives thei
 `reference_logps` those under the reference, `dpo_loss` compares the two, and `PairTrainer` takes the steps.
 """
 
-import csv
 import logging
 import math
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 LOGITS_AT_ONCE = 1 << 25
 """So many logits are in memory at a time (128 MiB in float32); those of more answer tokens are computed in parts, and
 again in the backward pass."""
-
-DISCOPOP_TAU = 0.05
-"""DiscoPOP's temperature, as found in its paper."""
 
 
 class PairCollator:
@@ -197,13 +194,12 @@ def dpo_loss(
         case "apo_down":  # APO, eq. 8
             return sigmoid(beta * chosen) + 1 - sigmoid(margin)
         case "aot" | "aot_unpaired":  # AOT, arXiv 2406.05882: quantiles of the batch are compared, not pairs
-            better, worse = (policy[0] - policy[1], reference[0] - reference[1])
-            if loss_type == "aot_unpaired":
-                better, worse = chosen, rejected
+            paired = (policy[0] - policy[1], reference[0] - reference[1])
+            better, worse = (chosen, rejected) if loss_type == "aot_unpaired" else paired
             delta = beta * (better.sort().values - worse.sort().values)
             return -right * log_sigmoid(delta) - flipped * log_sigmoid(-delta)
-        case "discopop":  # DiscoPOP, arXiv 2406.08414, eq. 5
-            mix = sigmoid(margin / DISCOPOP_TAU)
+        case "discopop":  # DiscoPOP, arXiv 2406.08414, eq. 5, with its temperature 0.05
+            mix = sigmoid(margin / 0.05)
             return -(1 - mix) * log_sigmoid(margin) + mix * torch.exp(-margin)
         case "sft":  # the negative log-likelihood of a chosen token, the batch's mean (RPO, arXiv 2404.19733)
             return (-policy[0].sum() / lengths[0].sum()).expand(policy.shape[1])
@@ -268,8 +264,8 @@ class PairTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches in `EpochOrder`; every process gets its part of them."""
-        lengths, batch_size = [pair.row_length for pair in self.pairs], pairs_per_step(self.args)
-        order = EpochOrder(lengths, batch_size, self.args.seed, lambda: self.state.global_step)
+        lengths = [pair.row_length for pair in self.pairs]
+        order = EpochOrder(lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
         loader = DataLoader(
             self.train_dataset,
             self.args.per_device_train_batch_size,
@@ -335,7 +331,7 @@ class PairTrainer(Trainer):
             now, step = time.monotonic(), self.state.global_step
             if self._last_log is not None:
                 then, before, tokens = self._last_log
-                logs["throughput/pairs_per_second"] = (step - before) * pairs_per_step(self.args) / (now - then)
+                logs["throughput/pairs_per_second"] = (step - before) * self.params.batch_size / (now - then)
                 logs["throughput/tokens_per_second"] = (self._tokens - tokens) / (now - then)
             self._last_log = (now, step, self._tokens)
         super().log(logs, start_time)
@@ -354,24 +350,20 @@ class PairTrainer(Trainer):
             f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
         )
 
-    def _learned(self) -> dict[str, torch.Tensor]:
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a run goes on from: the weights that learn. FSDP and DeepSpeed save theirs with the optimizer's."""
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                save_file(self._learned(), Path(output_dir) / "model.safetensors")
+                learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+                save_file(learned, Path(output_dir) / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        with torch.no_grad():
-            for name, weight in self._learned().items():
-                weight.copy_(saved[name])
-        return None
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            learned = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+            self.model.load_state_dict(learned, strict=False)  # the rest is as it was loaded
 
 
 class Watch(TrainerCallback):
@@ -381,8 +373,8 @@ class Watch(TrainerCallback):
     change of a chosen answer's log-prob per token, in nats.
     """
 
-    def __init__(self, beta: float, collapse_nats: float, every_s: float = 5.0):
-        self.beta, self.collapse_nats, self.every_s = beta, collapse_nats, every_s
+    def __init__(self, beta: float, collapse_nats: float):
+        self.beta, self.collapse_nats = beta, collapse_nats
         self.recent: list[float] = []
         self.warned = False
 
@@ -404,13 +396,13 @@ class Watch(TrainerCallback):
                 *(state.global_step, -change, self.collapse_nats),
             )
         now = time.monotonic()
-        if now - self.said >= self.every_s or state.global_step == state.max_steps:
+        if now - self.said >= 5.0 or state.global_step == state.max_steps:
             rate = (state.global_step - self.first_step) / (now - self.started)
             self.said = now
             log.info(
                 "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
                 *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
-                *(logs["rewards/accuracies"], rate * pairs_per_step(args)),
+                *(logs["rewards/accuracies"], logs.get("throughput/pairs_per_second", math.nan)),
                 *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
             )
 
@@ -441,11 +433,6 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> Training
     return args
 
 
-def pairs_per_step(args: TrainingArguments) -> int:
-    """The global batch: pairs per optimizer step over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 LOG_COLUMNS = ("step", "epoch", "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 LOG_COLUMNS += ("logps/chosen", "logps/rejected", "length/chosen", "length/rejected", "learning_rate", "grad_norm")
 LOG_COLUMNS += ("entropy", "mean_token_accuracy")
@@ -453,9 +440,6 @@ LOG_COLUMNS += ("entropy", "mean_token_accuracy")
 
 def write_log(history: list[dict], path: Path) -> None:
     """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes."""
-    with path.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([column.replace("/", "_") for column in LOG_COLUMNS])
-        for entry in history:
-            if "loss" in entry:
-                writer.writerow([f"{entry.get(column, math.nan):.8g}" for column in LOG_COLUMNS])
+    steps = pd.DataFrame([entry for entry in history if "loss" in entry], columns=LOG_COLUMNS)
+    steps = steps.rename(columns=lambda column: column.replace("/", "_"))
+    steps.to_csv(path, index=False, float_format="%.8g", na_rep="nan", lineterminator="\n")

@@ -1,12 +1,11 @@
 """Preference training from pairs to checkpoints (RLAIF-V section 2.3): the public call, and the processes it starts.
 
-    accelerate launch -m rlaifv.training.job --job JOB.json    # what `train` starts itself for more than one process
+    accelerate launch -m rlaifv.training.job JOB.json    # what `train` starts itself for more than one process
 
 Reference log-probs are computed once, each pair is one packed row, and the run can be killed at any moment: called
 again it goes on and ends with the same bytes.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -24,9 +23,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest, stage_sources
+from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import write_atomic
+from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, published
 from rlaifv.training.dpo import (
@@ -42,16 +42,7 @@ from rlaifv.training.packed_pairs import choose_layout
 from rlaifv.training.pair_data import PairData, read_pairs
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
 from rlaifv.training.reference import ReferenceStore
-from rlaifv.training.run_folder import (
-    broken,
-    go_on_from,
-    locked,
-    publish,
-    read_finished,
-    read_whole,
-    record_whole,
-    remove,
-)
+from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
 from rlaifv.vlm.loading import fingerprint_checkpoint
 
 log = logging.getLogger(__name__)
@@ -88,39 +79,33 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
-    identity = {
+    pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
+    read_pairs(pairs)  # pairs that cannot be read stop here
+    made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "pairs": read_pairs(pairs)[1],
-        "params": {k: v for k, v in dataclasses.asdict(params).items() if k != "collapse_nats"},
-        "seed": seed,
+        "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
         "source": stage_sources("train"),
     }
+    identity = {**made_of, "params": {**settings, "collapse_nats": None}, "seed": seed}
     run = (scratch / f"train-{digest(identity)}").resolve()
-    job = {
-        "policy": policy,
-        "pairs": str(Path(pairs).resolve()),
-        "params": dataclasses.asdict(params),
-        "run": str(run),
-        "seed": seed,
-        "identity": identity,
-    }
-    with locked(run):
+    job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
+    lock = lock_folder(run, "train")
+    try:
         write_atomic(run / "job.json", json.dumps(job, indent=2))
-        try:
-            finished = read_finished(run, published(params))
-            if finished is None:
-                launch(run / "job.json", params) if params.processes > 1 else run_job(job)
-                finished = read_finished(run, published(params))
-            if finished is None:
-                raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
-        except FloatingPointError:
-            good = {part: files for part, files in read_whole(run).items() if part in published(params)}
-            publish(run, {part: files for part, files in good.items() if not broken(run, {part: files})}, out)
-            raise
-        publish(run, finished["parts"], out)
+        result = read_finished(run, published(params))
+        if result is None:
+            launch(run / "job.json", params) if params.processes > 1 else run_job(job)
+            result = read_finished(run, published(params))
+        if result is None:
+            raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
+        publish(run, out)
         for unfinished in ("trainer", "adapter"):
             remove(run / unfinished)
-    result = finished["result"]
+    except FloatingPointError:
+        publish(run, out)
+        raise
+    finally:
+        lock.release()
     return TrainResult(
         checkpoints=[str(out / Path(part).name) for part in published(params)[:-1]],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
@@ -137,7 +122,7 @@ def launch(job: Path, params: TrainParams) -> None:
     else:
         # also for processes on CPUs: it is accelerate's name for torchrun with plain data parallelism
         command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "rlaifv.training.job", "--job", str(job)]
+    command += ["--main_process_port", "0", "-m", "rlaifv.training.job", str(job)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -148,7 +133,7 @@ def launch(job: Path, params: TrainParams) -> None:
         try:
             for line in process.stdout:
                 print(line, end="")
-                errors += re.findall(r"^(?:\[rank\d+\]: *)?(\w*Error: .*)", line)
+                errors += re.findall(r"^(?:\[rank\d+\]: *)?(?:rlaifv\.store\.)?(\w*(?:Error|InUse): .*)", line)
         except BaseException:
             process.terminate()  # a cell that is interrupted takes its processes with it
             raise
@@ -161,17 +146,7 @@ def launch(job: Path, params: TrainParams) -> None:
 def run_job(job: dict) -> None:
     """One process of a run: load, freeze, lay out, reference, train (or go on), write `finished.json`."""
     library_quirks.be_quiet()
-    run = Path(job["run"])
-    if int(os.environ.get("RANK", "0")):
-        return train_pairs(job, run)
-    # a lock of the process that trains: it may outlive the one that called `train`
-    with locked(run / "process"):
-        return train_pairs(job, run)
-
-
-def train_pairs(job: dict, run: Path) -> None:
-    """The work of `run_job`, under its lock."""
-    params = TrainParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["params"].items()})
+    run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
     data = PairData(vlm, Path(job["pairs"]), params.max_length)
     for reject in data.rejects:
@@ -190,9 +165,7 @@ def train_pairs(job: dict, run: Path) -> None:
     packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
     collate = PairCollator(data, pad, packed=packed, segment_weight=params.segment_weight)
     made_of = {
-        "policy": job["identity"]["policy"],
-        "data": job["identity"]["pairs"],
-        "source": job["identity"]["source"],
+        **job["made_of"],
         "segment_weight": params.segment_weight,
         "dtype": params.dtype,
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
@@ -238,8 +211,7 @@ def train_pairs(job: dict, run: Path) -> None:
         "pairs_per_second": usual(history, "throughput/pairs_per_second"),
         "tokens_per_second": usual(history, "throughput/tokens_per_second"),
     }
-    parts = {part: files for part, files in read_whole(run).items() if part in published(params)}
-    write_atomic(run / "finished.json", json.dumps({"result": result, "parts": parts}))
+    write_atomic(run / FINISHED, json.dumps(result))
 
 
 def usual(history: list[dict], name: str) -> float | None:
@@ -251,9 +223,10 @@ def usual(history: list[dict], name: str) -> float | None:
 if __name__ == "__main__":
     from rlaifv.stage import start_logging
 
-    parser = argparse.ArgumentParser(description="One process of a training job (started by rlaifv.training.job.train)")
-    parser.add_argument("--job", type=Path, required=True)
     start_logging()
+    job = json.loads(Path(sys.argv[1]).read_text())
     if int(os.environ.get("RANK", "0")):
         logging.getLogger("rlaifv").setLevel(logging.ERROR)  # the first process speaks for all
-    run_job(json.loads(parser.parse_args().job.read_text()))
+    else:
+        lock = lock_folder(Path(job["run"]) / "process", "train")  # it may outlive the one that called `train`
+    run_job(job)

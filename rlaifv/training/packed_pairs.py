@@ -7,11 +7,12 @@ plain layout (two ordinary sequences per pair) has the same form, for architectu
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from rlaifv.params import TrainParams
@@ -22,46 +23,37 @@ from rlaifv.vlm.loading import VLM
 
 log = logging.getLogger(__name__)
 
-SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
-"""What a token of a row belongs to."""
+SHARED, PADDING = 0, -1
+"""What a token of a row belongs to; 1 and up are the branches: chosen and rejected, or a plain row's one answer."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 """Largest accepted difference of answer tokens' log-probs from those of the model's own forward, in nats: of any token
 in float32, on average in bfloat16, where single improbable tokens differ by more between any two ways to sum."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sequence of n tokens. `branch` [n] says what each belongs to, `positions` [n] where it stands: the second
     branch starts where the first did. `predictors` holds for each answer in it the indices [tokens of that answer] of
     the positions that predict its tokens: the last prompt token the first one, then each token the next one."""
 
-    pair: EncodedPair
     ids: np.ndarray
     branch: np.ndarray
     positions: np.ndarray
-    predictors: tuple[np.ndarray, ...]
+    predictors: list[np.ndarray]
 
 
-def packed_row(pair: EncodedPair) -> Row:
-    """Prompt and what both answers begin with, then the rest of the chosen and of the rejected answer."""
-    prompt, k = len(pair.prompt), pair.common
-    shared, a, b = prompt + k, len(pair.chosen) - k, len(pair.rejected) - k
-    into_rejected = np.concatenate([np.arange(prompt - 1, shared), shared + a + np.arange(b)])
-    return Row(
-        pair,
-        ids=np.concatenate([pair.prompt, pair.chosen, pair.rejected[k:]]),
-        branch=np.repeat([SHARED, CHOSEN, REJECTED], [shared, a, b]),
-        positions=np.concatenate([np.arange(shared + a), shared + np.arange(b)]),
-        predictors=(prompt - 1 + np.arange(len(pair.chosen)), into_rejected[:-1]),
-    )
-
-
-def plain_row(pair: EncodedPair, answer: np.ndarray) -> Row:
-    """Prompt and one answer, as any causal model reads them."""
-    prompt, n = len(pair.prompt), len(answer)
-    branch = np.repeat([SHARED, CHOSEN], [prompt, n])
-    return Row(pair, np.concatenate([pair.prompt, answer]), branch, np.arange(prompt + n), (prompt - 1 + np.arange(n),))
+def lay_out(prompt: np.ndarray, answers: Sequence[np.ndarray], common: int) -> Row:
+    """The prompt and the `common` tokens that all answers begin with, then the rest of each."""
+    end = shared = len(prompt) + common
+    parts, positions, predictors = [prompt, answers[0][:common]], [np.arange(shared)], []
+    for answer in answers:
+        rest = np.arange(len(answer) - common)
+        parts.append(answer[common:])
+        positions.append(shared + rest)
+        predictors.append(np.concatenate([np.arange(len(prompt) - 1, shared), end + rest])[:-1])
+        end += len(rest)
+    branch = np.repeat(range(1 + len(answers)), [shared, *map(len, parts[2:])]).astype(np.int8)
+    return Row(np.concatenate(parts), branch, np.concatenate(positions), predictors)
 
 
 def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool) -> dict:
@@ -72,18 +64,20 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     reads:
 
     - `input_ids` [R, n], right-padded; R = B packed, 2B plain
-    - `branch` [R, n] int8: SHARED, CHOSEN, REJECTED or PADDING
+    - `branch` [R, n] int8: SHARED, 1 for a row's first answer, 2 for its second, or PADDING
     - `position_ids` [R, n] (packed only)
     - `predictors` [2B, A]: index into the flattened [R * n] of the position that predicts each answer token
     - `images` [R]: which image each row is about
     - `token_types`: [R, n] each, for processors that have them
     """
-    if packed:
-        rows = [packed_row(pair) for pair in pairs]
-    else:
-        rows = [plain_row(p, p.chosen) for p in pairs] + [plain_row(p, p.rejected) for p in pairs]
-    n = max(len(row.ids) for row in rows)
     answers = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
+    if packed:
+        about = list(pairs)  # the pair of each row
+        rows = [lay_out(p.prompt, (p.chosen, p.rejected), p.common) for p in pairs]
+    else:
+        about = [*pairs, *pairs]
+        rows = [lay_out(p.prompt, (ids,), 0) for p, (ids, _) in zip(about, answers, strict=True)]
+    n = max(len(row.ids) for row in rows)
     places = [(i, row.predictors[number]) for number in range(1 + packed) for i, row in enumerate(rows)]
     trained = [np.arange(len(ids)) >= start for ids, start in answers]
     return {
@@ -92,12 +86,12 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
         "tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
         "rows": {
             "input_ids": padded([row.ids for row in rows], pad_token_id),
-            "branch": padded([row.branch.astype(np.int8) for row in rows], PADDING),
+            "branch": padded([row.branch for row in rows], PADDING),
             "position_ids": padded([row.positions for row in rows], 0) if packed else None,
             "predictors": padded([i * n + predictors for i, predictors in places], 0),
-            "images": [row.pair.image for row in rows],
+            "images": [pair.image for pair in about],
             "token_types": {
-                key: padded([np.pad(row.pair.token_types[key], (0, n - len(row.pair.prompt))) for row in rows], 0)
+                key: padded([np.pad(pair.token_types[key], (0, n - len(pair.prompt))) for pair in about], 0)
                 for key in pairs[0].token_types
             },
         },
@@ -106,11 +100,8 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
 
 def padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
     """Rows of different lengths as one tensor [rows, longest], `fill` after each row's end; token ids as int64."""
-    dtype = np.int64 if rows[0].dtype == np.int32 else rows[0].dtype
-    table = np.full((len(rows), max(map(len, rows))), fill, dtype)
-    for target, row in zip(table, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(table)
+    table = pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+    return table.long() if table.dtype == torch.int32 else table
 
 
 def changed_tokens(ids: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -190,12 +181,11 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
         for packed in (True, False) if params.packed else (False,):
             batch = send_to_device(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
             for images in ways:
-                scorer.images = images
-                name = ("packed" if packed else "plain") + (", features kept" if images.kept else "")
+                scorer.images, kept, room = images, isinstance(images, KeptFeatures), params.feature_cache_gb
+                name = ("packed" if packed else "plain") + (", features kept" if kept else "")
                 if problem := why_not(scorer, batch, expected, params.dtype):
                     log.warning("%s cannot train %s: %s", vlm.name, name, problem)
-                elif (need := images.bytes_per_image() * len(data.prompts) / 1e9) > params.feature_cache_gb:
-                    room = params.feature_cache_gb
+                elif kept and (need := images.bytes_per_image() * len(data.prompts) / 1e9) > room:
                     log.info("features need %.1f GB, train.feature_cache_gb is %g: not kept", need, room)
                 else:
                     log.info("train: pairs go through %s %s", vlm.name, name)
@@ -219,11 +209,6 @@ def why_not(scorer: torch.nn.Module, batch: dict, expected: list[torch.Tensor], 
         seen = scorer(batch)["logps"]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    off = torch.cat(
-        [
-            ((row[: len(own)] - own).abs())[mask[: len(own)]]
-            for row, own, mask in zip(seen, expected, batch["answer_mask"], strict=True)
-        ]
-    )
+    off = (seen - pad_sequence(expected, batch_first=True)).abs()[batch["answer_mask"]]
     worst = (off.max() if dtype == "float32" else off.mean()).item()
     return None if worst <= TOLERANCE[dtype] else f"log-probs differ by {worst:.2g} nats from the model's own"

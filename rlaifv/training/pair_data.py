@@ -21,10 +21,6 @@ from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import decode_image
 from rlaifv.vlm.loading import VLM
 
-KEPT_INPUTS = 512 << 20
-"""Bytes of preprocessed images that stay in memory between tokenizing a prompt and encoding its image, so that those
-of a small set are decoded and resized once; images beyond that are preprocessed again."""
-
 COLUMNS = ("image", "question", "chosen", "rejected")
 """The columns that training needs; `idx` and `ds_name` name the row where they exist."""
 
@@ -67,67 +63,64 @@ class EncodedPair:
 class PairData:
     """All pairs of a parquet file (or of a folder of them), tokenized; image bytes stay in the memory-mapped table.
 
-    Raises ValueError when a column is missing, FileNotFoundError when there is no parquet file. `max_length` is the
-    longest row (prompt, image tokens, answer and end token) in tokens; None is the model's own limit.
+    `max_length` is the longest row (prompt, image tokens, answer and end token) in tokens; None is the model's own
+    limit. Raises what `read_pairs` does.
     """
 
     def __init__(self, vlm: VLM, path: Path, max_length: int | None = None):
         self.vlm = vlm
-        self.table, self.fingerprint = read_pairs(path)
-        self.pairs: list[EncodedPair] = []
+        self.table = read_pairs(path)
         self.rejects: list[Reject] = []
         self.prompts: list[tuple[int, str]] = []  # (row that holds the image bytes, question) of each distinct prompt
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
-        self._room = KEPT_INPUTS
-        limit = max_length or context_length(vlm)
-        encoded: list[tuple[int, EncodedPair]] = []
-        for rows in progress(list(self._by_prompt().values()), "tokenize"):
-            encoded += self._encode_prompt(rows, limit)
-        self.pairs = [pair for _, pair in sorted(encoded, key=lambda item: item[0])]
+        positions = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
+        encoded: dict[int, EncodedPair] = {}
+        for rows in progress(self._by_prompt(), "tokenize"):
+            encoded |= self._encode_prompt(rows, max_length or positions or 1 << 31)
+        self.pairs = [encoded[row] for row in sorted(encoded)]
 
-    def _by_prompt(self) -> dict[tuple[bytes, str], list[int]]:
-        """Rows that ask the same question about the same image bytes: their prompt is encoded once."""
+    def _by_prompt(self) -> list[list[int]]:
+        """Rows that have two answers to prefer one of, together where they ask the same question about the same image
+        bytes: their prompt is encoded once."""
         groups: dict[tuple[bytes, str], list[int]] = {}
-        questions = self.table["question"].to_pylist()
-        for row in range(len(self.table)):
-            data = self.table["image"][row].as_py()["bytes"] or b""
-            groups.setdefault((hashlib.blake2b(data, digest_size=16).digest(), questions[row]), []).append(row)
-        return groups
+        texts = zip(*(self.table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
+        for row, (question, chosen, rejected) in enumerate(texts):
+            if not chosen or not rejected:
+                self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
+            elif chosen == rejected:
+                self._reject(row, "chosen and rejected are the same answer")
+            else:
+                data = self.table["image"][row].as_py()["bytes"] or b""
+                groups.setdefault((hashlib.blake2b(data, digest_size=16).digest(), question), []).append(row)
+        return list(groups.values())
 
-    def _encode_prompt(self, rows: list[int], limit: int) -> list[tuple[int, EncodedPair]]:
-        """The pairs of one prompt with their rows, those rejected left out."""
-        usable = [row for row in rows if self._usable(row)]
-        if not usable:
-            return []
+    def _encode_prompt(self, rows: list[int], limit: int) -> dict[int, EncodedPair]:
+        """The pairs of one prompt by their rows, those rejected left out."""
+        question = self.table["question"][rows[0]].as_py()
         try:
-            answers = [self.table[side][row].as_py() for row in usable for side in ("chosen", "rejected")]
-            question = self.table["question"][usable[0]].as_py()
-            coded = encode(self.vlm, self._image(usable[0]), question, answers)
+            answers = [self.table[side][row].as_py() for row in rows for side in ("chosen", "rejected")]
+            coded = encode(self.vlm, self._image(rows[0]), question, answers)
         except ValueError as error:
-            if len(usable) == 1:
-                self._reject(usable[0], str(error))
-                return []
-            # one bad answer must not take the prompt's other pairs with it
-            return [pair for row in usable for pair in self._encode_prompt([row], limit)]
-        image_id = len(self.prompts)
-        self.prompts.append((usable[0], question))
-        self._keep(image_id, coded.inputs)
+            if len(rows) > 1:  # one bad answer must not take the prompt's other pairs with it
+                return {k: pair for row in rows for k, pair in self._encode_prompt([row], limit).items()}
+            self._reject(rows[0], str(error))
+            return {}
+        self.prompts.append((rows[0], question))
         types = {
             key: value[0].numpy().astype(np.int8)
             for key, value in coded.inputs.items()
             if key in TOKEN_TYPES and value.shape[-1] == len(coded.prompt_ids)
         }
-        found = []
-        for place, row in enumerate(usable):
+        found = {}
+        for place, row in enumerate(rows):
             (a, b), (start_a, start_b) = coded.rows[2 * place : 2 * place + 2], coded.answer_starts[2 * place :][:2]
             if max(len(a), len(b)) > limit:
                 name = "chosen" if len(a) > limit else "rejected"
                 self._reject(row, f"{name} with its prompt is {max(len(a), len(b))} tokens, the context holds {limit}")
                 continue
             shared = min(start_a, start_b)
-            pair = EncodedPair(
+            found[row] = EncodedPair(
                 pair_id=self.pair_id(row),
-                image=image_id,
+                image=len(self.prompts) - 1,
                 prompt=np.array(a[:shared], np.int32),
                 chosen=np.array(a[shared:], np.int32),
                 rejected=np.array(b[shared:], np.int32),
@@ -135,17 +128,7 @@ class PairData:
                 rejected_start=start_b - shared,
                 token_types={key: value[:shared] for key, value in types.items()},
             )
-            found.append((row, pair))
         return found
-
-    def _usable(self, row: int) -> bool:
-        """Whether there are two answers to prefer one of; says so where there are not."""
-        chosen, rejected = self.table["chosen"][row].as_py(), self.table["rejected"][row].as_py()
-        if not chosen or not rejected:
-            self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
-        elif chosen == rejected:
-            self._reject(row, "chosen and rejected are the same answer")
-        return bool(chosen and rejected and chosen != rejected)
 
     def _reject(self, row: int, reason: str) -> None:
         self.rejects.append(Reject(self.pair_id(row), "train", reason))
@@ -162,49 +145,22 @@ class PairData:
 
     def image_inputs(self, image_id: int) -> dict[str, torch.Tensor]:
         """What the processor makes of one image (`pixel_values`, ...), with a batch of one; no token types."""
-        if image_id in self._kept:
-            return self._kept[image_id]
         row, question = self.prompts[image_id]
-        return without_types(encode(self.vlm, self._image(row), question).inputs)
-
-    def _keep(self, image_id: int, inputs: dict[str, torch.Tensor]) -> None:
-        inputs = without_types(inputs)
-        size = sum(value.numel() * value.element_size() for value in inputs.values())
-        if size <= self._room:
-            self._kept[image_id], self._room = inputs, self._room - size
-
-    def forget_inputs(self, image_id: int) -> None:
-        """Free what is kept of a preprocessed image that is not needed again."""
-        self._kept.pop(image_id, None)
+        inputs = encode(self.vlm, self._image(row), question).inputs
+        return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
 
 
-def without_types(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The processor's outputs that are about the image, not about the prompt's tokens."""
-    return {key: value for key, value in inputs.items() if key not in TOKEN_TYPES}
-
-
-def read_pairs(path: Path) -> tuple[pa.Table, str]:
-    """The pairs as an Arrow table and 16 hex digits that change with any of them.
-
-    `path` is a parquet file or a folder of them (the public RLAIF-V dataset's files, in order of name).
-    """
+def read_pairs(path: Path) -> pa.Table:
+    """The pairs as an Arrow table. `path` is a parquet file or a folder of them (the public RLAIF-V dataset's files, in
+    order of name). Raises FileNotFoundError where there is none, ValueError naming a column that is missing."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(f"no parquet file of preference pairs at {path}")
     tables = []
-    digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
         names = pq.read_schema(file).names
         if missing := [name for name in COLUMNS if name not in names]:
             raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-        columns = [*COLUMNS, *(["idx"] if "idx" in names else [])]
+        columns = [name for name in (*COLUMNS, "idx") if name in names]
         tables.append(pq.read_table(file, columns=columns, memory_map=True))
-    return pa.concat_tables(tables, promote_options="permissive"), digest.hexdigest()
-
-
-def context_length(vlm: VLM) -> int:
-    """The longest row in tokens that the language model has positions for."""
-    return getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+    return pa.concat_tables(tables, promote_options="permissive")

@@ -1,17 +1,15 @@
 """The folder of a training run: what in it is whole, what a killed run goes on from, and what is published."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from rlaifv.records import write_atomic
+from rlaifv.store import FINISHED
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +18,6 @@ WHOLE = "whole.json"
 published checkpoint, the log, or what the Trainer goes on from; whatever is not listed counts as half-written."""
 
 Parts = dict[str, dict[str, list]]
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep every other process out for the length of the block; a killed process lets go of its lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(f"{path}.lock", timeout=0).acquire()
-    except Timeout:
-        raise RuntimeError(f"another process is training in {path}: wait for it or stop it") from None
-    with lock:
-        yield
 
 
 def digests(part: Path) -> dict[str, list]:
@@ -49,10 +35,14 @@ def digests(part: Path) -> dict[str, list]:
 def read_whole(run: Path) -> Parts:
     """The parts that were recorded as whole; none when the record cannot be read."""
     try:
-        parts = json.loads((run / WHOLE).read_text())
+        return json.loads((run / WHOLE).read_text())
     except (OSError, ValueError):
         return {}
-    return parts if isinstance(parts, dict) else {}
+
+
+def read_published(run: Path) -> Parts:
+    """Those of them that are to be published: checkpoints, and the log of a finished run."""
+    return {part: files for part, files in read_whole(run).items() if part.startswith("published/")}
 
 
 def record_whole(run: Path, part: str, *, instead_of: Collection[str] = ()) -> None:
@@ -81,54 +71,50 @@ def go_on_from(run: Path) -> Path | None:
 
     None, and an empty folder, where there is none: the run starts anew. A line says what is broken.
     """
-    parts = read_whole(run)
-    names, found = list(parts), None
-    for last in reversed([i for i, name in enumerate(names) if name.startswith("trainer/")]):
-        upto = {name: parts[name] for name in names[: last + 1]}
-        if problem := broken(run, upto):
-            log.warning("train: not resuming from %s: %s", names[last], problem)
-            continue
-        found, parts = run / names[last], upto
-        break
-    else:
-        parts = {}
-        if any((run / "trainer").glob("*")):
-            log.warning("train: nothing whole to resume from in %s: starting anew", run)
-    if run.is_dir():
-        write_atomic(run / WHOLE, json.dumps(parts))
+    whole, kept, found = {}, {}, None
+    for name, files in read_whole(run).items():
+        if problem := broken(run, {name: files}):
+            log.warning("train: not resuming from %s: %s", name, problem)
+            break
+        whole[name] = files
+        if name.startswith("trainer/"):
+            kept, found = dict(whole), run / name
+    if found is None and any((run / "trainer").glob("*")):
+        log.warning("train: nothing whole to resume from in %s: starting anew", run)
+    write_atomic(run / WHOLE, json.dumps(kept))
     for path in [*(run / "trainer").glob("*"), *(run / "published").glob("*")]:
-        if path.relative_to(run).as_posix() not in parts:
+        if path.relative_to(run).as_posix() not in kept:
             remove(path)
     return found
 
 
 def read_finished(run: Path, promised: Collection[str]) -> dict | None:
-    """What `finished.json` says of a run all of whose `promised` parts are whole; None for an unfinished run.
+    """What a run all of whose `promised` parts are whole said when it finished; None for an unfinished run.
 
     A finished run with a broken part is removed, saying so: nothing is left that it could go on from.
     """
-    if not (run / "finished.json").is_file():
+    if not (run / FINISHED).is_file():
         return None
+    parts = read_published(run)
+    problem = "a checkpoint is missing" if set(parts) != set(promised) else broken(run, parts)
     try:
-        finished = json.loads((run / "finished.json").read_text())
-        parts = finished["parts"]
-        problem = "a checkpoint is missing" if set(parts) != set(promised) else broken(run, parts)
-    except (ValueError, KeyError, TypeError):
-        problem = "finished.json cannot be read"
+        result = json.loads((run / FINISHED).read_text())
+    except ValueError:
+        problem = f"{FINISHED} cannot be read"
     if problem is None:
-        return finished
+        return result
     log.warning("train: the finished run in %s is trained anew: %s", run, problem)
-    (run / "finished.json").unlink()
-    for path in (run / WHOLE, run / "trainer", run / "published"):
-        remove(path)
+    for name in (FINISHED, WHOLE, "trainer", "published"):
+        remove(run / name)
     return None
 
 
-def publish(run: Path, parts: Parts, out: Path) -> None:
-    """Replace what `out` holds of an earlier run by these parts of this one, hard-linked where that is possible.
+def publish(run: Path, out: Path) -> None:
+    """Replace what `out` holds of an earlier run by what this one has published, hard-linked where that is possible.
 
     Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written.
     """
+    parts = read_published(run)
     if problem := broken(run, parts):
         raise RuntimeError(f"nothing is published from {run}: {problem}")
     out.mkdir(parents=True, exist_ok=True)

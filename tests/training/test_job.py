@@ -159,7 +159,7 @@ def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folde
     (tmp_path / "parts").mkdir()
     pq.write_table(table.slice(0, 6), tmp_path / "parts" / "a.parquet")
     pq.write_table(table.slice(6), tmp_path / "parts" / "b.parquet")
-    assert len(read_pairs(tmp_path / "parts")[0]) == 13
+    assert len(read_pairs(tmp_path / "parts")) == 13
     pq.write_table(table.drop_columns(["chosen"]), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet has no column chosen"):
         read_pairs(tmp_path / "c.parquet")
