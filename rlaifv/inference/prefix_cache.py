@@ -91,19 +91,18 @@ def forget_positions(vlm: VLM) -> None:
 
 
 @torch.inference_mode()
-def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], room: int) -> Prefilled:
+def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], cache: Cache) -> Prefilled:
     """Run the model's own forward over B prefixes with their images, keeping keys and values.
 
     Args:
         prefixes: token ids of each, image placeholders expanded.
         inputs: what the processor made of each image; alike in `inputs_shape`.
-        room: tokens a row that will follow.
+        cache: an empty one, which takes the keys and values.
     """
     lengths = [len(prefix) for prefix in prefixes]
     ids = pad_rows(prefixes, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
     counts = torch.tensor(lengths, device=vlm.device)
-    mask = (torch.arange(ids.shape[1], device=vlm.device) < counts[:, None]).long()
-    cache = buffer_cache(vlm, room)
+    mask = pad_rows([[1] * length for length in lengths], 0).to(vlm.device)
     forget_positions(vlm)
     output = vlm.network.base_model(
         input_ids=ids,
@@ -112,10 +111,8 @@ def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Te
         use_cache=True,
         **collate_inputs(vlm, inputs, lengths),
     )
-    positions = counts
     deltas = getattr(vlm.network.base_model, "rope_deltas", None)
-    if deltas is not None:
-        positions = counts + deltas.reshape(-1).to(counts)
+    positions = counts if deltas is None else counts + deltas.reshape(-1).to(counts)
     return Prefilled(cache, counts, positions, output.last_hidden_state)
 
 

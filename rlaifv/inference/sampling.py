@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import BaseStreamer
 
-from rlaifv.inference.logprobs import shares_prefix
+from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.memory import Budget
-from rlaifv.inference.prefix_cache import branch_masks, logits_of, prefill
+from rlaifv.inference.prefix_cache import branch_masks, buffer_cache, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -76,7 +76,7 @@ def generate_batch(
         streams: for each prompt, uniform numbers in [0, 1) of shape (samples, max_new_tokens).
         temperature, top_k, top_p: the distribution's warping, in the order of transformers' warpers.
         max_new_tokens: where an unfinished answer is cut (`finish_reason` "length").
-        shared: force the shared (True) or plain (False) path; None decides by `logprobs.shares_prefix`.
+        shared: force the shared (True) or plain (False) path; None decides by `logprobs.prefix_path`.
 
     Returns:
         For each prompt, one Generation per row of its stream.
@@ -103,7 +103,7 @@ def sample_encoded(
     """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
-    if not (shared if shared is not None else shares_prefix(vlm, encoded)):
+    if not (shared if shared is not None else prefix_path(vlm, encoded) == "packed"):
         return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
 
     def kind(i: int) -> tuple:
@@ -179,7 +179,7 @@ class Decode:
         self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
         self.length = torch.full((count * samples,), self.steps, device=vlm.device)
         room = samples * min(self.steps, 64)  # a buffer that is full grows by half
-        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
+        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], buffer_cache(vlm, room))
         self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
         self.owner = self.offset = self.slots[:, :0]
         last = (state.lengths - 1).to(state.hidden.device)
