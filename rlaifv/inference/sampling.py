@@ -22,7 +22,7 @@ from transformers.generation import BaseStreamer
 from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.memory import Budget
 from rlaifv.inference.prefix_cache import branch_masks, buffer_cache, logits_of, prefill
-from rlaifv.vlm.chat_format import EncodedPrompt, encode
+from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
 
@@ -49,23 +49,27 @@ class Generation:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen; temperature 0 is greedy, top_k 0 and top_p 1 switch those off."""
+    """How a token is chosen, in the order of transformers' warpers, and where an unfinished answer is cut
+    (`finish_reason` "length"); temperature 0 is greedy, top_k 0 and top_p 1 switch those off.
+
+    Raises ValueError for a setting outside its range.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise ValueError(f"impossible decoding settings {self}")
+
 
 def generate_batch(
     vlm: VLM,
     prompts: Sequence[Prompt],
     streams: Sequence[np.ndarray],
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    max_new_tokens: int,
+    decoding: Decoding,
     shared: bool | None = None,
 ) -> list[list[Generation]]:
     """Sample answers to several prompts.
@@ -74,22 +78,24 @@ def generate_batch(
         vlm: the policy, or a text-only language model.
         prompts: image and question each.
         streams: for each prompt, uniform numbers in [0, 1) of shape (samples, max_new_tokens).
-        temperature, top_k, top_p: the distribution's warping, in the order of transformers' warpers.
-        max_new_tokens: where an unfinished answer is cut (`finish_reason` "length").
+        decoding: how the tokens are chosen.
         shared: force the shared (True) or plain (False) path; None decides by `logprobs.prefix_path`.
 
     Returns:
         For each prompt, one Generation per row of its stream.
 
     Raises:
-        ValueError: a stream that is too short, or a setting outside its range.
+        ValueError: a stream that is too short, or not one for each prompt.
     """
-    decoding = Decoding(temperature, top_k, top_p, max_new_tokens)
-    check_decoding(decoding, prompts, streams)
-    encoded = []
-    for prompt in prompts:
-        e = encode(vlm, prompt.image, prompt.text)
-        encoded.append(EncodedPrompt(e.prompt_ids, [e.prompt_ids], [len(e.prompt_ids)], e.inputs))
+    if len(prompts) != len(streams):
+        raise ValueError(f"{len(prompts)} prompts but {len(streams)} streams")
+    for stream in streams:
+        if np.ndim(stream) != 2 or np.shape(stream)[1] < decoding.max_new_tokens:
+            raise ValueError(
+                f"a stream of shape {np.shape(stream)} cannot draw {decoding.max_new_tokens} tokens a sample: "
+                "its shape is (samples, max_new_tokens)"
+            )
+    encoded = [encode_questions(vlm, prompt.image, [prompt.text]) for prompt in prompts]
     return sample_encoded(vlm, encoded, streams, decoding, shared)
 
 
@@ -118,19 +124,6 @@ def sample_encoded(
     for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
     return [results[i] for i in range(len(encoded))]
-
-
-def check_decoding(decoding: Decoding, prompts: Sequence[Prompt], streams: Sequence[np.ndarray]) -> None:
-    if decoding.temperature < 0 or decoding.top_k < 0 or not 0 < decoding.top_p <= 1 or decoding.max_new_tokens < 1:
-        raise ValueError(f"impossible decoding settings {decoding}")
-    if len(prompts) != len(streams):
-        raise ValueError(f"{len(prompts)} prompts but {len(streams)} streams")
-    for stream in streams:
-        if np.ndim(stream) != 2 or np.shape(stream)[1] < decoding.max_new_tokens:
-            raise ValueError(
-                f"a stream of shape {np.shape(stream)} cannot draw {decoding.max_new_tokens} tokens a sample: "
-                "its shape is (samples, max_new_tokens)"
-            )
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> torch.Tensor:
