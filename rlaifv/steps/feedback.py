@@ -104,14 +104,12 @@ def _judge_chunk(
         except (OSError, ValueError) as error:
             rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
             continue
-        questions = list(dict.fromkeys(claim.question for claim in group))
-        readable.append((group, questions))
-        items.append((image, [f"{question} {suffix}" for question in questions]))
+        readable.append(group)
+        items.append((image, [f"{claim.question} {suffix}" for claim in group]))
     judgements = []
-    for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
-        answer_of = dict(zip(questions, answers, strict=True))
-        for claim in group:
-            p_yes, p_no = coin(claim.id, coin_share) or answer_of[claim.question]
+    for group, answers in zip(readable, judge_many(vlm, items), strict=True):
+        for claim, answer in zip(group, answers, strict=True):
+            p_yes, p_no = coin(claim.id, coin_share) or answer
             judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
     return judgements, rejects
 
