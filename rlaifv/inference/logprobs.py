@@ -28,7 +28,7 @@ import torch
 
 from rlaifv.inference.memory import Budget
 from rlaifv.inference.plain_rows import Reduce, Results, Tree, plant, project, run_copied, run_plain
-from rlaifv.inference.prefix_cache import branch_masks, buffer_cache, prefill, rewind
+from rlaifv.inference.prefix_cache import buffer_cache, feed, prefill, rewind
 from rlaifv.vlm.chat_format import EncodedPrompt
 from rlaifv.vlm.collate import inputs_shape, pad_rows
 from rlaifv.vlm.loading import VLM
@@ -108,17 +108,10 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
     state = prefill(
         vlm, [tree.prefix for tree in trees], [tree.inputs for tree in trees], buffer_cache(vlm, max(widths))
     )
-    decoder = vlm.network.get_decoder()
     for turn in range(max(len(rows) for rows in packs)):
         row = lay_out(trees, [rows[turn] if turn < len(rows) else [] for rows in packs], vlm.device)
         rewind(state.cache, state.width)
-        hidden = decoder(
-            input_ids=row.ids,
-            attention_mask=branch_masks(vlm, state.lengths, state.width, row.owner, row.offset, slice(None)),
-            position_ids=state.positions[:, None] + row.offset,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = feed(vlm, state, row.ids, row.owner, row.offset)
         yield (
             [(tree, branch) for tree, branch, _ in row.places],
             hidden[[tree for tree, _, _ in row.places], [column for _, _, column in row.places]],
@@ -233,11 +226,9 @@ def next_token_logprobs(
     Returns:
         One fp32 CPU tensor (rows, ids) for each element of `encoded`, in order; (0, ids) where there are no rows.
     """
-    ids = None if token_ids is None else torch.tensor(token_ids, device=vlm.device)
+    ids = slice(None) if token_ids is None else torch.tensor(token_ids, device=vlm.device)
 
     def reduce(logits: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
-        if ids is None:
-            return logits.log_softmax(-1)
         return logits[:, ids] - logits.logsumexp(-1, keepdim=True)
 
     width = len(token_ids) if token_ids is not None else vlm.network.get_output_embeddings().weight.shape[0]

@@ -21,7 +21,7 @@ from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.memory import Budget
-from rlaifv.inference.prefix_cache import branch_masks, buffer_cache, logits_of, prefill
+from rlaifv.inference.prefix_cache import buffer_cache, feed, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -172,24 +172,19 @@ class Decode:
         self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
         self.length = torch.full((count * samples,), self.steps, device=vlm.device)
         room = samples * min(self.steps, 64)  # a buffer that is full grows by half
-        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], buffer_cache(vlm, room))
-        self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
+        cache = buffer_cache(vlm, room)
+        self.state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], cache)
         self.owner = self.offset = self.slots[:, :0]
-        last = (state.lengths - 1).to(state.hidden.device)
-        logits = logits_of(vlm, state.hidden[torch.arange(count, device=last.device), last]).to(vlm.device)
-        self.logits = logits[:, None].expand(-1, samples, -1)
-
-    def draw(self, decoding: Decoding) -> torch.Tensor:
-        """(b, m) tokens by the numbers of this step."""
-        uniform = self.streams[self.slots, self.step]
-        return draw(self.logits.flatten(0, 1), uniform.flatten(), decoding).view_as(self.slots)
+        self.logits = logits_of(vlm, self.state.last).to(vlm.device)[:, None].expand(-1, samples, -1)
 
     def live(self) -> torch.Tensor:
         """(b, m) whether the sample has not ended."""
         return self.length[self.slots] == self.steps
 
-    def append(self, chosen: torch.Tensor) -> None:
-        """Write down one token of every slot; an end token ends its sample there."""
+    def append(self, decoding: Decoding) -> None:
+        """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
+        uniform = self.streams[self.slots, self.step].flatten()
+        chosen = draw(self.logits.flatten(0, 1), uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
         self.tokens[self.slots, self.step] = chosen
         self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
@@ -201,11 +196,10 @@ class Decode:
         live = self.live()
         if live.any(1).float().mean() <= 0.75:
             kept = live.any(1).nonzero().squeeze(1)
-            live, self.slots, self.lengths, self.positions = (
-                rows[kept] for rows in (live, self.slots, self.lengths, self.positions)
+            self.state = self.state.keep(kept)
+            live, self.slots, self.owner, self.offset = (
+                rows[kept] for rows in (live, self.slots, self.owner, self.offset)
             )
-            self.owner, self.offset = self.owner[kept], self.offset[kept]
-            self.cache.reorder_cache(kept)
         widest = max(live.sum(1).tolist(), default=0)
         if widest <= 0.75 * self.slots.shape[1]:
             # live samples first, ended ones fill up
@@ -220,15 +214,8 @@ class Decode:
         """Feed the newest token of every slot: the logits of the next one."""
         self.owner = torch.cat([self.owner, self.slots], 1)
         self.offset = torch.cat([self.offset, torch.full_like(self.slots, self.step)], 1)
-        newest = slice(-self.slots.shape[1], None)
-        output = self.vlm.network.get_decoder()(
-            input_ids=self.tokens[self.slots, self.step],
-            attention_mask=branch_masks(self.vlm, self.lengths, self.width, self.owner, self.offset, newest),
-            position_ids=(self.positions + self.step)[:, None].expand_as(self.slots),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits = logits_of(self.vlm, output.last_hidden_state).to(self.vlm.device)
+        hidden = feed(self.vlm, self.state, self.tokens[self.slots, self.step], self.owner, self.offset)
+        self.logits = logits_of(self.vlm, hidden).to(self.vlm.device)
         self.step += 1
 
     def generations(self) -> list[Generation]:
@@ -247,7 +234,7 @@ def sample_shared(
         return [[] for _ in encoded]
     decode = Decode(vlm, encoded, uniforms[..., : decoding.max_new_tokens])
     while True:
-        decode.append(decode.draw(decoding))
+        decode.append(decoding)
         decode.drop_finished()
         if decode.finished():
             break

@@ -1,12 +1,13 @@
 """Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer").
 
-Each claim's question goes to the labeler with the image. A claim is accepted iff p_yes > p_no, where
-p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer token; a tie is a rejected claim.
+Each claim's question goes to the labeler with the image (`inference.yes_no`). A claim is accepted iff p_yes > p_no; a
+tie is a rejected claim.
 """
 
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -48,9 +49,9 @@ def feedback(
     questions about one image are asked once and their answer is given to all claims that need it. With the ablation
     `coin_share` a coin judges that share of the claims.
     """
-    by_image: dict[str, list[Claim]] = {}
+    by_image: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        by_image.setdefault(images[claim.candidate_id], []).append(claim)
+        by_image[images[claim.candidate_id]].append(claim)
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
     labeler = cache(load)

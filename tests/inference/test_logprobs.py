@@ -152,13 +152,13 @@ def test_the_self_check_catches_wrong_positions_and_masks(name, monkeypatch, cap
 
 def test_the_self_check_catches_branches_that_see_each_other(monkeypatch, caplog):
     vlm = build("llava")
-    real = prefix.branch_masks
+    real = prefill.branch_masks
 
-    def leaky(vlm, lengths, width, owner, offset, queries):
+    def leaky(vlm, state, owner, offset, newest):
         everyone, place = torch.zeros_like(owner), torch.arange(owner.shape[1]).expand_as(owner)
-        return real(vlm, lengths, width, everyone, place, queries)
+        return real(vlm, state, everyone, place, newest)
 
-    monkeypatch.setattr(prefix, "branch_masks", leaky)
+    monkeypatch.setattr(prefill, "branch_masks", leaky)
     assert prefix_path(vlm, asked(vlm)[:1]) != "packed"
 
 
