@@ -17,11 +17,11 @@ from transformers import LlamaConfig
 import rlaifv.chat
 from rlaifv.chat import Chat, default_model, load_chat_model, main, read_image
 from rlaifv.inference.decoding import beam_search, best_answers
-from rlaifv.inference.sampling import Generation, Prompt, generate_batch
+from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch
 from rlaifv.steps.self_feedback import Asked, answer_logps
 
 QUESTION = "what is in the image ?"
-GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12}
+GREEDY = Decoding(0, 0, 1.0, 12)
 
 
 @pytest.fixture(scope="module")
@@ -175,5 +175,5 @@ def test_a_checkpoints_own_generation_defaults_change_an_answer_nowhere(folder, 
     assert chat(strict, folder).ask(QUESTION) == expected[0]
     assert beam_search(strict, [Prompt(image, QUESTION)], 1, 12) == expected
     numbers = [np.zeros((1, 12))]
-    plain = generate_batch(strict, [Prompt(image, QUESTION)], numbers, **GREEDY, shared=False)
+    plain = generate_batch(strict, [Prompt(image, QUESTION)], numbers, GREEDY, shared=False)
     assert plain[0][0].text.strip() == expected[0]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlaifv.inference.sampling import Prompt, generate, generate_batch
+from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -16,7 +16,7 @@ def best_answers(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens
     if beams > 1:
         return beam_search(vlm, prompts, beams, max_new_tokens)
     streams = [np.zeros((1, max_new_tokens))] * len(prompts)  # greedy decoding draws nothing
-    generations = generate_batch(vlm, prompts, streams, temperature=0, top_k=0, top_p=1, max_new_tokens=max_new_tokens)
+    generations = generate_batch(vlm, prompts, streams, Decoding(0, 0, 1, max_new_tokens))
     return [samples[0].text.strip() for samples in generations]
 
 

@@ -28,7 +28,7 @@ import torch
 
 from rlaifv.inference.memory import Budget
 from rlaifv.inference.plain_rows import Reduce, Results, Tree, plant, project, run_copied, run_plain
-from rlaifv.inference.prefix_cache import branch_masks, prefill, rewind
+from rlaifv.inference.prefix_cache import buffer_cache, feed, prefill, rewind
 from rlaifv.vlm.chat_format import EncodedPrompt
 from rlaifv.vlm.collate import inputs_shape, pad_rows
 from rlaifv.vlm.loading import VLM
@@ -73,16 +73,13 @@ class Layout:
         ids: (B, K) tokens.
         owner: (B, K) the branch that a token belongs to, -1 for padding.
         offset: (B, K) the token's place in its branch.
-        asked: (tree, branch) of each wanted place; trees in order, their branches in the row's order.
-        row, column: (places,) where the wanted places lie.
+        places: (tree, branch, column) of each wanted place; trees in order, their branches in the row's order.
     """
 
     ids: torch.Tensor
     owner: torch.Tensor
     offset: torch.Tensor
-    asked: list[tuple[int, int]]
-    row: torch.Tensor
-    column: torch.Tensor
+    places: list[tuple[int, int, int]]
 
 
 def lay_out(trees: list[Tree], packs: list[list[int]], device: torch.device | str = "cpu") -> Layout:
@@ -95,37 +92,34 @@ def lay_out(trees: list[Tree], packs: list[list[int]], device: torch.device | st
         pad_rows([[cell[part] for cell in row] for row in cells], padding).to(device)
         for part, padding in ((0, 0), (1, -1), (2, 0))
     )
-    wanted = [
+    places = [
         (b, i, column)
         for b, (tree, row) in enumerate(zip(trees, cells, strict=True))
         for column, (_, i, k) in enumerate(row)
         if k in tree.wanted[i]
     ]
-    row, column = (torch.tensor([place[part] for place in wanted], dtype=torch.long, device=device) for part in (0, 2))
-    return Layout(ids, owner, offset, [(b, i) for b, i, _ in wanted], row, column)
+    return Layout(ids, owner, offset, places)
 
 
 def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
     """Yield ((tree, branch) of each wanted place, hidden states (places, D)) of one pack after another."""
     packs = [pack([len(branch) for branch in tree.branches], capacity) for tree in trees]
     widths = [sum(len(tree.branches[i]) for i in row) for tree, rows in zip(trees, packs, strict=True) for row in rows]
-    state = prefill(vlm, [tree.prefix for tree in trees], [tree.inputs for tree in trees], max(widths))
-    decoder = vlm.network.get_decoder()
+    state = prefill(
+        vlm, [tree.prefix for tree in trees], [tree.inputs for tree in trees], buffer_cache(vlm, max(widths))
+    )
     for turn in range(max(len(rows) for rows in packs)):
         row = lay_out(trees, [rows[turn] if turn < len(rows) else [] for rows in packs], vlm.device)
         rewind(state.cache, state.width)
-        hidden = decoder(
-            input_ids=row.ids,
-            attention_mask=branch_masks(vlm, state.lengths, state.width, row.owner, row.offset, slice(None)),
-            position_ids=state.positions[:, None] + row.offset,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
-        yield row.asked, hidden[row.row.to(hidden.device), row.column.to(hidden.device)]
+        hidden = feed(vlm, state, row.ids, row.owner, row.offset)
+        yield (
+            [(tree, branch) for tree, branch, _ in row.places],
+            hidden[[tree for tree, _, _ in row.places], [column for _, _, column in row.places]],
+        )
 
 
 @torch.inference_mode()
-def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> Results:
+def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce) -> Results:
     """Log-probs of all wanted places by (tree index, branch), several trees of like images per forward pass."""
     # to start with, what keeps a GPU busy, or a CPU's caches warm
     guess = Budget(vlm.name, 16384 if vlm.device.type == "cuda" else 1024, "tokens", least=16)
@@ -137,10 +131,9 @@ def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce, targets: dict) -> Re
     def ask(batch: list[Tree]) -> Results:
         values = defaultdict(list)
         for asked, hidden in run_branches(vlm, batch, capacity()):
-            asked = [(batch[b].index, i) for b, i in asked]
-            target = torch.cat([targets[key] for key in dict.fromkeys(asked)]).to(hidden.device) if targets else None
-            for key, value in zip(asked, project(vlm, hidden, target, reduce), strict=True):
-                values[key].append(value)
+            target = torch.cat([batch[b].targets[i] for b, i in dict.fromkeys(asked)])
+            for (b, i), value in zip(asked, project(vlm, hidden, target, reduce), strict=True):
+                values[batch[b].index, i].append(value)
         return {key: torch.stack(found) for key, found in values.items()}
 
     def tokens(tree: Tree) -> int:
@@ -174,11 +167,6 @@ def prefix_path(vlm: VLM, encoded: list[EncodedPrompt]) -> str:
     return _verdicts[vlm.model]
 
 
-def shares_prefix(vlm: VLM, encoded: list[EncodedPrompt]) -> bool:
-    """Whether this model's branches can be packed after one prefix."""
-    return prefix_path(vlm, encoded) == "packed"
-
-
 def why_not_packed(vlm: VLM) -> str | None:
     layer_types = getattr(vlm.network.get_decoder().config, "layer_types", None) or []
     foreign = set(layer_types) - {"full_attention", "sliding_attention"}
@@ -189,13 +177,12 @@ def disagreement(vlm: VLM, encoded: EncodedPrompt, run: Callable[..., Results]) 
     """None when `run` gives the log-probs of plain rows, else why it cannot or does not."""
     shortened = [encoded.rows[0][:-1]] if len(encoded.rows[0]) > 2 else []
     rows = [*encoded.rows[:3], *shortened]
-    ends = [len(row) - 1 for row in rows]
-    tree = plant(0, EncodedPrompt(encoded.prompt_ids, rows, ends, encoded.inputs), ends, ends)
+    tree = plant(0, EncodedPrompt(encoded.prompt_ids, rows, [len(row) for row in rows], encoded.inputs))
     try:
-        shared = run(vlm, [tree], full_distribution, {})
+        shared = run(vlm, [tree], full_distribution)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"the shared prefix raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    plain = run_plain(vlm, [tree], full_distribution, {})
+    plain = run_plain(vlm, [tree], full_distribution)
     difference = max(float((plain[key].exp() * (plain[key] - shared[key]).abs()).sum(-1).max()) for key in plain)
     limit = TOLERANCE.get(vlm.network.dtype, 0.05)
     if not difference <= limit:
@@ -204,27 +191,26 @@ def disagreement(vlm: VLM, encoded: EncodedPrompt, run: Callable[..., Results]) 
     return None
 
 
-def full_distribution(logits: torch.Tensor, _target: torch.Tensor | None) -> torch.Tensor:
+def full_distribution(logits: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-def target_logprobs(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+def target_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def run_rows(
-    vlm: VLM, trees: list[Tree], encoded: list[EncodedPrompt], reduce: Reduce, targets: dict, shared: bool | None
-) -> Results:
+def run_rows(vlm: VLM, encoded: list[EncodedPrompt], reduce: Reduce, shared: bool | None) -> list[list[torch.Tensor]]:
+    """What is kept of each row's wanted places (`plain_rows.plant`), by prompt and row."""
+    trees = [plant(k, e) for k, e in enumerate(encoded) if e.rows]
     # rows with nothing in common (text-only prompts that differ from the first token on) have no prefix to share
     rooted = [tree for tree in trees if tree.prefix]
     if shared is None:
         path = prefix_path(vlm, [encoded[tree.index] for tree in rooted]) if rooted else "plain"
     else:
         path = "packed" if shared else "plain"
-    rest = [tree for tree in trees if not tree.prefix]
-    values = PATHS[path](vlm, rooted, reduce, targets) | run_plain(vlm, rest, reduce, targets)
+    values = PATHS[path](vlm, rooted, reduce) | run_plain(vlm, [tree for tree in trees if not tree.prefix], reduce)
     # made under inference_mode: only a copy may take part in a loss
-    return {key: value.clone() for key, value in values.items()}
+    return [[values[k, i].clone() for i in range(len(e.rows))] for k, e in enumerate(encoded)]
 
 
 def next_token_logprobs(
@@ -240,21 +226,13 @@ def next_token_logprobs(
     Returns:
         One fp32 CPU tensor (rows, ids) for each element of `encoded`, in order; (0, ids) where there are no rows.
     """
-    ids = None if token_ids is None else torch.tensor(token_ids, device=vlm.device)
+    ids = slice(None) if token_ids is None else torch.tensor(token_ids, device=vlm.device)
 
-    def reduce(logits: torch.Tensor, _target: torch.Tensor | None) -> torch.Tensor:
-        if ids is None:
-            return logits.log_softmax(-1)
+    def reduce(logits: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
         return logits[:, ids] - logits.logsumexp(-1, keepdim=True)
 
-    ends = [[len(row) - 1 for row in e.rows] for e in encoded]
-    trees = [plant(k, e, ends[k], ends[k]) for k, e in enumerate(encoded) if e.rows]
-    values = run_rows(vlm, trees, encoded, reduce, {}, shared)
     width = len(token_ids) if token_ids is not None else vlm.network.get_output_embeddings().weight.shape[0]
-    return [
-        torch.cat([values[k, i] for i in range(len(e.rows))]) if e.rows else torch.zeros(0, width)
-        for k, e in enumerate(encoded)
-    ]
+    return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in run_rows(vlm, encoded, reduce, shared)]
 
 
 def continuation_logprobs(
@@ -269,13 +247,4 @@ def continuation_logprobs(
     Returns:
         For each prompt, for each row, an fp32 CPU tensor (answer tokens + end token); sum it for log π(y | x).
     """
-    first = [[start - 1 for start in e.answer_starts] for e in encoded]
-    last = [[len(row) - 2 for row in e.rows] for e in encoded]
-    trees = [plant(k, e, first[k], last[k]) for k, e in enumerate(encoded) if e.rows]
-    targets = {
-        (k, i): torch.tensor(row[start:])
-        for k, e in enumerate(encoded)
-        for i, (row, start) in enumerate(zip(e.rows, e.answer_starts, strict=True))
-    }
-    values = run_rows(vlm, trees, encoded, target_logprobs, targets, shared)
-    return [[values[k, i] for i in range(len(e.rows))] for k, e in enumerate(encoded)]
+    return run_rows(vlm, encoded, target_logprobs, shared)

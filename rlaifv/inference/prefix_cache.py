@@ -70,18 +70,23 @@ def rewind(cache: Cache, length: int) -> None:
 class Prefilled:
     """Prefixes of several prompts after their one forward pass.
 
-    `lengths` (B,) counts each prefix's tokens in the width P of the padded batch, `positions` (B,) is the position id
-    that the next token takes (not the length where an image's tokens share positions), `hidden` is (B, P, D).
+    `lengths` (B,) counts each prefix's tokens in the `width` of the padded batch, `positions` (B,) is the position id
+    that the next token takes (not the length where an image's tokens share positions), `last` is (B, D), the hidden
+    state of each prefix's last token.
     """
 
     cache: Cache
+    width: int
     lengths: torch.Tensor
     positions: torch.Tensor
-    hidden: torch.Tensor
+    last: torch.Tensor
 
-    @property
-    def width(self) -> int:
-        return self.hidden.shape[1]
+    def keep(self, rows: torch.Tensor) -> "Prefilled":
+        """Only these prefixes, with what followed them."""
+        self.cache.reorder_cache(rows)
+        return Prefilled(
+            self.cache, self.width, self.lengths[rows], self.positions[rows], self.last[rows.to(self.last.device)]
+        )
 
 
 def forget_positions(vlm: VLM) -> None:
@@ -91,19 +96,18 @@ def forget_positions(vlm: VLM) -> None:
 
 
 @torch.inference_mode()
-def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], room: int) -> Prefilled:
+def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Tensor]], cache: Cache) -> Prefilled:
     """Run the model's own forward over B prefixes with their images, keeping keys and values.
 
     Args:
         prefixes: token ids of each, image placeholders expanded.
         inputs: what the processor made of each image; alike in `inputs_shape`.
-        room: tokens a row that will follow.
+        cache: an empty one, which takes the keys and values.
     """
     lengths = [len(prefix) for prefix in prefixes]
     ids = pad_rows(prefixes, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
     counts = torch.tensor(lengths, device=vlm.device)
-    mask = (torch.arange(ids.shape[1], device=vlm.device) < counts[:, None]).long()
-    cache = buffer_cache(vlm, room)
+    mask = pad_rows([[1] * length for length in lengths], 0).to(vlm.device)
     forget_positions(vlm)
     output = vlm.network.base_model(
         input_ids=ids,
@@ -112,11 +116,11 @@ def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Te
         use_cache=True,
         **collate_inputs(vlm, inputs, lengths),
     )
-    positions = counts
     deltas = getattr(vlm.network.base_model, "rope_deltas", None)
-    if deltas is not None:
-        positions = counts + deltas.reshape(-1).to(counts)
-    return Prefilled(cache, counts, positions, output.last_hidden_state)
+    positions = counts if deltas is None else counts + deltas.reshape(-1).to(counts)
+    hidden = output.last_hidden_state
+    last = hidden[torch.arange(len(ids), device=hidden.device), (counts - 1).to(hidden.device)]
+    return Prefilled(cache, ids.shape[1], counts, positions, last)
 
 
 def logits_of(vlm: VLM, hidden: torch.Tensor) -> torch.Tensor:
@@ -133,25 +137,38 @@ def windowed(vlm: VLM) -> bool:
     return bool(getattr(config, "sliding_window", None)) and (not layer_types or "sliding_attention" in layer_types)
 
 
-def branch_masks(
-    vlm: VLM, lengths: torch.Tensor, width: int, owner: torch.Tensor, offset: torch.Tensor, queries: slice
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive attention masks (B, 1, Q, width + K) for branches after padded prefixes.
+def feed(vlm: VLM, state: Prefilled, ids: torch.Tensor, owner: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Feed tokens of branches after their prefixes: the hidden states (B, Q, D) of the newest.
 
     Args:
-        lengths: (B,) tokens of each prefix, of which `width` are stored.
-        owner: (B, K) branch that a token after the prefix belongs to; -1 for padding.
+        ids: (B, Q) the newest tokens.
+        owner: (B, K) branch that each token after the prefix belongs to, the newest last; -1 for padding.
         offset: (B, K) place of the token in its branch.
-        queries: the tokens among the K that are asked now.
+    """
+    newest = slice(owner.shape[1] - ids.shape[1], None)
+    decoder = vlm.network.get_decoder()
+    return decoder(
+        input_ids=ids,
+        attention_mask=branch_masks(vlm, state, owner, offset, newest),
+        position_ids=state.positions[:, None] + offset[:, newest],
+        past_key_values=state.cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def branch_masks(
+    vlm: VLM, state: Prefilled, owner: torch.Tensor, offset: torch.Tensor, newest: slice
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive attention masks (B, 1, Q, width + K) for the newest tokens of branches, see `feed`.
 
     Returns:
         One mask, or one for each type of layer where the model mixes full attention and a sliding window.
     """
     device, config = owner.device, vlm.network.get_decoder().config
-    column = torch.arange(width, device=device)
-    place = lengths[:, None] + offset
-    seen_prefix = (column < lengths[:, None])[:, None].expand(-1, place[:, queries].shape[1], -1)
-    seen_branch = (owner[:, queries, None] == owner[:, None]) & (offset[:, queries, None] >= offset[:, None])
+    column = torch.arange(state.width, device=device)
+    place = state.lengths[:, None] + offset
+    seen_prefix = (column < state.lengths[:, None])[:, None].expand(-1, place[:, newest].shape[1], -1)
+    seen_branch = (owner[:, newest, None] == owner[:, None]) & (offset[:, newest, None] >= offset[:, None])
     seen = torch.cat([seen_prefix, seen_branch], -1)[:, None]
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -160,8 +177,8 @@ def branch_masks(
 
     if not windowed(vlm):
         return additive(seen)
-    key_place = torch.cat([column.expand(len(lengths), -1), place], -1)
-    near = seen & (place[:, None, queries, None] - key_place[:, None, None] < config.sliding_window)
+    key_place = torch.cat([column.expand(len(place), -1), place], -1)
+    near = seen & (place[:, None, newest, None] - key_place[:, None, None] < config.sliding_window)
     if not getattr(config, "layer_types", None):
         return additive(near)
     return {"full_attention": additive(seen), "sliding_attention": additive(near)}

@@ -19,10 +19,10 @@ from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import BaseStreamer
 
-from rlaifv.inference.logprobs import shares_prefix
+from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.memory import Budget
-from rlaifv.inference.prefix_cache import branch_masks, logits_of, prefill
-from rlaifv.vlm.chat_format import EncodedPrompt, encode
+from rlaifv.inference.prefix_cache import buffer_cache, feed, logits_of, prefill
+from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
 
@@ -49,23 +49,27 @@ class Generation:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen; temperature 0 is greedy, top_k 0 and top_p 1 switch those off."""
+    """How a token is chosen, in the order of transformers' warpers, and where an unfinished answer is cut
+    (`finish_reason` "length"); temperature 0 is greedy, top_k 0 and top_p 1 switch those off.
+
+    Raises ValueError for a setting outside its range.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise ValueError(f"impossible decoding settings {self}")
+
 
 def generate_batch(
     vlm: VLM,
     prompts: Sequence[Prompt],
     streams: Sequence[np.ndarray],
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    max_new_tokens: int,
+    decoding: Decoding,
     shared: bool | None = None,
 ) -> list[list[Generation]]:
     """Sample answers to several prompts.
@@ -74,22 +78,24 @@ def generate_batch(
         vlm: the policy, or a text-only language model.
         prompts: image and question each.
         streams: for each prompt, uniform numbers in [0, 1) of shape (samples, max_new_tokens).
-        temperature, top_k, top_p: the distribution's warping, in the order of transformers' warpers.
-        max_new_tokens: where an unfinished answer is cut (`finish_reason` "length").
-        shared: force the shared (True) or plain (False) path; None decides by `logprobs.shares_prefix`.
+        decoding: how the tokens are chosen.
+        shared: force the shared (True) or plain (False) path; None decides by `logprobs.prefix_path`.
 
     Returns:
         For each prompt, one Generation per row of its stream.
 
     Raises:
-        ValueError: a stream that is too short, or a setting outside its range.
+        ValueError: a stream that is too short, or not one for each prompt.
     """
-    decoding = Decoding(temperature, top_k, top_p, max_new_tokens)
-    check_decoding(decoding, prompts, streams)
-    encoded = []
-    for prompt in prompts:
-        e = encode(vlm, prompt.image, prompt.text)
-        encoded.append(EncodedPrompt(e.prompt_ids, [e.prompt_ids], [len(e.prompt_ids)], e.inputs))
+    if len(prompts) != len(streams):
+        raise ValueError(f"{len(prompts)} prompts but {len(streams)} streams")
+    for stream in streams:
+        if np.ndim(stream) != 2 or np.shape(stream)[1] < decoding.max_new_tokens:
+            raise ValueError(
+                f"a stream of shape {np.shape(stream)} cannot draw {decoding.max_new_tokens} tokens a sample: "
+                "its shape is (samples, max_new_tokens)"
+            )
+    encoded = [encode_questions(vlm, prompt.image, [prompt.text]) for prompt in prompts]
     return sample_encoded(vlm, encoded, streams, decoding, shared)
 
 
@@ -103,7 +109,7 @@ def sample_encoded(
     """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
-    if not (shared if shared is not None else shares_prefix(vlm, encoded)):
+    if not (shared if shared is not None else prefix_path(vlm, encoded) == "packed"):
         return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
 
     def kind(i: int) -> tuple:
@@ -118,19 +124,6 @@ def sample_encoded(
     for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
     return [results[i] for i in range(len(encoded))]
-
-
-def check_decoding(decoding: Decoding, prompts: Sequence[Prompt], streams: Sequence[np.ndarray]) -> None:
-    if decoding.temperature < 0 or decoding.top_k < 0 or not 0 < decoding.top_p <= 1 or decoding.max_new_tokens < 1:
-        raise ValueError(f"impossible decoding settings {decoding}")
-    if len(prompts) != len(streams):
-        raise ValueError(f"{len(prompts)} prompts but {len(streams)} streams")
-    for stream in streams:
-        if np.ndim(stream) != 2 or np.shape(stream)[1] < decoding.max_new_tokens:
-            raise ValueError(
-                f"a stream of shape {np.shape(stream)} cannot draw {decoding.max_new_tokens} tokens a sample: "
-                "its shape is (samples, max_new_tokens)"
-            )
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> torch.Tensor:
@@ -179,24 +172,19 @@ class Decode:
         self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
         self.length = torch.full((count * samples,), self.steps, device=vlm.device)
         room = samples * min(self.steps, 64)  # a buffer that is full grows by half
-        state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], room)
-        self.cache, self.width, self.lengths, self.positions = state.cache, state.width, state.lengths, state.positions
+        cache = buffer_cache(vlm, room)
+        self.state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], cache)
         self.owner = self.offset = self.slots[:, :0]
-        last = (state.lengths - 1).to(state.hidden.device)
-        logits = logits_of(vlm, state.hidden[torch.arange(count, device=last.device), last]).to(vlm.device)
-        self.logits = logits[:, None].expand(-1, samples, -1)
-
-    def draw(self, decoding: Decoding) -> torch.Tensor:
-        """(b, m) tokens by the numbers of this step."""
-        uniform = self.streams[self.slots, self.step]
-        return draw(self.logits.flatten(0, 1), uniform.flatten(), decoding).view_as(self.slots)
+        self.logits = logits_of(vlm, self.state.last).to(vlm.device)[:, None].expand(-1, samples, -1)
 
     def live(self) -> torch.Tensor:
         """(b, m) whether the sample has not ended."""
         return self.length[self.slots] == self.steps
 
-    def append(self, chosen: torch.Tensor) -> None:
-        """Write down one token of every slot; an end token ends its sample there."""
+    def append(self, decoding: Decoding) -> None:
+        """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
+        uniform = self.streams[self.slots, self.step].flatten()
+        chosen = draw(self.logits.flatten(0, 1), uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
         self.tokens[self.slots, self.step] = chosen
         self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
@@ -208,11 +196,10 @@ class Decode:
         live = self.live()
         if live.any(1).float().mean() <= 0.75:
             kept = live.any(1).nonzero().squeeze(1)
-            live, self.slots, self.lengths, self.positions = (
-                rows[kept] for rows in (live, self.slots, self.lengths, self.positions)
+            self.state = self.state.keep(kept)
+            live, self.slots, self.owner, self.offset = (
+                rows[kept] for rows in (live, self.slots, self.owner, self.offset)
             )
-            self.owner, self.offset = self.owner[kept], self.offset[kept]
-            self.cache.reorder_cache(kept)
         widest = max(live.sum(1).tolist(), default=0)
         if widest <= 0.75 * self.slots.shape[1]:
             # live samples first, ended ones fill up
@@ -227,15 +214,8 @@ class Decode:
         """Feed the newest token of every slot: the logits of the next one."""
         self.owner = torch.cat([self.owner, self.slots], 1)
         self.offset = torch.cat([self.offset, torch.full_like(self.slots, self.step)], 1)
-        newest = slice(-self.slots.shape[1], None)
-        output = self.vlm.network.get_decoder()(
-            input_ids=self.tokens[self.slots, self.step],
-            attention_mask=branch_masks(self.vlm, self.lengths, self.width, self.owner, self.offset, newest),
-            position_ids=(self.positions + self.step)[:, None].expand_as(self.slots),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits = logits_of(self.vlm, output.last_hidden_state).to(self.vlm.device)
+        hidden = feed(self.vlm, self.state, self.tokens[self.slots, self.step], self.owner, self.offset)
+        self.logits = logits_of(self.vlm, hidden).to(self.vlm.device)
         self.step += 1
 
     def generations(self) -> list[Generation]:
@@ -254,7 +234,7 @@ def sample_shared(
         return [[] for _ in encoded]
     decode = Decode(vlm, encoded, uniforms[..., : decoding.max_new_tokens])
     while True:
-        decode.append(decode.draw(decoding))
+        decode.append(decoding)
         decode.drop_finished()
         if decode.finished():
             break

@@ -169,32 +169,28 @@ class ServedLabeler:
     """A labeler behind a server.
 
     Attributes:
-        url, model: the server's base address (ending in /v1) and the model's name there.
         name, fingerprint: stored with every judgement. Nobody can fingerprint weights that are elsewhere: it covers
             address and name only.
+        server: whom to ask.
         answers: [p_yes, p_no] by `answer_key`.
         concurrency: requests in flight.
-        tries, timeout, key_variable: of `Server`.
     """
 
-    url: str
-    model: str
     name: str
     fingerprint: str
+    server: Server = field(repr=False)
     answers: ReplyCache = field(repr=False)
-    concurrency: int = 16
-    tries: int = 5
-    timeout: float = 120.0
-    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int
 
 
-def open_served(path: str, folder: Path | None = None, **options: Any) -> ServedLabeler:
+def open_served(path: str, folder: Path | None = None, concurrency: int = 16, tries: int = 5) -> ServedLabeler:
     """The labeler of a path such as `http://127.0.0.1:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
 
     Args:
-        path: address and model.
+        path: address (ending in /v1) and model.
         folder: where its answers are kept; None keeps them in memory.
-        options: `concurrency`, `tries`, `timeout`, `key_variable` of `ServedLabeler`.
+        concurrency: requests in flight.
+        tries: of `Server`.
 
     Raises:
         ValueError: the path names no model.
@@ -206,13 +202,15 @@ def open_served(path: str, folder: Path | None = None, **options: Any) -> Served
     name = f"{url}#{model}"
     fingerprint = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     answers = ReplyCache(folder / f"served-{fingerprint}.jsonl" if folder else None, ("key",), list)
-    return ServedLabeler(url, model, name, fingerprint, answers, **options)
+    server = Server(f"the labeler {name}", model, url, tries, timeout=120.0, key_variable="OPENAI_API_KEY")
+    return ServedLabeler(name, fingerprint, server, answers, concurrency)
 
 
 def judge_served(
     labeler: ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
 ) -> list[list[tuple[float, float]]]:
-    """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question asked once.
+    """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question asked once, some at
+    a time; every answer is kept as it comes.
 
     Raises:
         NoReply: after `tries` attempts at one request; no more are started.
@@ -223,30 +221,21 @@ def judge_served(
         url = data_url(image)
         keys.append([answer_key(url, question) for question in questions])
         requests |= {key: (url, question) for key, question in zip(keys[-1], questions, strict=True)}
-    ask_server(labeler, {key: asked for key, asked in requests.items() if not labeler.answers.replies(key)})
-    return [[tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys]
 
-
-def ask_server(labeler: ServedLabeler, waiting: dict[str, tuple[str, str]]) -> None:
-    """Ask (image, question) pairs, some at a time, and keep every answer as it comes."""
-    if not waiting:
-        return
-    who = f"the labeler {labeler.name}"
-    server = Server(who, labeler.model, labeler.url, labeler.tries, labeler.timeout, labeler.key_variable)
-
-    def ask_one(key: str) -> None:
-        image, question = waiting[key]
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+    def ask(key: str) -> None:
+        url, question = requests[key]
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         # temperature 1: some servers report log-probs after dividing by it
         options = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        choice = server.complete([{"role": "user", "content": content}], **options)
+        choice = labeler.server.complete([{"role": "user", "content": content}], **options)
         labeler.answers.add(read_probabilities(labeler, choice), key=key)
 
     try:
         with ThreadPoolExecutor(labeler.concurrency) as pool:
-            list(pool.map(ask_one, waiting))
+            list(pool.map(ask, [key for key in requests if not labeler.answers.replies(key)]))
     except NoReply as failure:
         raise NoReply(f"{failure}; its answers so far are kept: start the server and run the stage again") from None
+    return [[tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys]
 
 
 def read_probabilities(labeler: ServedLabeler, choice: Any) -> list[float]:

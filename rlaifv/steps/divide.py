@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlaifv.inference.sampling import Generation, Prompt, generate_batch, uniforms
+from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
 from rlaifv.params import DivideParams
 from rlaifv.records import Candidate, Claim, Reject
 from rlaifv.store import Store
@@ -136,15 +136,9 @@ def _attempt(
 def _ask(vlm: VLM, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Generation]:
     # a reply depends on its prompt alone: the random numbers are those of (seed, prompt, attempt)
     distinct = list(dict.fromkeys(prompts))
-    generations = generate_batch(
-        vlm,
-        [Prompt(None, prompt) for prompt in distinct],
-        [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in distinct],
-        temperature=params.temperature,
-        top_k=0,
-        top_p=params.top_p,
-        max_new_tokens=params.max_new_tokens,
-    )
+    streams = [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in distinct]
+    decoding = Decoding(params.temperature, 0, params.top_p, params.max_new_tokens)
+    generations = generate_batch(vlm, [Prompt(None, prompt) for prompt in distinct], streams, decoding)
     replies = {prompt: samples[0] for prompt, samples in zip(distinct, generations, strict=True)}
     return [replies[prompt] for prompt in prompts]
 

@@ -1,12 +1,13 @@
 """Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer").
 
-Each claim's question goes to the labeler with the image. A claim is accepted iff p_yes > p_no, where
-p_yes = P("Yes") + P("yes") and p_no = P("No") + P("no") at the first answer token; a tie is a rejected claim.
+Each claim's question goes to the labeler with the image (`inference.yes_no`). A claim is accepted iff p_yes > p_no; a
+tie is a rejected claim.
 """
 
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -48,9 +49,9 @@ def feedback(
     questions about one image are asked once and their answer is given to all claims that need it. With the ablation
     `coin_share` a coin judges that share of the claims.
     """
-    by_image: dict[str, list[Claim]] = {}
+    by_image: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        by_image.setdefault(images[claim.candidate_id], []).append(claim)
+        by_image[images[claim.candidate_id]].append(claim)
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
     labeler = cache(load)
@@ -104,14 +105,12 @@ def _judge_chunk(
         except (OSError, ValueError) as error:
             rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
             continue
-        questions = list(dict.fromkeys(claim.question for claim in group))
-        readable.append((group, questions))
-        items.append((image, [f"{question} {suffix}" for question in questions]))
+        readable.append(group)
+        items.append((image, [f"{claim.question} {suffix}" for claim in group]))
     judgements = []
-    for (group, questions), answers in zip(readable, judge_many(vlm, items), strict=True):
-        answer_of = dict(zip(questions, answers, strict=True))
-        for claim in group:
-            p_yes, p_no = coin(claim.id, coin_share) or answer_of[claim.question]
+    for group, answers in zip(readable, judge_many(vlm, items), strict=True):
+        for claim, answer in zip(group, answers, strict=True):
+            p_yes, p_no = coin(claim.id, coin_share) or answer
             judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
     return judgements, rejects
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlaifv.inference.sampling import Generation, Prompt, generate_batch, uniforms
+from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
 from rlaifv.params import GenerateParams
 from rlaifv.records import Candidate, Instruction, Reject, batched
 from rlaifv.store import Store
@@ -68,15 +68,8 @@ def _sample_chunk(
     generations: list[list[Generation]] = [[] for _ in readable]
     for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s, spread)):
         numbers = list(samples)
-        drawn = generate_batch(
-            vlm,
-            prompts,
-            [stream[numbers] for stream in streams],
-            temperature=temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            max_new_tokens=params.max_new_tokens,
-        )
+        decoding = Decoding(temperature, params.top_k, params.top_p, params.max_new_tokens)
+        drawn = generate_batch(vlm, prompts, [stream[numbers] for stream in streams], decoding)
         for kept, more in zip(generations, drawn, strict=True):
             kept += more
     for instruction, samples in zip(readable, generations, strict=True):

@@ -154,9 +154,8 @@ def _mean(values: Iterable[int]) -> float:
 
 def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) -> None:
     """Write parquet in the public dataset's columns, images inside, so that any tool for that dataset reads it."""
-    columns: dict[str, list[object]] = {field.name: [] for field in SCHEMA}
-    for index, pair in enumerate(pairs):
-        row = {
+    rows = [
+        {
             "ds_name": name,
             "image": {
                 "bytes": (image_root / pair.instruction.image_path).read_bytes(),
@@ -172,9 +171,9 @@ def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) 
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
         }
-        for column, value in row.items():
-            columns[column].append(value)
+        for index, pair in enumerate(pairs)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")  # the whole file or nothing, whenever the process dies
-    pq.write_table(pa.table(columns, schema=SCHEMA), partial)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
     partial.replace(path)

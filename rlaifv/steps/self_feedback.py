@@ -8,7 +8,7 @@ Many answers to one prompt share its image and text (rlaifv.inference.logprobs),
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -76,29 +76,19 @@ def token_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> l
     """
     if reference is not None:
         check_same_tokens(policy, reference)
-    distinct = [list(dict.fromkeys(item.answers)) for item in asked]
-    encoded = [
-        encode(policy, item.image, item.question, texts) for item, texts in zip(asked, distinct, strict=True) if texts
-    ]
+    encoded = [encode(policy, item.image, item.question, list(dict.fromkeys(item.answers))) for item in asked]
     of_policy = continuation_logprobs(policy, encoded)
-    if reference is None:
-        with without_adapter(policy):
-            of_reference = continuation_logprobs(policy, encoded)
-    else:
-        of_reference = continuation_logprobs(reference, encoded)
-    computed = zip(encoded, of_policy, of_reference, strict=True)
+    with nullcontext() if reference else without_adapter(policy):
+        of_reference = continuation_logprobs(reference or policy, encoded)
     results = []
-    for item, texts in zip(asked, distinct, strict=True):
-        rows = {}
-        if texts:
-            coded, ours, theirs = next(computed)
-            ids = [row[start:] for row, start in zip(coded.rows, coded.answer_starts, strict=True)]
-            rows = dict(zip(texts, zip(ids, ours, theirs, strict=True), strict=True))
+    for item, coded, ours, theirs in zip(asked, encoded, of_policy, of_reference, strict=True):
+        tokens = [row[start:] for row, start in zip(coded.rows, coded.answer_starts, strict=True)]
+        rows = dict(zip(dict.fromkeys(item.answers), zip(tokens, ours, theirs, strict=True), strict=True))
         scored = []
         for answer, cut in zip(item.answers, item.cut or [False] * len(item.answers), strict=True):
-            ids, ours, theirs = rows[answer]
+            ids, a, b = rows[answer]
             said = len(ids) - cut  # a cut answer never said the end token
-            scored.append(TokenLogps(ids[:said], ours[:said].double(), theirs[:said].double()))
+            scored.append(TokenLogps(ids[:said], a[:said].double(), b[:said].double()))
         results.append(scored)
     return results
 
@@ -110,15 +100,13 @@ def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> 
 
 def check_same_tokens(policy: VLM, reference: VLM) -> None:
     """Raise ValueError unless both models have one vocabulary and one chat template."""
+    problem = None
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise ValueError(
-            f"{policy.name} and {reference.name} have different vocabularies: log-probs cannot be compared"
-        )
-    templates = [(vlm.processor or vlm.tokenizer).chat_template for vlm in (policy, reference)]
-    if templates[0] != templates[1]:
-        raise ValueError(
-            f"{policy.name} and {reference.name} have different chat templates: log-probs cannot be compared"
-        )
+        problem = "vocabularies"
+    elif len({(vlm.processor or vlm.tokenizer).chat_template for vlm in (policy, reference)}) > 1:
+        problem = "chat templates"
+    if problem:
+        raise ValueError(f"{policy.name} and {reference.name} have different {problem}: log-probs cannot be compared")
 
 
 def load_with_adapter(path: str, adapter: Path, **settings) -> VLM:
@@ -166,10 +154,6 @@ class CandidateLogps:
     tokens: int
     policy: str
     reference: str
-
-    @property
-    def logps(self) -> AnswerLogps:
-        return AnswerLogps(self.policy_logp, self.reference_logp, self.tokens)
 
 
 def write_logps(

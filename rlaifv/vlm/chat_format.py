@@ -1,5 +1,6 @@
 """Speak to a checkpoint: render its chat template, and tokenize prompt and answer jointly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,47 +77,44 @@ class EncodedPrompt:
     inputs: dict[str, torch.Tensor]
 
 
-def encode(vlm: VLM, image: Image.Image | None, question: str, answers: list[str] | None = None) -> EncodedPrompt:
-    """Tokenize a prompt and the answers to it; the image is preprocessed and its placeholders expanded once.
-
-    The tokens are those of the whole text at once, never of prompt and answer apart. The processor only rewrites
-    the image placeholder, so everything after it is tokenized as plain text and put after the expanded part.
-    """
-    prompt = prompt_text(vlm, question, image=image is not None)
-    special = special_tokens_needed(vlm, prompt)
-    plain = vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    expanded, inputs = expand_image(vlm, image, prompt)
-    head, kept = expanded_head(plain, expanded)
-    rows, starts = [], []
-    for answer in answers or []:
-        text = prompt_text(vlm, question, image=image is not None, answer=answer, prompt=prompt)
-        ids = vlm.tokenizer(text, add_special_tokens=special)["input_ids"]
-        if ids[:kept] != plain[:kept]:
-            raise ValueError(f"{vlm.name}: the answer {answer[:40]!r} changes tokens before the image")
-        row = head + ids[kept:]
-        rows.append(row)
-        starts.append(common_length(row, expanded))
-    return EncodedPrompt(expanded, rows, starts, inputs)
+def encode(vlm: VLM, image: Image.Image | None, question: str, answers: Sequence[str] = ()) -> EncodedPrompt:
+    """Tokenize a prompt and the answers to it; raises ValueError where the template changes an answer."""
+    see = image is not None
+    prompt = prompt_text(vlm, question, image=see)
+    answered = [prompt_text(vlm, question, image=see, answer=answer, prompt=prompt) for answer in answers]
+    (ids, *rows), inputs = tokenize(vlm, image, [prompt, *answered])
+    return EncodedPrompt(ids, rows, [common_length(row, ids) for row in rows], inputs)
 
 
-def encode_questions(vlm: VLM, image: Image.Image | None, questions: list[str]) -> EncodedPrompt:
-    """Tokenize several prompts about one image; the image is preprocessed once.
+def encode_questions(vlm: VLM, image: Image.Image | None, questions: Sequence[str]) -> EncodedPrompt:
+    """Tokenize several prompts about one image.
 
     `rows` are the complete prompts, up to where the model's answer begins (so `answer_starts` are their lengths), and
     `prompt_ids` is what they have in common.
     """
-    prompts = [prompt_text(vlm, question, image=image is not None) for question in questions]
-    if not prompts:
+    if not questions:
         return EncodedPrompt([], [], [], {})
-    rows = vlm.tokenizer(prompts, add_special_tokens=special_tokens_needed(vlm, prompts[0]))["input_ids"]
-    expanded, inputs = expand_image(vlm, image, prompts[0])
-    head, kept = expanded_head(rows[0], expanded)
-    for question, row in zip(questions, rows, strict=True):
-        if row[:kept] != rows[0][:kept]:
-            raise ValueError(f"{vlm.name}: the question {question[:40]!r} changes tokens before the image")
-    rows = [head + row[kept:] for row in rows]
+    rows, inputs = tokenize(vlm, image, [prompt_text(vlm, q, image=image is not None) for q in questions])
     shared = min(common_length(rows[0], row) for row in rows)
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
+
+
+def tokenize(vlm: VLM, image: Image.Image | None, texts: list[str]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """The ids of texts about one image, and what the processor made of the image, once for all of them.
+
+    The tokens are those of a whole text at once, never of prompt and answer apart. The processor only rewrites the
+    image placeholder, so everything after it is tokenized as plain text and put after the expanded part. Raises
+    ValueError when the texts differ before the image.
+    """
+    plain = vlm.tokenizer(texts, add_special_tokens=special_tokens_needed(vlm, texts[0]))["input_ids"]
+    expanded, inputs = expand_image(vlm, image, texts[0])
+    # the tokens after the image are the same in both: only what stands before them was expanded
+    after = common_length(plain[0][::-1], expanded[::-1])
+    head, kept = expanded[: len(expanded) - after], len(plain[0]) - after
+    for text, ids in zip(texts, plain, strict=True):
+        if ids[:kept] != plain[0][:kept]:
+            raise ValueError(f"{vlm.name}: the text that ends with {text[-40:]!r} changes tokens before the image")
+    return [head + ids[kept:] for ids in plain], inputs
 
 
 def expand_image(vlm: VLM, image: Image.Image | None, prompt: str) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -125,26 +123,12 @@ def expand_image(vlm: VLM, image: Image.Image | None, prompt: str) -> tuple[list
     if image is None:
         return vlm.tokenizer(prompt, add_special_tokens=special)["input_ids"], {}
     batch = vlm.processor(images=[image], text=[prompt], add_special_tokens=special, return_tensors="pt")
-    dropped = ("input_ids", "attention_mask")
-    return batch["input_ids"][0].tolist(), {
-        key: value for key, value in batch.items() if key not in dropped and isinstance(value, torch.Tensor)
-    }
-
-
-def expanded_head(plain: list[int], expanded: list[int]) -> tuple[list[int], int]:
-    """The expanded tokens up to where both agree until the end, and how many plain tokens they stand for.
-
-    The tokens after the image are the same in both: only what stands before them was expanded.
-    """
-    tail = common_length(plain[::-1], expanded[::-1])
-    return expanded[: len(expanded) - tail], len(plain) - tail
+    ids = batch.pop("input_ids")[0].tolist()
+    batch.pop("attention_mask")
+    return ids, {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def common_length(a: list[int], b: list[int]) -> int:
     """Length of the longest common prefix."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    different = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))

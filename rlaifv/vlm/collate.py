@@ -19,22 +19,14 @@ def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: lis
     """What the processor made of several images, as one batch on the model's device.
 
     Per-token inputs (`token_type_ids`, `mm_token_type_ids`) are cut or zero-padded to each row's length: what follows
-    an image is text. Everything else must agree in shape after the first dimension (see `inputs_shape`).
+    an image is text.
     """
-    batch = {}
-    for key in inputs[0]:
-        values = [item[key] for item in inputs]
-        if "token_type_ids" in key:
-            rows = [(value[0].tolist() + [0] * length)[:length] for value, length in zip(values, lengths, strict=True)]
-            batch[key] = pad_rows(rows, 0, side)
-        elif key == "pixel_values" and "target_sizes" in inputs[0]:
-            batch[key] = torch.cat(values, dim=-1)  # MiniCPM-V packs the patches of all images along the last one
-        else:
-            batch[key] = torch.cat(values)
-        batch[key] = batch[key].to(vlm.device)
-        if batch[key].is_floating_point():
-            batch[key] = batch[key].to(vlm.network.dtype)
-    return batch
+    batch = stack_inputs([{k: v for k, v in item.items() if "token_type_ids" not in k} for item in inputs], vlm.device)
+    for key in inputs[0].keys() - batch.keys():
+        values = [item[key][0].tolist() for item in inputs]
+        rows = [(value + [0] * length)[:length] for value, length in zip(values, lengths, strict=True)]
+        batch[key] = pad_rows(rows, 0, side).to(vlm.device)
+    return {k: v.to(vlm.network.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def inputs_shape(inputs: dict[str, torch.Tensor]) -> tuple:
@@ -51,10 +43,8 @@ def stack_inputs(parts: Sequence[dict[str, torch.Tensor]], device: torch.device)
             joined[key] = torch.cat(tensors, dim=-1).to(device)  # MiniCPM-V puts all images' patches in one row
             continue
         shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        if any(list(t.shape[1:]) != shape for t in tensors):
-            padded = [t.new_zeros(t.shape[0], *shape) for t in tensors]
-            for target, tensor in zip(padded, tensors, strict=True):
-                target[tuple(slice(0, size) for size in tensor.shape)] = tensor
-            tensors = padded
-        joined[key] = torch.cat(tensors).to(device)
+        joined[key] = tensors[0].new_zeros(sum(map(len, tensors)), *shape)
+        for place, tensor in zip(joined[key].split([len(t) for t in tensors]), tensors, strict=True):
+            place[tuple(map(slice, tensor.shape))] = tensor
+        joined[key] = joined[key].to(device)
     return joined

@@ -92,8 +92,7 @@ def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
         if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
+                hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
@@ -104,7 +103,6 @@ def load_vlm(
     dtype: str = "float32",
     device: str = "auto",
     adapter: str | None = None,
-    attn_implementation: str = "sdpa",
     quantization: QuantizationConfigMixin | None = None,
 ) -> VLM:
     """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
@@ -126,7 +124,7 @@ def load_vlm(
         source,
         revision=revision,
         dtype=getattr(torch, dtype),
-        attn_implementation=attn_implementation,
+        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
         device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else quantization and {"": "cpu"},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlaifv.inference import logprobs as prefix
 from rlaifv.inference import plain_rows as rows
 from rlaifv.inference import prefix_cache as prefill
-from rlaifv.inference.logprobs import continuation_logprobs, next_token_logprobs, pack, shares_prefix
+from rlaifv.inference.logprobs import continuation_logprobs, next_token_logprobs, pack, prefix_path
 from rlaifv.vlm.chat_format import EncodedPrompt, encode, encode_questions
 from rlaifv.vlm.loading import VLM
 
@@ -73,11 +73,10 @@ def test_shared_answers_equal_plain_answers_token_by_token(models, name):
 def test_plain_rows_do_not_depend_on_their_padding(models, name):
     vlm = model(models, name)
     encoded = asked(vlm)
-    ends = [[len(row) - 1 for row in e.rows] for e in encoded]
-    trees = [rows.plant(k, e, ends[k], ends[k]) for k, e in enumerate(encoded) if e.rows]
-    alone = rows.run_plain(vlm, trees, prefix.full_distribution, {}, batch=1)
+    trees = [rows.plant(k, e) for k, e in enumerate(encoded) if e.rows]
+    alone = rows.run_plain(vlm, trees, prefix.full_distribution, batch=1)
     for side in ("right", "left"):
-        padded = rows.run_plain(vlm, trees, prefix.full_distribution, {}, batch=8, side=side)
+        padded = rows.run_plain(vlm, trees, prefix.full_distribution, batch=8, side=side)
         assert max(float((alone[key] - padded[key]).abs().max()) for key in alone) < 1e-4, side
 
 
@@ -94,7 +93,7 @@ def test_the_image_matters_and_so_does_its_place_in_the_batch(models, name):
 @pytest.mark.parametrize("name", SHARING)
 def test_the_self_check_accepts_a_model_that_shares(models, name):
     vlm = model(models, name)
-    assert shares_prefix(vlm, asked(vlm)[:1])
+    assert prefix_path(vlm, asked(vlm)[:1]) == "packed"
 
 
 def test_a_hybrid_model_copies_its_prefix_and_the_log_says_so(models, caplog):
@@ -114,19 +113,18 @@ def test_a_hybrid_model_copies_its_prefix_and_the_log_says_so(models, caplog):
 def test_copied_prefixes_give_the_log_probs_of_plain_rows(models, name):
     vlm = model(models, name)
     encoded = encode(vlm, picture(64, 40, 2), QUESTIONS[3], ANSWERS * 3)  # more rows than one forward takes
-    first, last = [start - 1 for start in encoded.answer_starts], [len(row) - 2 for row in encoded.rows]
-    trees = [rows.plant(0, encoded, first, last)]
-    copied, plain = (run(vlm, trees, prefix.full_distribution, {}) for run in (rows.run_copied, rows.run_plain))
+    trees = [rows.plant(0, encoded)]
+    copied, plain = (run(vlm, trees, prefix.full_distribution) for run in (rows.run_copied, rows.run_plain))
     assert max(float((copied[key] - plain[key]).abs().max()) for key in plain) < 1e-4
 
 
 def test_a_model_that_agrees_in_no_shared_way_is_asked_row_by_row(monkeypatch, caplog):
     vlm = build("minicpm-v-4.6")
-    real = rows.prefix_cache
-    monkeypatch.setattr(rows, "prefix_cache", lambda *a: (real(*a)[0], 0))  # positions start again
+    real = rows.prefill  # positions start again
+    monkeypatch.setattr(rows, "prefill", lambda *a: replace(state := real(*a), positions=0 * state.positions))
     encoded = asked(vlm)
     values = next_token_logprobs(vlm, encoded)
-    assert prefix.prefix_path(vlm, encoded) == "plain" and "every row alone" in caplog.text
+    assert prefix_path(vlm, encoded) == "plain" and "every row alone" in caplog.text
     assert largest_difference(values, next_token_logprobs(vlm, encoded, shared=False)) == 0
 
 
@@ -148,20 +146,20 @@ def test_the_self_check_catches_wrong_positions_and_masks(name, monkeypatch, cap
         real = prefix.prefill  # the image's 3-D positions forgotten
         monkeypatch.setattr(prefix, "prefill", lambda *a: replace(state := real(*a), positions=state.lengths))
     with caplog.at_level(logging.WARNING):
-        assert not shares_prefix(vlm, encoded)
+        assert prefix_path(vlm, encoded) != "packed"
     assert name in caplog.text and "nats" in caplog.text
 
 
 def test_the_self_check_catches_branches_that_see_each_other(monkeypatch, caplog):
     vlm = build("llava")
-    real = prefix.branch_masks
+    real = prefill.branch_masks
 
-    def leaky(vlm, lengths, width, owner, offset, queries):
+    def leaky(vlm, state, owner, offset, newest):
         everyone, place = torch.zeros_like(owner), torch.arange(owner.shape[1]).expand_as(owner)
-        return real(vlm, lengths, width, everyone, place, queries)
+        return real(vlm, state, everyone, place, newest)
 
-    monkeypatch.setattr(prefix, "branch_masks", leaky)
-    assert not shares_prefix(vlm, asked(vlm)[:1])
+    monkeypatch.setattr(prefill, "branch_masks", leaky)
+    assert prefix_path(vlm, asked(vlm)[:1]) != "packed"
 
 
 def test_an_error_on_the_shared_path_is_a_fallback_too(monkeypatch, caplog):
@@ -171,7 +169,7 @@ def test_an_error_on_the_shared_path_is_a_fallback_too(monkeypatch, caplog):
         raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
 
     monkeypatch.setattr(prefix, "run_branches", broken)
-    monkeypatch.setattr(rows, "prefix_cache", broken)
+    monkeypatch.setattr(rows, "prefill", broken)
     encoded = asked(vlm)
     values = next_token_logprobs(vlm, encoded)
     assert "position_ids" in caplog.text
@@ -259,17 +257,18 @@ def test_a_packed_row_says_of_every_token_whose_it_is_and_where_what_is_asked_li
         lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
         branches = [data.draw(st.lists(st.integers(1, 99), min_size=n, max_size=n)) for n in lengths]
         wanted = [range(data.draw(st.integers(0, n - 1)), n) for n in lengths]
-        trees.append(rows.Tree(number, [0], branches, wanted, {}))
+        trees.append(rows.Tree(number, [0], branches, wanted, [], {}))
     packs = [data.draw(st.lists(st.sampled_from(range(len(t.branches))), unique=True)) for t in trees]
     layout = prefix.lay_out(trees, packs)
-    assert layout.asked == [(b, i) for b, branches in enumerate(packs) for i in branches for _ in trees[b].wanted[i]]
-    places = list(zip(layout.asked, layout.row.tolist(), layout.column.tolist(), strict=True))
+    assert [(b, i) for b, i, _ in layout.places] == [
+        (b, i) for b, branches in enumerate(packs) for i in branches for _ in trees[b].wanted[i]
+    ]
     for b, (tree, branches) in enumerate(zip(trees, packs, strict=True)):
         for i in branches:
             mine = layout.owner[b] == i
             assert layout.ids[b][mine].tolist() == tree.branches[i]
             assert layout.offset[b][mine].tolist() == list(range(len(tree.branches[i])))
-            columns = [column for asked, row, column in places if asked == (b, i) and row == b]
+            columns = [column for tree, branch, column in layout.places if (tree, branch) == (b, i)]
             assert layout.offset[b][columns].tolist() == list(tree.wanted[i])
             assert layout.owner[b][columns].tolist() == [i] * len(tree.wanted[i])
         assert int((layout.owner[b] >= 0).sum()) == sum(len(tree.branches[i]) for i in branches), "the rest is padding"

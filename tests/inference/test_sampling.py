@@ -1,5 +1,7 @@
 """Samples depend on model, prompt and their own uniform stream, and on nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,7 @@ from rlaifv.inference import sampling
 from rlaifv.inference.sampling import Decoding, Generation, Prompt, draw, generate_batch
 from rlaifv.vlm.loading import VLM
 
-SETTINGS = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "max_new_tokens": 24}
-GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
+SETTINGS, GREEDY = Decoding(1.0, 20, 0.9, 24), Decoding(0, 0, 1.0, 24)
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +43,30 @@ def test_shared_samples_are_those_of_transformers_own_loop_for_the_same_streams(
     vlm = eager_to_stop(build(name))
     prompts = some_prompts(images=vlm.sees_images)
     drawn = streams(len(prompts), 5)
-    plain = generate_batch(vlm, prompts, drawn, **SETTINGS, shared=False)
-    assert generate_batch(vlm, prompts, drawn, **SETTINGS) == plain
+    plain = generate_batch(vlm, prompts, drawn, SETTINGS, shared=False)
+    assert generate_batch(vlm, prompts, drawn, SETTINGS) == plain
     lengths = {len(g.token_ids) for samples in plain for g in samples}
     assert len(lengths) > 2, "samples of different lengths"
-    greedy = generate_batch(vlm, prompts, [d[:1] for d in drawn], **GREEDY, shared=False)
-    assert generate_batch(vlm, prompts, [d[:1] for d in drawn], **GREEDY) == greedy
+    greedy = generate_batch(vlm, prompts, [d[:1] for d in drawn], GREEDY, shared=False)
+    assert generate_batch(vlm, prompts, [d[:1] for d in drawn], GREEDY) == greedy
 
 
 def test_a_sample_does_not_depend_on_its_batch(llava):
     prompts, drawn = some_prompts(), streams(3, 6)
-    together = generate_batch(llava, prompts, drawn, **SETTINGS)
-    alone = [generate_batch(llava, [p], [d], **SETTINGS)[0] for p, d in zip(prompts, drawn, strict=True)]
+    together = generate_batch(llava, prompts, drawn, SETTINGS)
+    alone = [generate_batch(llava, [p], [d], SETTINGS)[0] for p, d in zip(prompts, drawn, strict=True)]
     assert together == alone
-    backwards = generate_batch(llava, prompts[::-1], drawn[::-1], **SETTINGS)
+    backwards = generate_batch(llava, prompts[::-1], drawn[::-1], SETTINGS)
     assert together == backwards[::-1]
-    fewer = generate_batch(llava, prompts, [d[2:3] for d in drawn], **SETTINGS)
+    fewer = generate_batch(llava, prompts, [d[2:3] for d in drawn], SETTINGS)
     assert [samples[2:3] for samples in together] == fewer
 
 
 def test_prompts_may_ask_for_different_numbers_of_samples(llava):
     drawn = streams(3, 6)
     counts = [4, 0, 6]
-    uneven = generate_batch(llava, some_prompts(), [d[:c] for d, c in zip(drawn, counts, strict=True)], **SETTINGS)
-    even = generate_batch(llava, some_prompts(), drawn, **SETTINGS)
+    uneven = generate_batch(llava, some_prompts(), [d[:c] for d, c in zip(drawn, counts, strict=True)], SETTINGS)
+    even = generate_batch(llava, some_prompts(), drawn, SETTINGS)
     assert uneven == [samples[:c] for samples, c in zip(even, counts, strict=True)]
 
 
@@ -74,31 +75,31 @@ def test_dropping_finished_samples_changes_nothing(every, monkeypatch):
     vlm = eager_to_stop(build("gemma3"), bias=4.0)
     prompts, drawn = some_prompts(), streams(3, 8)
     monkeypatch.setattr(sampling, "COMPACT_EVERY", 10**6)
-    kept = generate_batch(vlm, prompts, drawn, **SETTINGS)
+    kept = generate_batch(vlm, prompts, drawn, SETTINGS)
     monkeypatch.setattr(sampling, "COMPACT_EVERY", every)
-    assert generate_batch(vlm, prompts, drawn, **SETTINGS) == kept
+    assert generate_batch(vlm, prompts, drawn, SETTINGS) == kept
 
 
 def test_an_answer_ends_at_its_end_token_or_is_marked_as_cut():
     vlm = eager_to_stop(build("llava"), bias=2.0)
-    samples = generate_batch(vlm, some_prompts(), streams(3, 20), **SETTINGS)
+    samples = generate_batch(vlm, some_prompts(), streams(3, 20), SETTINGS)
     flat = [g for group in samples for g in group]
     assert {g.finish_reason for g in flat} == {"stop", "length"}
     for g in flat:
-        assert (len(g.token_ids) == SETTINGS["max_new_tokens"]) == (g.finish_reason == "length")
+        assert (len(g.token_ids) == SETTINGS.max_new_tokens) == (g.finish_reason == "length")
         assert not set(g.token_ids) & set(vlm.eos_token_ids)
         assert "</s>" not in g.text
 
 
 def test_one_token_and_no_prompt_are_enough(llava):
-    one = generate_batch(llava, some_prompts()[:1], streams(1, 2, 1), **{**SETTINGS, "max_new_tokens": 1})
+    one = generate_batch(llava, some_prompts()[:1], streams(1, 2, 1), replace(SETTINGS, max_new_tokens=1))
     assert [len(g.token_ids) for g in one[0]] == [1, 1]
-    assert generate_batch(llava, [], [], **SETTINGS) == []
+    assert generate_batch(llava, [], [], SETTINGS) == []
 
 
 def test_running_out_of_memory_halves_the_prompts_and_changes_nothing(llava, monkeypatch, caplog):
     prompts, drawn = [Prompt(picture(seed=i), QUESTIONS[0]) for i in range(4)], streams(4, 3)
-    expected = generate_batch(llava, prompts, drawn, **SETTINGS)
+    expected = generate_batch(llava, prompts, drawn, SETTINGS)
     real = sampling.sample_shared
 
     def limited(vlm, encoded, *rest) -> list[list[Generation]]:
@@ -107,7 +108,7 @@ def test_running_out_of_memory_halves_the_prompts_and_changes_nothing(llava, mon
         return real(vlm, encoded, *rest)
 
     monkeypatch.setattr(sampling, "sample_shared", limited)
-    assert generate_batch(llava, prompts, drawn, **SETTINGS) == expected
+    assert generate_batch(llava, prompts, drawn, SETTINGS) == expected
     assert "out of memory" in caplog.text
 
 
@@ -121,7 +122,7 @@ def test_running_out_of_memory_halves_the_prompts_and_changes_nothing(llava, mon
 )
 def test_impossible_settings_are_refused(llava, change, message):
     with pytest.raises(ValueError, match=message):
-        generate_batch(llava, some_prompts(), streams(3, 2), **{**SETTINGS, **change})
+        generate_batch(llava, some_prompts(), streams(3, 2), replace(SETTINGS, **change))
 
 
 @settings(max_examples=100, deadline=None)

@@ -61,7 +61,7 @@ def scripted(monkeypatch, replies):
     asked: list[str] = []
     left = iter(replies)
 
-    def generate(vlm, prompts, streams, **settings):
+    def generate(vlm, prompts, streams, decoding):
         asked.extend(prompt.text for prompt in prompts)
         return [[next(left)] for _ in prompts]
 
@@ -141,7 +141,7 @@ def test_equal_lists_of_claims_are_turned_into_questions_once(monkeypatch):
 def test_the_random_numbers_of_a_reply_depend_on_the_prompt_and_the_attempt_alone(monkeypatch):
     seen = []
 
-    def generate(vlm, prompts, streams, **settings):
+    def generate(vlm, prompts, streams, decoding):
         seen.extend((p.text, tuple(np.asarray(s)[0, :3])) for p, s in zip(prompts, streams, strict=True))
         return [[said("?")] for _ in prompts]
 

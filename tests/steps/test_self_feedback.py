@@ -146,4 +146,4 @@ def test_stored_rewards_resume_name_both_models_and_reject_unreadable_images(fol
     assert run("halfway", halfway) == expected
     rows = read_records(tmp_path / "whole" / "logps.jsonl", CandidateLogps)
     assert {(r.policy, r.reference) for r in rows} == {(models[0].fingerprint, models[1].fingerprint)}
-    assert all(math.isfinite(r.logps.reward(0.1)) for r in rows)
+    assert all(math.isfinite(r.policy_logp - r.reference_logp) for r in rows)
