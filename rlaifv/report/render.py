@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
+from rlaifv.records import RATES
 from rlaifv.vlm.images import open_image
 
 SHOWN_BY_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
@@ -116,6 +117,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+ENVIRONMENT.globals["rates"] = RATES
 ENVIRONMENT.filters |= {
     filter.__name__: filter for filter in (percent, interval, points, between, p_value, yes_share, data_uri, code)
 }
