@@ -18,6 +18,8 @@ from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
 RATES = {"response_hallucination": 0.4, "mention_hallucination": 0.2, "recall": 0.9, "mean_words": 20.0, "n": 300}
+INTERVALS = {"response_hallucination": (0.3, 0.5), "mention_hallucination": (0.1, 0.3), "recall": (0.8, 1.0)}
+RATES |= {f"{rate}_interval": bounds for rate, bounds in INTERVALS.items()}
 RATES |= {"yes_no": {"accuracy": 0.875, "n": 90}}
 TEST = {"base": 0.4, "aligned": 0.1, "difference": -0.3, "interval": [-0.35, -0.25], "p_value": 0.0005, "n": 300}
 EXAM = {"accuracy": 0.97, "per_type": {"existence": 0.99, "color": 0.95}, "n": 10}
