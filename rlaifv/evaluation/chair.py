@@ -229,26 +229,18 @@ def load_objects(
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
         try:
-            named = list(_named_objects(records, vocabulary, wanted, path))
+            for image, classes in _named_objects(records, vocabulary, wanted, path):
+                objects.setdefault(coco_number(image) or image, set()).update(classes)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not in COCO's form ({type(error).__name__}: {error}): expected instances, captions or "
                 "{image: [class names]}"
             ) from None
-        for image, names in named:
-            here = objects.setdefault(coco_number(image) or image, set())
-            for name in names:
-                if name not in vocabulary.classes:
-                    raise ValueError(
-                        f"{path}: {name!r} (image {image}) is no class of the vocabulary {vocabulary.name}; "
-                        "give a --vocabulary that lists it"
-                    )
-                here.add(vocabulary.classes[name])
     return objects
 
 
 def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str] | None, path):
-    """(image id, words) of any of the forms that `load_objects` reads."""
+    """(image id, classes) of any of the forms that `load_objects` reads."""
     for record in records:
         if "annotations" in record:
             categories = {category["id"]: category["name"] for category in record.get("categories", [])}
@@ -270,4 +262,9 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
                 names = [categories[number]]
             if not isinstance(names, list):
                 raise ValueError(f"{path}: image {image!r} has {names!r}, expected a list of class names")
-            yield str(image), names
+            if unknown := [name for name in names if name not in vocabulary.classes]:
+                raise ValueError(
+                    f"{path}: {unknown[0]!r} (image {image}) is no class of the vocabulary {vocabulary.name}; "
+                    "give a --vocabulary that lists it"
+                )
+            yield str(image), [vocabulary.classes[name] for name in names]
