@@ -63,24 +63,6 @@ def image_grid(image_root: Path, paths: Sequence[str], titles: Sequence[str], co
     return figure
 
 
-def histogram(values: Sequence[float], xlabel: str, title: str, bins: int | Sequence[float] = 30) -> Figure:
-    """How often which value comes."""
-    figure, axis = plt.subplots(figsize=(5, 2.8))
-    axis.hist(values, bins=bins, color=BLUE, alpha=0.85)
-    axis.set(xlabel=xlabel, ylabel="count", title=title)
-    return figure
-
-
-def counts(values: Mapping[str, int], title: str, color: str = BLUE) -> Figure:
-    """Horizontal bars of a few counted things, most first."""
-    ordered = sorted(values.items(), key=lambda item: item[1])
-    figure, axis = plt.subplots(figsize=(6, 0.5 + 0.32 * max(len(ordered), 1)))
-    axis.barh(range(len(ordered)), [count for _, count in ordered], color=color)
-    axis.set_yticks(range(len(ordered)), [name for name, _ in ordered], parse_math=False)
-    axis.set_title(title)
-    return figure
-
-
 def judgements(p_yes: Sequence[float], p_no: Sequence[float], min_mass: float) -> Figure:
     """Left: P(yes) of all claims. Right: the mass that the labeler put on yes or no at all."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))

@@ -32,14 +32,13 @@ def folder(tmp_path):
     "draw",
     [
         lambda folder: plots.image_grid(folder, ["a.png"], [FORMULA]),
-        lambda folder: plots.counts({FORMULA: 1}, "rejects by reason"),
         lambda folder: plots.gallery(folder, [row(FORMULA)], [row(FORMULA)]),
         lambda folder: plots.gallery(folder, [{**row(FORMULA), "claims": [], "problem": FORMULA}], [row("")]),
         lambda folder: plots.ablations(results(FORMULA)),
         lambda folder: plots.rounds(results(FORMULA)),
         lambda folder: plots.rounds(results("another")),
     ],
-    ids=["grid", "counts", "claims", "not divided", "ablations", "control", "lines"],
+    ids=["grid", "claims", "not divided", "ablations", "control", "lines"],
 )
 def test_a_text_that_is_no_formula_is_drawn_as_it_is(folder, draw):
     draw(folder).savefig(io.BytesIO(), format="png")
