@@ -385,10 +385,10 @@ def test_without_results_the_report_has_no_such_section(tmp_path, groups):
     inputs = describe_inputs(BASE, MODELS)
     for group in groups.values():
         write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
-    assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
+    assert findings_html(tmp_path / "metrics", inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
-    assert "best of N" in findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa")
+    assert "best of N" in findings_html(tmp_path / "metrics", inputs, "aaaaaaaa")
 
 
 def test_the_files_that_the_report_depends_on_are_in_the_repository():

@@ -151,7 +151,7 @@ def score(
     mentions = []
     for place in places:
         words = [word for name in listed[place] for word in words_of(name)]
-        mentions.append(chair.name_classes(list(dict.fromkeys(words)), vocabulary))
+        mentions.append(chair.known_words(list(dict.fromkeys(words)), vocabulary))
     result = chair.score([answers[place] for place in places], objects, vocabulary, "unique", mentions)
     unlisted = [answers[place].id for place in range(len(answers)) if place not in listed]
     missing = [{"id": identity, "reason": "its objects are not listed"} for identity in unlisted]

@@ -12,15 +12,14 @@ Rates are expectations over all draws of N, computed exactly, not by drawing; th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
-from rlaifv.evaluation import chair
-from rlaifv.evaluation.answers import Answer
 from rlaifv.evaluation.bootstrap import percentile_interval
-from rlaifv.evaluation.hallucination import Split
+from rlaifv.evaluation.hallucination import Split, score_answers
 from rlaifv.records import RATES, Candidate
 from rlaifv.steps.self_feedback import CandidateLogps
 
@@ -70,24 +69,19 @@ def make_pool(
     whole = {key: group[:size] for key, group in of_instruction.items() if len(group) >= size}
     if not whole:
         raise ValueError(f"no instruction has {size} scored candidates: lower self_feedback.candidates")
-    image = {i.id: split.image_ids[i.image_path.rsplit("/", 1)[-1]] for i in split.instructions}
-    distinct = {(key, c.answer): None for key, group in whole.items() for c in group}
-    answers = [Answer(str(n), text, image=image[key]) for n, (key, text) in enumerate(distinct)]
-    scores = chair.score(answers, split.objects, counting="unique")
-    if scores.missing:
-        raise ValueError(f"{len(scores.missing)} answers cannot be scored, first: {scores.missing[0]}")
-    row_of = dict(zip(distinct, scores.rows, strict=True))
-    rows = [[row_of[key, c.answer] for c in group] for key, group in whole.items()]
-    values = [[scored[c.id] for c in group] for group in whole.values()]
+    image = {i.id: i.image_path for i in split.instructions}
+    kept = [c for group in whole.values() for c in group]
+    answers = [{"id": c.id, "answer": c.answer, "image": image[c.instruction_id]} for c in kept]
+    table = pd.DataFrame(score_answers(answers, split).rows)
+    values = pd.DataFrame([scored[c.id] for c in kept])
+    shape = len(whole), size
     pool = Pool(
         ids=tuple(whole),
-        mentions=np.array([[len(r["mentions"]) for r in group] for group in rows]),
-        hallucinated=np.array([[len(r["hallucinated"]) for r in group] for group in rows]),
-        covered=np.array([[len(r["covered"]) for r in group] for group in rows]),
-        words=np.array([[r["words"] for r in group] for group in rows]),
-        truth=np.array([len(group[0]["truth"]) for group in rows]),
-        log_ratio=np.array([[v.policy_logp - v.reference_logp for v in group] for group in values]),
-        tokens=np.array([[v.tokens for v in group] for group in values]),
+        **{name: table[name].str.len().to_numpy().reshape(shape) for name in ("mentions", "hallucinated", "covered")},
+        words=table.words.to_numpy().reshape(shape),
+        truth=table.truth.str.len().to_numpy()[::size],
+        log_ratio=(values.policy_logp - values.reference_logp).to_numpy().reshape(shape),
+        tokens=values.tokens.to_numpy().reshape(shape),
     )
     return pool, len(asked) - len(whole)
 
@@ -147,12 +141,16 @@ def curve(pool: Pool, weights: np.ndarray) -> list[dict]:
     rows = []
     for method in METHODS:
         for n in sizes(pool.mentions.shape[1]):
-            row: dict[str, object] = {"method": method, "n": n}
-            for rate, values in expected_rates(pool, method, n, weights).items():
-                row[rate] = float(values[0])
-                row[f"{rate}_interval"] = percentile_interval(values[1:])
-            rows.append(row)
+            rows.append({"method": method, "n": n} | _with_intervals(expected_rates(pool, method, n, weights)))
     return rows
+
+
+def _with_intervals(resampled: Mapping[str, np.ndarray]) -> dict[str, object]:
+    """Of (1 + resamples,) numbers by name: the first, and the 95 % interval of the others."""
+    found: dict[str, object] = {}
+    for name, values in resampled.items():
+        found |= {name: float(np.nan_to_num(values[0])), f"{name}_interval": percentile_interval(values[1:])}
+    return found
 
 
 def choice_gains(pool: Pool, weights: np.ndarray, n: int) -> dict[str, object]:
@@ -166,13 +164,10 @@ def choice_gains(pool: Pool, weights: np.ndarray, n: int) -> dict[str, object]:
     # a resample in which no answer hallucinates has no ratio
     reduction = np.full(len(weights), np.nan)
     np.divide(ours[response], one[response], out=reduction, where=one[response] > 0)
-    result: dict[str, object] = {"n": n}
-    for name, values in {
+    changes = {
         "relative_reduction": 1 - reduction,
         "recall_change": ours[recall] - one[recall],
         "hallucination_against_summed": ours[response] - other[response],
         "recall_against_summed": ours[recall] - other[recall],
-    }.items():
-        result[name] = float(np.nan_to_num(values[0]))
-        result[f"{name}_interval"] = percentile_interval(values[1:])
-    return result
+    }
+    return {"n": n} | _with_intervals(changes)

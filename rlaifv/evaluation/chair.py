@@ -57,14 +57,6 @@ class Vocabulary:
     phrases: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Mention:
-    """A word of an answer that names a class."""
-
-    word: str
-    object: str
-
-
 @cache
 def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str], ...] = ()) -> Vocabulary:
     """Read a synonym table: one class a line, comma and blank between the words, the class name first.
@@ -104,26 +96,22 @@ def load_vocabulary(path: str | Path = COCO_WORDS, extra: tuple[tuple[str, str],
     return Vocabulary(path.name, classes, {**phrases, **_PHRASES})
 
 
-def count_words(lemmas: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
-    """The mentions in a sequence of lemmas, two-word phrases before single words."""
+def known_words(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """The words and phrases that name a class of the vocabulary."""
+    if "toilet" in words:  # "the seat of the toilet" is no chair
+        words = [word for word in words if word != "seat"]
+    return [word for word in words if word in vocabulary.classes]
+
+
+def find_mentions(text: str, vocabulary: Vocabulary) -> list[str]:
+    """Every word of a text that names a class, in order, repetitions included; phrases before single words."""
+    lemmas = [noun_lemma(token) for token in tokenize(text)]
     words, at = [], 0
     while at < len(lemmas):
         phrase = " ".join(lemmas[at : at + 2])
         words.append(vocabulary.phrases.get(phrase, lemmas[at]))
         at += 2 if phrase in vocabulary.phrases else 1
-    return name_classes(words, vocabulary)
-
-
-def name_classes(words: Sequence[str], vocabulary: Vocabulary) -> list[Mention]:
-    """The words and phrases that the vocabulary knows, as mentions of their classes."""
-    if "toilet" in words:  # "the seat of the toilet" is no chair
-        words = [word for word in words if word != "seat"]
-    return [Mention(word, vocabulary.classes[word]) for word in words if word in vocabulary.classes]
-
-
-def find_mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
-    """Every mention of a class in a text, in order, repetitions included."""
-    return count_words([noun_lemma(token) for token in tokenize(text)], vocabulary)
+    return known_words(words, vocabulary)
 
 
 def score(
@@ -131,7 +119,7 @@ def score(
     objects: Mapping[str, Iterable[str]],
     vocabulary: Vocabulary | None = None,
     counting: str = "original",
-    mentions: Sequence[Sequence[Mention]] | None = None,
+    mentions: Sequence[Sequence[str]] | None = None,
 ) -> Scores:
     """Score answers against the objects of their images (arXiv 1809.02156, equations 1 and 2).
 
@@ -149,7 +137,7 @@ def score(
         objects: image id → class names (`load_objects`).
         vocabulary: default our table of the 80 COCO classes.
         counting: "original" or "unique".
-        mentions: one list an answer, found otherwise (by a judge); default: found in the text.
+        mentions: one list of the vocabulary's words an answer, found otherwise (by a judge); default: in the text.
 
     Returns:
         Scores; answers about images that `objects` does not know are listed as missing and count nowhere.
@@ -171,16 +159,16 @@ def score(
             continue
         truth = {vocabulary.classes.get(name, name) for name in objects[key]}
         found = list(dict.fromkeys(found)) if counting == "unique" else list(found)
-        wrong = [mention for mention in found if mention.object not in truth]
-        named = {mention.object for mention in found}
+        wrong = [word for word in found if vocabulary.classes[word] not in truth]
+        named = {vocabulary.classes[word] for word in found}
         rows.append(
             {
                 "id": answer.id,
                 "image_id": key,
                 "words": len(answer.text.split()),
-                "mentions": [mention.word for mention in found],
+                "mentions": found,
                 "classes": sorted(named),
-                "hallucinated": [mention.word for mention in wrong],
+                "hallucinated": wrong,
                 "hallucinated_classes": sorted(named - truth),
                 "covered": sorted(named & truth),
                 "truth": sorted(truth),
@@ -241,26 +229,18 @@ def load_objects(
         if bad:
             raise ValueError(f"{path}, {bad[0]['id']}: {bad[0]['reason']}")
         try:
-            named = list(_named_objects(records, vocabulary, wanted, path))
+            for image, classes in _named_objects(records, vocabulary, wanted, path):
+                objects.setdefault(coco_number(image) or image, set()).update(classes)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not in COCO's form ({type(error).__name__}: {error}): expected instances, captions or "
                 "{image: [class names]}"
             ) from None
-        for image, names in named:
-            here = objects.setdefault(coco_number(image) or image, set())
-            for name in names:
-                if name not in vocabulary.classes:
-                    raise ValueError(
-                        f"{path}: {name!r} (image {image}) is no class of the vocabulary {vocabulary.name}; "
-                        "give a --vocabulary that lists it"
-                    )
-                here.add(vocabulary.classes[name])
     return objects
 
 
 def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str] | None, path):
-    """(image id, words) of any of the forms that `load_objects` reads."""
+    """(image id, classes) of any of the forms that `load_objects` reads."""
     for record in records:
         if "annotations" in record:
             categories = {category["id"]: category["name"] for category in record.get("categories", [])}
@@ -274,7 +254,7 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
             if wanted is not None and not wanted.intersection(image_keys(str(image))):
                 continue
             if isinstance(names, dict) and "caption" in names:
-                names = [mention.word for mention in find_mentions(names["caption"], vocabulary)]
+                names = find_mentions(names["caption"], vocabulary)
             elif isinstance(names, dict) and "category_id" in names:
                 number = names["category_id"]
                 if number not in categories:
@@ -282,4 +262,9 @@ def _named_objects(records: list[dict], vocabulary: Vocabulary, wanted: set[str]
                 names = [categories[number]]
             if not isinstance(names, list):
                 raise ValueError(f"{path}: image {image!r} has {names!r}, expected a list of class names")
-            yield str(image), names
+            if unknown := [name for name in names if name not in vocabulary.classes]:
+                raise ValueError(
+                    f"{path}: {unknown[0]!r} (image {image}) is no class of the vocabulary {vocabulary.name}; "
+                    "give a --vocabulary that lists it"
+                )
+            yield str(image), [vocabulary.classes[name] for name in names]

@@ -8,7 +8,7 @@ from rlaifv.params import DivideParams
 from rlaifv.records import ModelRecord
 from rlaifv.steps.divide import divide_answers
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model
+from rlaifv.vlm.loading import load_model
 
 
 def judged_claims(
@@ -20,42 +20,19 @@ def judged_claims(
     image_root: Path,
     suffix: str,
 ) -> list[dict]:
-    """`answers` (rows of `question`, `answer`, `image`) with their claims and what the labeler says of each; the two
-    models are in memory one after the other."""
-    return judge_rows(
-        load_labeler(labeler), divide_rows(load_model(divider), answers, params, seed), image_root, suffix
-    )
-
-
-def divide_rows(divider: VLM, answers: Sequence[dict], params: DivideParams, seed: int) -> list[dict]:
-    """`answers` (rows of `question`, `answer`, ...) with their `claims`: rows of `claim`, `question`."""
-    divisions = divide_answers(divider, [(row["question"], row["answer"]) for row in answers], params, seed)
-    return [
-        {
-            **row,
-            "problem": division.problem,
-            "claims": [
-                {"claim": claim, "question": question}
-                for claim, question in zip(division.claims, division.questions, strict=True)
-            ],
-        }
+    """`answers` (rows of `question`, `answer`, `image`) with why one could not be divided (`problem`) and their
+    `claims`: rows of `claim`, `question`, and the labeler's `p_yes` and `p_no`. The two models are in memory one after
+    the other."""
+    divisions = divide_answers(load_model(divider), [(row["question"], row["answer"]) for row in answers], params, seed)
+    items = [
+        (open_image(image_root / row["image"]), [f"{question} {suffix}" for question in division.questions])
         for row, division in zip(answers, divisions, strict=True)
     ]
-
-
-def judge_rows(labeler: VLM, rows: Sequence[dict], image_root: Path, suffix: str) -> list[dict]:
-    """Rows of `divide_rows` with the labeler's `p_yes` and `p_no` in every claim."""
-    items = [
-        (open_image(image_root / row["image"]), [f"{claim['question']} {suffix}" for claim in row["claims"]])
-        for row in rows
-    ]
-    return [
-        {
-            **row,
-            "claims": [
-                {**claim, "p_yes": p_yes, "p_no": p_no}
-                for claim, (p_yes, p_no) in zip(row["claims"], answers, strict=True)
-            ],
-        }
-        for row, answers in zip(rows, judge_many(labeler, items), strict=True)
-    ]
+    found = []
+    for row, division, judged in zip(answers, divisions, judge_many(load_labeler(labeler), items), strict=True):
+        claims = [
+            {"claim": claim, "question": question, "p_yes": p_yes, "p_no": p_no}
+            for claim, question, (p_yes, p_no) in zip(division.claims, division.questions, judged, strict=True)
+        ]
+        found.append({**row, "problem": division.problem, "claims": claims})
+    return found

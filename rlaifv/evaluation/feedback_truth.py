@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlaifv import ROOT
-from rlaifv.evaluation.bootstrap import percentile_interval
+from rlaifv.evaluation.bootstrap import intervals
+from rlaifv.evaluation.scores import Scores
 from rlaifv.params import ParamsError, load_params
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records
 from rlaifv.stage import PREPARED, Paths
@@ -29,21 +30,16 @@ def false_claims(text: str, scene: Scene) -> int:
     return sum(not is_true(claim, scene) for claim in claims(text))
 
 
-def holds(claim: str, scene: Scene) -> bool:
-    """Whether a claim is true; a text that is no atomic claim (ablation `whole_answer`) is when all its claims are."""
-    try:
-        return is_true(claim, scene)
-    except ValueError:
-        return false_claims(claim, scene) == 0
+def truth_of(claim: Claim, scene: Scene) -> tuple[bool, str, bool]:
+    """Whether a claim is true, its type, and whether its question is another text than this world's question for it:
+    the labeler is then asked about something else, which is the divider's error.
 
-
-def misquoted(claim: Claim) -> bool:
-    """Whether the claim's question is another text than this world's question for it: the labeler is then asked about
-    something else, which is the divider's error. A text that is no atomic claim has no such question."""
+    A text that is no atomic claim (ablation `whole_answer`) is true when all its claims are, and has no such question.
+    """
     try:
-        return claim.question != to_question(claim.claim)
+        return is_true(claim.claim, scene), claim_type(claim.claim), claim.question != to_question(claim.claim)
     except ValueError:
-        return False
+        return false_claims(claim.claim, scene) == 0, "whole answer", False
 
 
 def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable[[str], Scene]) -> dict[str, object]:
@@ -55,13 +51,13 @@ def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable
     if not judged:
         return {"n": 0}
     scenes = [scene_of(claim.candidate_id) for claim, _ in judged]
-    truth = np.array([holds(claim.claim, scene) for (claim, _), scene in zip(judged, scenes, strict=True)])
+    known = [truth_of(claim, scene) for (claim, _), scene in zip(judged, scenes, strict=True)]
+    truth, types, other = map(np.array, zip(*known, strict=True))
     said = np.array([judgement.accepted for _, judgement in judged])
-    right, types = truth == said, np.array([_type(claim.claim) for claim, _ in judged])
-    other = np.array([misquoted(claim) for claim, _ in judged])
+    right = truth == said
     return {
         "accuracy": float(right.mean()),
-        "accuracy_interval": interval(right, np.array([scene.image_id for scene in scenes])),
+        "accuracy_interval": interval(right, [scene.image_id for scene in scenes]),
         "per_type": {str(kind): float(right[types == kind].mean()) for kind in sorted(set(types))},
         "false_accepted": float(said[~truth].mean()) if (~truth).any() else 0.0,
         "true_rejected": float((~said[truth]).mean()) if truth.any() else 0.0,
@@ -69,13 +65,6 @@ def claim_accuracy(judged: Sequence[tuple[Claim, Judgement]], scene_of: Callable
         "wrong_misquoted": float(other[~right].mean()) if (~right).any() else 0.0,
         "n": len(judged),
     }
-
-
-def _type(claim: str) -> str:
-    try:
-        return claim_type(claim)
-    except ValueError:
-        return "whole answer"
 
 
 def pair_agreement(pairs: Sequence[Mapping], scene_of: Callable[[str], Scene]) -> dict[str, object]:
@@ -93,23 +82,20 @@ def pair_agreement(pairs: Sequence[Mapping], scene_of: Callable[[str], Scene]) -
             for pair, scene in zip(pairs, scenes, strict=True)
         ]
     )
-    images = np.array([scene.image_id for scene in scenes])
     return {
         "agreement": float((gaps > 0).mean()),
-        "agreement_interval": interval(gaps > 0, images),
+        "agreement_interval": interval(gaps > 0, [scene.image_id for scene in scenes]),
         "tie": float((gaps == 0).mean()),
         "against": float((gaps < 0).mean()),
         "n": len(pairs),
     }
 
 
-def interval(right: np.ndarray, groups: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a share; what belongs to one group (an image) is drawn together."""
-    _, group = np.unique(groups, return_inverse=True)
-    count = int(group.max()) + 1
-    sums = np.bincount(group, weights=right, minlength=count), np.bincount(group, minlength=count)
-    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    return percentile_interval(sums[0][drawn].sum(1) / sums[1][drawn].sum(1))
+def interval(right: np.ndarray, images: Sequence[int]) -> tuple[float, float]:
+    """95 % bootstrap interval of a share; what belongs to one image is drawn together."""
+    drawn, image = np.unique(images, return_inverse=True)
+    sums = np.bincount(image, weights=right), np.bincount(image)
+    return intervals(Scores("feedback", [{"id": i} for i in drawn], {"share": sums}, {}), resamples=1000)["share"]
 
 
 def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:

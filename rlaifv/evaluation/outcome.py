@@ -30,40 +30,19 @@ def score_run(results: Mapping[str, Result], iterations: Path, prepared: Path, i
         instances: what the train images show (the embedded world's instances_train.json); where there is no such
             file the truth is unknown, and nothing is said of it.
     """
-    return {
-        "base": _test(results["0"]),
-        "rounds": {
-            name: {
-                **_test(result),
-                "pairs": {"n": result.pairs["pairs"], **{key: result.pairs[key] for key in WORDS}},
-                "training": _training(result),
-                **(_truth(score_iteration(iterations / name, prepared, instances)) if instances.is_file() else {}),
-            }
-            for name, result in results.items()
-            if name != "0"
-        },
-    }
-
-
-def _test(result: Result) -> dict[str, object]:
-    return {key: result.test[key] for key in SHOWN}
-
-
-def _training(result: Result) -> dict[str, object]:
-    """The checkpoint that was chosen, and what the last one does on dev: what training came to before the selection,
-    which refuses checkpoints that say less."""
-    last = result.dev[-1]
-    rates = {f"last_{rate}": last[rate] for rate in RATES}
-    return {"chosen": result.selection["checkpoint"], "last": last["checkpoint"], **rates}
-
-
-def _truth(scored: Mapping[str, Mapping]) -> dict[str, object]:
-    """Accuracy and agreement with their intervals; without claims or pairs there is nothing to say."""
-    found: dict[str, object] = {}
-    for name, (part, rate) in TRUTH.items():
-        if rate in scored[part]:
-            found |= {name: scored[part][rate], f"{name}_interval": scored[part][f"{rate}_interval"]}
-    return found
+    rows: dict[str, dict] = {name: {key: result.test[key] for key in SHOWN} for name, result in results.items()}
+    base = rows.pop("0")
+    for name, row in rows.items():
+        result, last = results[name], results[name].dev[-1]
+        row["pairs"] = {"n": result.pairs["pairs"], **{key: result.pairs[key] for key in WORDS}}
+        # the last checkpoint: what training came to before the selection, which refuses checkpoints that say less
+        row["training"] = {"chosen": result.selection["checkpoint"], "last": last["checkpoint"]}
+        row["training"] |= {f"last_{rate}": last[rate] for rate in RATES}
+        scored = score_iteration(iterations / name, prepared, instances) if instances.is_file() else {}
+        for shown, (part, rate) in TRUTH.items():
+            if rate in scored.get(part, ()):  # without claims or pairs there is nothing to say
+                row |= {shown: scored[part][rate], f"{shown}_interval": scored[part][f"{rate}_interval"]}
+    return {"base": base, "rounds": rows}
 
 
 def flat_rows(experiments: Iterable[Mapping]) -> list[dict[str, object]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ipywidgets as widgets
-from markupsafe import Markup, escape
+from markupsafe import escape
 from PIL import Image
 
 from rlaifv.chat import Chat, read_image
@@ -39,45 +39,30 @@ class SideBySide:
             found[name] = {"answer": answer, "claims": claims, "problem": division.problem}
         return found
 
-    def page(self, image: Image.Image, question: str) -> Markup:
-        """HTML of all answers; where an answer could not be split into claims, it says why."""
-        return render("chat.html", question=question, rows=self.rows(image, question))
-
     def widget(self, image, question: str) -> widgets.Widget:
-        """An upload button, a picture, a question, and the answers to it; starts with the given image."""
+        """An upload button, a picture, a question, and the answers to it; where an answer could not be split into
+        claims, it says why. Starts with the given image."""
         upload = widgets.FileUpload(accept="image/*", multiple=False)
         asked = widgets.Text(
             value=question, description="question", continuous_update=False, layout=widgets.Layout(width="480px")
         )
         button = widgets.Button(description="ask", button_style="primary")
-        picture = widgets.Image(value=png(read_image(image)), format="png", width=260)
+        picture = widgets.Image(format="png", width=260)
         answers = widgets.HTML()
 
         def ask(_=None) -> None:
             button.disabled = True
             try:
-                answers.value = self.page(read_image(bytes(picture.value)), asked.value)
+                shown, buffer = read_image(bytes(upload.value[0]["content"]) if upload.value else image), io.BytesIO()
+                shown.save(buffer, "PNG")
+                picture.value = buffer.getvalue()
+                answers.value = render("chat.html", question=asked.value, rows=self.rows(shown, asked.value))
             except ValueError as error:
                 answers.value = f"<p>{escape(error)}</p>"
             button.disabled = False
 
-        def replace(change) -> None:
-            try:
-                picture.value = png(read_image(bytes(change["new"][0]["content"])))
-            except ValueError as error:
-                answers.value = f"<p>{escape(error)}</p>"
-            else:
-                ask()
-
-        upload.observe(replace, names="value")
-        button.on_click(ask)
+        upload.observe(ask, names="value")
         asked.observe(ask, names="value")
+        button.on_click(ask)
         ask()
         return widgets.VBox([widgets.HBox([upload, asked, button]), picture, answers])
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

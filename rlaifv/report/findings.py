@@ -5,13 +5,12 @@ that the report is about, so each section says which checkpoints and settings it
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from markupsafe import Markup
 
 from rlaifv.evaluation.outcome import TRUTH, read_results
-from rlaifv.records import RATES
 from rlaifv.report import plots
 from rlaifv.report.render import between, p_value, points, render
 
@@ -19,16 +18,15 @@ TITLES = {"ablations": "Ablations: what each ingredient is worth", "rounds": "Mo
 """The groups of experiments/experiments.yaml, and what the report calls them."""
 
 
-def findings_html(metrics: Path, groups: Sequence[str], inputs: Mapping, policy: str) -> Markup:
+def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     """All sections for which there are results.
 
     Args:
         metrics: the folder of their files.
-        groups: of experiments.
         inputs: `describe_inputs` of this report's run.
         policy: the fingerprint of its aligned policy.
     """
-    sections = [experiments_html(read_results(metrics / f"{group}.json"), inputs) for group in groups]
+    sections = [experiments_html(read_results(metrics / f"{group}.json"), inputs) for group in TITLES]
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
@@ -39,24 +37,18 @@ def experiments_html(results: Mapping, current: Mapping) -> Markup:
     """The section of one group; "" when none of its experiments were run. `current` are this report's inputs."""
     if not results["experiments"]:
         return Markup()
+    parts = ("models", "settings")
+    changed = [key for part in parts for key in current[part] if results[part].get(key) != current[part][key]]
     known_truth = any(name in row for e in results["experiments"] for row in e["rounds"].values() for name in TRUTH)
     return render(
         "experiments.html",
         results=results,
-        title=TITLES.get(results["group"], results["group"]),
-        changed=changed(results, current),
+        title=TITLES[results["group"]],
+        changed=changed,
         verdicts=[verdict(results, name) for name in results["tests"]],
         figure=plots.EXPERIMENTS[results["group"]](results),
-        rates=RATES,
         truth=tuple(TRUTH) if known_truth else (),
     )
-
-
-def changed(results: Mapping, current: Mapping) -> list[str]:
-    """The models and settings in which results differ from the `current` inputs."""
-    return [
-        key for part in ("models", "settings") for key in current[part] if results[part].get(key) != current[part][key]
-    ]
 
 
 def verdict(results: Mapping, name: str) -> str:
@@ -95,5 +87,4 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
         made_by=result["policies"]["aligned"],
         aligned=aligned,
         figure=plots.best_of_n(curves),
-        rates=RATES,
     )

@@ -1,13 +1,10 @@
-"""The report: one summary of all iterations, and a page with pictures that needs no other file."""
+"""The report's numbers: one summary of all iterations, and the section of published benchmarks."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from rlaifv.benchmarks.published import HEADLINES
-from rlaifv.records import RATES
 from rlaifv.report.render import render
 from rlaifv.results import Result
 from rlaifv.steps.select import keeps_recall
@@ -35,7 +32,10 @@ def summarize(
         "final": final,
         "recall_lost": recall_lost(results, max_recall_drop),
         "paired_test": results[last].paired_test or {},
-        "benchmarks": _headlines(results),
+        "benchmarks": {
+            name: {s["model"]: {rate: s["metrics"][rate] for rate in _rates(s)} for s in scored}
+            for name, scored in _by_benchmark(results).items()
+        },
         "relative_reduction": reduction if base["response_hallucination"] else 0.0,
         "labeler_accuracy": {"overall": exam.get("accuracy"), **exam.get("per_type", {}), "n": exam["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
@@ -67,14 +67,6 @@ def _rates(scored: Mapping) -> list[str]:
     return [rate for rate in HEADLINES[scored["kind"]] if rate in scored["intervals"]]
 
 
-def _headlines(results: Mapping[str, Result]) -> dict[str, dict[str, dict[str, float]]]:
-    """Benchmark → model → its headline rates, as fractions and means; {} where none is configured."""
-    return {
-        name: {s["model"]: {rate: s["metrics"][rate] for rate in _rates(s)} for s in scored}
-        for name, scored in _by_benchmark(results).items()
-    }
-
-
 def benchmarks_html(results: Mapping[str, Result]) -> Markup:
     """The section of published benchmarks, a table each; "" where none is configured."""
     benchmarks = {}
@@ -84,32 +76,3 @@ def benchmarks_html(results: Mapping[str, Result]) -> Markup:
         benchmarks[name] = {"rates": rates, "means": first["means"], "settings": first["settings"]}
         benchmarks[name] |= {"scored": scored, "published": published}
     return render("benchmarks.html", benchmarks=benchmarks) if benchmarks else Markup()
-
-
-def page(
-    summary: Mapping,
-    figures: Mapping[str, Figure],
-    examples: Sequence[tuple[Path, Mapping, Mapping]],
-    models: Mapping[str, str],
-    benchmarks: Markup | str = "",
-    findings: Markup | str = "",
-) -> Markup:
-    """The whole HTML page.
-
-    Args:
-        summary: as `summarize` makes it.
-        figures: by their titles.
-        examples: an image's file, and the base's and the aligned policy's answers with their judged claims.
-        models: role → name.
-        benchmarks, findings: the sections of `benchmarks_html` and of `findings_html`.
-    """
-    return render(
-        "report.html",
-        summary=summary,
-        figures=figures,
-        examples=examples,
-        models=models,
-        benchmarks=benchmarks,
-        findings=findings,
-        rates=RATES,
-    )

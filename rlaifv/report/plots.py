@@ -10,13 +10,23 @@ from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlaifv.records import RATES
 from rlaifv.report.render import yes_share
 from rlaifv.vlm.images import open_image
 
 RED, GREEN, BLUE, GRAY = "#c0392b", "#2e8b57", "#2c6fad", "#7f8c8d"
+PANELS = {
+    "response_hallucination": ("Response hallucination ↓ (%)", RED),
+    "mention_hallucination": ("Mention hallucination ↓ (%)", RED),
+    "recall": ("Recall ↑ (%)", GREEN),
+    "claim_accuracy": ("Right judgements ↑ (%)", BLUE),
+    "pair_agreement": ("Pairs that agree with truth ↑ (%)", BLUE),
+}
+"""Rate → the title and the color of its panel."""
 
 plt.rcParams.update(
     {
@@ -53,24 +63,6 @@ def image_grid(image_root: Path, paths: Sequence[str], titles: Sequence[str], co
     return figure
 
 
-def histogram(values: Sequence[float], xlabel: str, title: str, bins: int | Sequence[float] = 30) -> Figure:
-    """How often which value comes."""
-    figure, axis = plt.subplots(figsize=(5, 2.8))
-    axis.hist(values, bins=bins, color=BLUE, alpha=0.85)
-    axis.set(xlabel=xlabel, ylabel="count", title=title)
-    return figure
-
-
-def counts(values: Mapping[str, int], title: str, color: str = BLUE) -> Figure:
-    """Horizontal bars of a few counted things, most first."""
-    ordered = sorted(values.items(), key=lambda item: item[1])
-    figure, axis = plt.subplots(figsize=(6, 0.5 + 0.32 * max(len(ordered), 1)))
-    axis.barh(range(len(ordered)), [count for _, count in ordered], color=color)
-    axis.set_yticks(range(len(ordered)), [name for name, _ in ordered], parse_math=False)
-    axis.set_title(title)
-    return figure
-
-
 def judgements(p_yes: Sequence[float], p_no: Sequence[float], min_mass: float) -> Figure:
     """Left: P(yes) of all claims. Right: the mass that the labeler put on yes or no at all."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
@@ -85,25 +77,23 @@ def judgements(p_yes: Sequence[float], p_no: Sequence[float], min_mass: float) -
 
 def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) -> Figure:
     """Mean words of chosen and rejected answers, a group of bars per iteration."""
-    figure, axis = plt.subplots(figsize=(4.2, 2.8))
-    at = np.arange(len(names))
-    axis.bar(at - 0.18, [s["mean_words_chosen"] for s in statistics], 0.34, color=GREEN, label="chosen")
-    axis.bar(at + 0.18, [s["mean_words_rejected"] for s in statistics], 0.34, color=RED, label="rejected")
-    axis.set_xticks(at, [f"iteration {name}" for name in names])
-    axis.set(ylabel="mean words", title="Length of the pairs' answers")
+    words = {kind: [row[f"mean_words_{kind}"] for row in statistics] for kind in ("chosen", "rejected")}
+    table = pd.DataFrame(words, index=[f"iteration {name}" for name in names])
+    axis = table.plot.bar(figsize=(4.2, 2.8), color=[GREEN, RED], rot=0, ylabel="mean words")
+    axis.set_title("Length of the pairs' answers")
     axis.margins(y=0.25)
     axis.legend(loc="upper center", ncols=2)
-    return figure
+    return axis.figure
 
 
 def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss, reward margin and preference accuracy against epochs, a line per iteration."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))
+    titles = {"loss": "DPO loss", "rewards_margins": "reward margin", "rewards_accuracies": "preference accuracy"}
     colors = plt.cm.viridis(np.linspace(0.15, 0.8, len(logs)))
-    for (name, rows), color in zip(logs.items(), colors, strict=True):
-        for axis, column in zip(axes, ("loss", "rewards_margins", "rewards_accuracies"), strict=True):
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for (name, rows), color in zip(logs.items(), colors, strict=True):
             axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], color=color, label=f"iteration {name}")
-    for axis, title in zip(axes, ("DPO loss", "reward margin", "preference accuracy"), strict=True):
         axis.set(xlabel="epoch", title=title)
     axes[0].legend()
     return figure
@@ -112,46 +102,16 @@ def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_drop: float) -> Figure:
     """Dev hallucination and recall of every checkpoint, the chosen one marked, the base as dashed lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9))
-    at = np.arange(1, len(rows) + 1)
+    picked = 1 + [row["checkpoint"] for row in rows].index(chosen)
     for axis, column, color in ((left, "response_hallucination", RED), (right, "recall", GREEN)):
-        axis.plot(at, [row[column] for row in rows], "o-", color=color, markersize=4)
+        values = [row[column] for row in rows]
+        axis.plot(range(1, len(rows) + 1), values, "o-", color=color, markersize=4)
         axis.axhline(base[column], color=GRAY, linestyle="--", label="base")
-        picked = [i for i, row in zip(at, rows, strict=True) if row["checkpoint"] == chosen]
-        axis.plot(picked, [rows[i - 1][column] for i in picked], "o", color="black", markersize=9, fillstyle="none")
+        axis.plot(picked, values[picked - 1], "o", color="black", markersize=9, fillstyle="none")
         axis.set(xlabel="checkpoint", title=f"dev {column.replace('_', ' ')}")
     right.axhline(base["recall"] - max_recall_drop, color=GRAY, linestyle=":", label="lowest allowed")
     right.legend()
     left.legend()
-    return figure
-
-
-def result(rows: Mapping[str, Mapping]) -> Figure:
-    """Test hallucination (left) and recall (right) against iterations, with 95 % intervals where given; iteration "0"
-    is the base. `rows` have the rates, and maybe `<rate>_interval` = (low, high)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
-    at = [int(name) for name in rows]
-    rows = list(rows.values())
-    for axis, column, color, label in (
-        (left, "response_hallucination", RED, "responses with a hallucinated object"),
-        (left, "mention_hallucination", "#e59866", "hallucinated mentions"),
-        (right, "recall", GREEN, "objects in the image that are named"),
-    ):
-        values = np.array([100 * row[column] for row in rows])
-        axis.plot(at, values, "o-", color=color, label=label)
-        if all(f"{column}_interval" in row for row in rows):
-            low, high = np.array([row[f"{column}_interval"] for row in rows]).T * 100
-            axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-        for x, value in zip(at, values, strict=True):
-            # the two curves of the left panel nearly meet: the lower one is labeled below its points
-            shift = (0, -13) if column == "mention_hallucination" else (0, 7)
-            axis.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=shift, ha="center")
-    for axis, title in ((left, "Hallucination ↓ (%)"), (right, "Recall ↑ (%)")):
-        axis.set_xticks(at, ["base", *(f"iteration {x}" for x in at[1:])])
-        axis.set_title(title)
-        axis.legend(loc="upper right" if axis is left else "lower right")
-        axis.margins(x=0.12, y=0.2)
-    left.set_ylim(-9, 1.45 * max(100 * row["response_hallucination"] for row in rows) + 6)
-    right.set_ylim(0, 109)
     return figure
 
 
@@ -170,16 +130,11 @@ def ablations(results: Mapping) -> Figure:
     metrics/ablations.json. The control is filled, the base model a dashed line."""
     experiments = results["experiments"][::-1]
     last = [list(e["rounds"].values())[-1] for e in experiments]
-    panels = {
-        "response_hallucination": ("response hallucination ↓ (%)", RED),
-        "recall": ("recall ↑ (%)", GREEN),
-        "claim_accuracy": ("right judgements ↑ (%)", BLUE),
-        "pair_agreement": ("pairs that agree with truth ↑ (%)", BLUE),
-    }
-    panels = {rate: panel for rate, panel in panels.items() if any(rate in row for row in last)}
-    size = (2.9 * len(panels) + 1, 0.42 * len(experiments) + 1.1)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for axis, (rate, (title, color)) in zip(axes[0], panels.items(), strict=True):
+    shown = [rate for rate in PANELS if rate != "mention_hallucination" and any(rate in row for row in last)]
+    size = (2.9 * len(shown) + 1, 0.42 * len(experiments) + 1.1)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, rate in zip(axes[0], shown, strict=True):
+        title, color = PANELS[rate]
         for at, (experiment, row) in enumerate(zip(experiments, last, strict=True)):
             if rate in row:
                 filled = "full" if experiment["name"] == results["control"] else "none"
@@ -191,23 +146,18 @@ def ablations(results: Mapping) -> Figure:
         axis.set_title(title, fontsize=9.5)
         axis.margins(x=0.12, y=0.12)
     axes[0][0].set_yticks(range(len(experiments)), [e["name"] for e in experiments], parse_math=False)
-    figure.tight_layout()
     return figure
 
 
 def rounds(results: Mapping) -> Figure:
     """Test hallucination and recall against iterations with 95 % intervals, a line per experiment from the base model
     on; `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
-    colors = (RED, BLUE, "#8e44ad", GRAY)
+    figure, axes = plt.subplots(1, len(RATES), figsize=(12, 3.4), layout="constrained")
     controls = [e for e in results["experiments"] if e["name"] == results["control"]]
     lines = [e for e in results["experiments"] if e not in controls]
     longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
-    for axis, rate, title in (
-        (left, "response_hallucination", "Response hallucination ↓ (%)"),
-        (right, "recall", "Recall ↑ (%)"),
-    ):
-        for experiment, color, shift in zip(lines, colors, (0, 0.06, 0.12, 0.18), strict=False):
+    for axis, rate in zip(axes, RATES, strict=True):
+        for experiment, color, shift in zip(lines, (RED, BLUE, "#8e44ad", GRAY), (0, 0.06, 0.12, 0.18), strict=False):
             rows = [experiment["base"], *experiment["rounds"].values()]
             at = [shift, *(int(name) + shift for name in experiment["rounds"])]
             style = "o--" if experiment["name"] == "self" else "o-"
@@ -216,11 +166,24 @@ def rounds(results: Mapping) -> Figure:
             style = {"fmt": "D", "color": "black", "markersize": 5, "label": control["name"]}
             _interval_bars(axis, [longest + 0.3], [list(control["rounds"].values())[-1]], rate, "y", **style)
         axis.set_xticks(range(longest + 1), ["base", *range(1, longest + 1)])
-        axis.set(title=title, xlabel="iteration")
+        axis.set(title=PANELS[rate][0], xlabel="iteration")
         axis.margins(x=0.06, y=0.15)
-    left.set_ylim(bottom=-2)
-    for name in left.legend(loc="upper right").get_texts():
+    for name in axes[0].legend(loc="upper right").get_texts():
         name.set_parse_math(False)
+    return figure
+
+
+def result(rows: Mapping[str, Mapping]) -> Figure:
+    """Test hallucination and recall against iterations with 95 % intervals and their values; iteration "0" is the base.
+    `rows` have the rates, and `<rate>_interval` = (low, high)."""
+    base, *others = rows
+    policy = {"name": "policy", "base": rows[base], "rounds": {name: rows[name] for name in others}}
+    figure = rounds({"experiments": [policy], "control": ""})
+    for axis, rate in zip(figure.axes, RATES, strict=True):
+        for name, row in rows.items():
+            value = 100 * row[rate]
+            axis.annotate(f"{value:.1f}", (int(name), value), textcoords="offset points", xytext=(5, 4))
+    figure.axes[-1].set_ylim(0, 109)  # a small loss of recall shall look small
     return figure
 
 
@@ -267,16 +230,13 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
                 low, high = 100 * np.array([row[f"{rate}_interval"] for row in mine]).T
                 if line == "-" and method in ("normalized", "summed"):
                     axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-    titles = ("Response hallucination ↓ (%)", "Recall ↑ (%)", "Both: up and left is better")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title)
-    for axis in axes[:2]:
+    for axis, rate in zip(axes, rates, strict=False):
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="N, best of", xticks=at, xticklabels=at)
+        axis.set(title=PANELS[rate][0], xlabel="N, best of", xticks=at, xticklabels=at)
     axes[0].set_ylim(bottom=0)
     # below the panels: within one it would hide curves
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    axes[2].set(xlabel="response hallucination (%)", ylabel="recall (%)")
+    axes[2].set(title="Both: up and left is better", xlabel="response hallucination (%)", ylabel="recall (%)")
     return figure
 
 
@@ -284,9 +244,8 @@ def log_ratios(values: np.ndarray, hallucinated: np.ndarray) -> Figure:
     """How often a sampled answer has which log-ratio log π_θ − log π_ref: `values` in nats, and whether each answer
     hallucinates, two arrays of one shape. Counts are on a logarithmic axis: best-of-N lives in the right tail."""
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    bins = np.linspace(values.min(), values.max(), 60)
-    for chosen, label, color in ((~hallucinated, "true to the image", GREEN), (hallucinated, "hallucinating", RED)):
-        axis.hist(values[chosen], bins, label=label, color=color, alpha=0.55)
+    style = {"label": ["true to the image", "hallucinating"], "color": [GREEN, RED], "histtype": "stepfilled"}
+    axis.hist([values[~hallucinated], values[hallucinated]], 60, alpha=0.55, **style)
     axis.set(xlabel="log π_θ − log π_ref of an answer (nats)", ylabel="answers", yscale="log")
     axis.set_title("What the reward separates, and what it does not")
     axis.legend()

@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_contex
 from jinja2.nodes import EvalContext
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from rlaifv.records import RATES
 from rlaifv.vlm.images import open_image
 
 SHOWN_BY_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
@@ -68,23 +69,19 @@ def data_uri(picture: Figure | Path) -> str:
 
     The type is the one that the bytes are of, whatever the file is called; what no browser shows is embedded as PNG.
     """
-    stream, kind = io.BytesIO(), "PNG"
+    stream = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(stream, format=kind, metadata={"Software": None})
-    elif (found := _image_format(picture)) in SHOWN_BY_BROWSERS:
-        kind = found
-        stream.write(picture.read_bytes())
+        picture.savefig(stream, format="PNG", metadata={"Software": None})
     else:
-        open_image(picture).save(stream, kind)
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _image_format(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            return image.format
-    except UnidentifiedImageError:
-        return None
+        pixels = open_image(picture)
+        with Image.open(picture) as image:
+            shown = image.format in SHOWN_BY_BROWSERS
+        if shown:
+            stream.write(picture.read_bytes())
+        else:
+            pixels.save(stream, "PNG")
+    kind = Image.open(stream).get_format_mimetype()
+    return f"data:{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def code(text: object) -> Markup:
@@ -116,6 +113,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+ENVIRONMENT.globals["rates"] = RATES
 ENVIRONMENT.filters |= {
     filter.__name__: filter for filter in (percent, interval, points, between, p_value, yes_share, data_uri, code)
 }

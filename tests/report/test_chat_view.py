@@ -39,7 +39,7 @@ def test_each_model_judges_the_claims_of_its_own_answer(view, monkeypatch):
 
 def test_an_answer_that_cannot_be_divided_is_shown_with_the_reason(view, monkeypatch):
     monkeypatch.setattr(chat_view, "divide_answers", divided(Division([], [], "no '### Facts:'")))
-    page = view.page(Image.new("RGB", (40, 40)), "Is there a <cat>?")
+    page = view.widget(Image.new("RGB", (40, 40)), "Is there a <cat>?").children[2].value
     assert page.count("no &#39;### Facts:&#39;") == 2 and "&lt;cat&gt;" in page
 
 

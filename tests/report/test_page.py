@@ -13,11 +13,13 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, findings_html
-from rlaifv.report.page import benchmarks_html, page, recall_lost, summarize
-from rlaifv.report.render import data_uri
+from rlaifv.report.page import benchmarks_html, recall_lost, summarize
+from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
 RATES = {"response_hallucination": 0.4, "mention_hallucination": 0.2, "recall": 0.9, "mean_words": 20.0, "n": 300}
+INTERVALS = {"response_hallucination": (0.3, 0.5), "mention_hallucination": (0.1, 0.3), "recall": (0.8, 1.0)}
+RATES |= {f"{rate}_interval": bounds for rate, bounds in INTERVALS.items()}
 RATES |= {"yes_no": {"accuracy": 0.875, "n": 90}}
 TEST = {"base": 0.4, "aligned": 0.1, "difference": -0.3, "interval": [-0.35, -0.25], "p_value": 0.0005, "n": 300}
 EXAM = {"accuracy": 0.97, "per_type": {"existence": 0.99, "color": 0.95}, "n": 10}
@@ -67,8 +69,12 @@ def results(judge: str = "some-open-model", benchmarks: bool = True, recall: flo
 
 def shown(found: dict[str, Result], **more) -> str:
     """The page of some results, without pictures unless `more` has them."""
-    given = {"figures": {}, "examples": [], "models": {}, **more}
-    return " ".join(page(summarize(found, [], 0.01, EXAM), **given).split())
+    return " ".join(page(summarize(found, [], 0.01, EXAM), **more).split())
+
+
+def page(summary: dict, **more) -> str:
+    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", **more}
+    return render("report.html", summary=summary, **given)
 
 
 def test_every_iteration_stands_above_the_papers_rows_and_says_why_it_is_not_comparable():
@@ -114,7 +120,7 @@ def test_the_labelers_exam_is_told_or_said_not_to_be_measured():
     for none in (None, {"n": 0}):
         summary = summarize(results(), [], 0.01, none)
         assert summary["labeler_accuracy"] == {"overall": None, "n": 0}
-        assert re.search(r"held-out balanced claims:\s+not measured", page(summary, {}, [], {}))
+        assert re.search(r"held-out balanced claims:\s+not measured", page(summary))
 
 
 def test_an_iteration_that_bought_less_hallucination_with_less_said_is_named_on_the_page():
@@ -184,7 +190,7 @@ def test_the_page_of_the_committed_numbers_is_whole_and_says_iteration(tmp_path)
         examples=[(tmp_path / "a.png", *answers)],
         models={role: model["path"] for role, model in inputs["models"].items()},
         benchmarks=benchmarks_html(found),
-        findings=findings_html(metrics, tuple(TITLES), inputs, "aligned"),
+        findings=findings_html(metrics, inputs, "aligned"),
     )
     (tmp_path / "report.html").write_text(html)  # to look at
     for text in (*TITLES.values(), "<td>iteration 1</td>", "four-iterations, iteration 4", "best of N"):

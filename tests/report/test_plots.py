@@ -32,14 +32,13 @@ def folder(tmp_path):
     "draw",
     [
         lambda folder: plots.image_grid(folder, ["a.png"], [FORMULA]),
-        lambda folder: plots.counts({FORMULA: 1}, "rejects by reason"),
         lambda folder: plots.gallery(folder, [row(FORMULA)], [row(FORMULA)]),
         lambda folder: plots.gallery(folder, [{**row(FORMULA), "claims": [], "problem": FORMULA}], [row("")]),
         lambda folder: plots.ablations(results(FORMULA)),
         lambda folder: plots.rounds(results(FORMULA)),
         lambda folder: plots.rounds(results("another")),
     ],
-    ids=["grid", "counts", "claims", "not divided", "ablations", "control", "lines"],
+    ids=["grid", "claims", "not divided", "ablations", "control", "lines"],
 )
 def test_a_text_that_is_no_formula_is_drawn_as_it_is(folder, draw):
     draw(folder).savefig(io.BytesIO(), format="png")
@@ -47,8 +46,10 @@ def test_a_text_that_is_no_formula_is_drawn_as_it_is(folder, draw):
 
 def test_a_figure_says_iteration():
     rates = {"response_hallucination": 0.4, "mention_hallucination": 0.2, "recall": 0.9}
+    rates |= {f"{rate}_interval": (value - 0.1, value + 0.1) for rate, value in rates.items()}
     axis = plots.result({"0": rates, "1": rates}).axes[0]
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["base", "iteration 1"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["base", "1"]
+    assert axis.get_xlabel() == "iteration" and [text.get_text() for text in axis.texts] == ["40.0", "40.0"]
     log = {"epoch": 1.0, "loss": 0.5, "rewards_margins": 0.1, "rewards_accuracies": 1.0}
     legend = plots.training({"2": [log]}).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["iteration 2"]

@@ -1,12 +1,13 @@
 """The reward notebook's page: answers in the order of their reward, and every token with its own share of it."""
 
 import re
+from functools import partial
 
 import pytest
 from tiny_llava import picture, save_tiny_llava
 
 from rlaifv.records import Candidate, Instruction
-from rlaifv.report.reward_view import END, RewardView, token_texts
+from rlaifv.report.reward_view import END, reward_page, token_texts
 from rlaifv.steps.self_feedback import Asked, answer_logps
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
@@ -27,7 +28,7 @@ def view(tmp_path_factory):
         for n, answer in enumerate(ANSWERS)
     ]
     policy, reference = (load_vlm(str(folder / name), device="cpu") for name in ("policy", "reference"))
-    return RewardView(policy, reference, {"<i>": Instruction("<i>", "0.png", QUESTION)}, {"<i>": candidates}, folder)
+    return partial(reward_page, policy, reference, Instruction("<i>", "0.png", QUESTION), candidates, folder / "0.png")
 
 
 def table_rows(page: str) -> list[list[str]]:
@@ -36,11 +37,11 @@ def table_rows(page: str) -> list[list[str]]:
 
 
 def test_distinct_answers_stand_in_the_order_of_their_normalized_reward(view):
-    image = open_image(view.image_root / "0.png")
+    policy, reference, _, _, image = view.args
     distinct = list(dict.fromkeys(ANSWERS))
-    asked = Asked(image, QUESTION, distinct, [answer == "yes" for answer in distinct])
-    scored = answer_logps(view.policy, view.reference, [asked])[0]
-    page = view.page("<i>")
+    asked = Asked(open_image(image), QUESTION, distinct, [answer == "yes" for answer in distinct])
+    scored = answer_logps(policy, reference, [asked])[0]
+    page = view()
     assert "&lt;i&gt;" in page and "<i>" not in page
     rows = table_rows(page)
     shown = [(float(mean), float(total), int(place), int(tokens)) for mean, total, place, tokens, _ in rows]
@@ -51,7 +52,7 @@ def test_distinct_answers_stand_in_the_order_of_their_normalized_reward(view):
 
 
 def test_the_tokens_of_an_answer_carry_its_whole_reward_and_read_as_the_answer(view):
-    for _, total, _, tokens, spans in table_rows(view.page("<i>")):
+    for _, total, _, tokens, spans in table_rows(view()):
         ratios = [float(ratio) for ratio in re.findall(r'title="([-+.\d]+)"', spans)]
         assert len(ratios) == int(tokens)
         assert sum(ratios) == pytest.approx(float(total), abs=0.006 * len(ratios))
@@ -61,11 +62,11 @@ def test_the_tokens_of_an_answer_carry_its_whole_reward_and_read_as_the_answer(v
 
 
 def test_fewer_answers_are_shown_than_there_are_when_asked(view):
-    few = RewardView(view.policy, view.reference, view.instructions, view.candidates, view.image_root, shown=2)
-    assert table_rows(few.page("<i>")) == table_rows(view.page("<i>"))[:2]
+    assert table_rows(view(shown=2)) == table_rows(view())[:2]
 
 
 def test_what_tokens_add_to_a_text_is_the_text(view):
-    coded = encode(view.policy, open_image(view.image_root / "0.png"), QUESTION, ANSWERS[1:2])
+    policy, *_, image = view.args
+    coded = encode(policy, open_image(image), QUESTION, ANSWERS[1:2])
     ids = coded.rows[0][coded.answer_starts[0] :]
-    assert "".join(token_texts(view.policy, ids)) == ANSWERS[1] + END
+    assert "".join(token_texts(policy, ids)) == ANSWERS[1] + END
