@@ -1,10 +1,12 @@
 """The resumable store of every long stage: chunks of rows that survive a kill, published whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,19 +66,11 @@ def sweep(scratch: Path, stage: str) -> None:
 
 def _delete(folder: Path) -> None:
     """Delete a folder that no process holds: out of sight at once, so that half of it is never taken for all of it."""
-    try:
+    with contextlib.suppress(InUse, FileNotFoundError):
         lock = lock_folder(folder, folder.name)
-    except InUse:
-        return
-    try:
-        trash = folder.with_name(f"trash-{folder.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
+        trash = folder.rename(tempfile.mkdtemp(prefix="trash-", dir=folder.parent))
         shutil.rmtree(trash, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
-    except FileNotFoundError:
-        pass
-    finally:
         lock.release()
 
 
