@@ -38,7 +38,6 @@ from rlaifv.params import (
     merge,
     read_content,
     read_yaml,
-    section,
 )
 from rlaifv.records import read_jsonl, write_atomic
 from rlaifv.report import plots
@@ -84,7 +83,6 @@ class Group:
     experiments: tuple[Experiment, ...]
 
 
-@section
 class Listed(Section):
     """A group as experiments.yaml lists it."""
 
