@@ -51,8 +51,8 @@ def digest_files(*paths: Path, by_stat_from: float = math.inf) -> str:
 
 
 @cache
-def stages() -> dict[str, dict[str, list[str]]]:
-    """Every stage of the pipeline's files → its `deps` and `params` as written there (`${…}` is not filled in)."""
+def stages() -> dict[str, dict[str, Any]]:
+    """Every stage of the pipeline's files → its `deps`, `params` … as written there (`${…}` is not filled in)."""
     found = {}
     for file in PIPELINES:
         if (ROOT / file).is_file():
@@ -61,8 +61,8 @@ def stages() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def stage_definition(name: str) -> dict[str, list[str]]:
-    """`deps` and `params` of a stage; KeyError names the stage that no dvc.yaml has."""
+def stage_definition(name: str) -> dict[str, Any]:
+    """An entry of `stages`; KeyError names the stage that no dvc.yaml has."""
     if name not in stages():
         raise KeyError(f"no stage {name!r} in {' or '.join(PIPELINES)}; there are: {', '.join(stages())}")
     return stages()[name]

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
@@ -38,28 +38,16 @@ def _expect(expected: str, check: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(checked)
 
 
-def _at_least(low: int) -> AfterValidator:
-    return _expect(f"a value of at least {low}", lambda v: v >= low)
-
-
-def _up_to(high: float) -> AfterValidator:
-    return _expect(f"a value from 0 to {high:g}", lambda v: 0 <= v <= high)
-
-
-def _below(high: float) -> AfterValidator:
-    return _expect(f"a value from 0 to below {high:g}", lambda v: 0 <= v < high)
-
-
 Name = Annotated[str, _expect("text that is not empty", str.strip)]
 Seed = Annotated[int, _expect("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)]
-Count = Annotated[int, _at_least(1)]
-CountOrZero = Annotated[int, _at_least(0)]
-Positive = Annotated[float, _expect("a value above 0", lambda v: v > 0)]
-NotNegative = Annotated[float, _at_least(0)]
-Share = Annotated[float, _up_to(1)]
-Fraction = Annotated[float, _below(1)]
-LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
-TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 < v <= 1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
 OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
 """A YAML list; a single value is a list of one."""
 Texts = Annotated[tuple[Name, ...], OneOrMore]
@@ -150,7 +138,7 @@ class PrepareParams(Section):
 class GenerateParams(Section):
     """Sampling of candidates: identical settings for all samples of an instruction (section 2.1: deconfounded)."""
 
-    samples: Annotated[int, _at_least(2)]
+    samples: Annotated[int, Field(ge=2)]
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
@@ -196,7 +184,7 @@ class TrainParams(Section):
     loss_type: Losses = ("sigmoid",)
     loss_weights: Annotated[tuple[Positive, ...], OneOrMore] | None = None  # one per loss_type; null is 1 each
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    label_smoothing: Annotated[float, _below(0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     segment_weight: Positive = 1.0  # of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
     lora_r: CountOrZero = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
     lora_alpha: Count = 16  # LoRA's scale times r (paper 16)
@@ -234,7 +222,7 @@ class AblationParams(Section):
 
     whole_answer: bool  # divide: judge the answer as a whole instead of claim by claim; false in the method
     # generate: samples at temperatures of 1 ± this times `temperature`; 0 in the method
-    temperature_spread: Annotated[float, _up_to(0.95)]
+    temperature_spread: Annotated[float, Field(ge=0, le=0.95)]
     coin_share: Share  # feedback: of the claims that a coin judges instead of the labeler; 0 in the method
     balance_length: bool  # pairs: drop some until chosen and rejected are equally long; true in the method
 
@@ -271,9 +259,9 @@ class SelfFeedbackParams(Section):
     # whose policy is π_ref of the reward, "0" the base model; None: what the last iteration was trained against
     reference: str | None
     instructions: Count  # the first so many test instructions
-    candidates: Annotated[int, _at_least(2)]  # the largest N; smaller ones are drawn from its answers
+    candidates: Annotated[int, Field(ge=2)]  # the largest N; smaller ones are drawn from its answers
     # resamples of the instructions that intervals are taken over
-    resamples: Annotated[int, _at_least(20)]
+    resamples: Annotated[int, Field(ge=20)]
     batch_size: Count  # instructions at a time
 
 
@@ -371,6 +359,8 @@ def build(kind: Any, content: Any, file: str) -> Any:
 
 EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
+EXPECTED |= {"greater_than": "a value above {gt:g}", "greater_than_equal": "a value of at least {ge:g}"}
+EXPECTED |= {"less_than": "a value below {lt:g}", "less_than_equal": "a value of at most {le:g}"}
 
 
 def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: Mapping = {}) -> str:
@@ -382,7 +372,7 @@ def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: M
         return f"{type} key {key}{'.' if key else ''}{ctx['key']}{msg}"
     if is_name and type == "string_type":
         return f'{key}: names are text: write "{input}": with quotes (DVC drops others)'
-    expected = EXPECTED.get(type, msg)
+    expected = EXPECTED[type].format(**ctx) if type in EXPECTED else msg
     if type == "literal_error":
         expected = "one of " + ctx["expected"].replace("'", "").replace(" or ", ", ")
     quoted = type in ("int_type", "float_type") and isinstance(input, str) and NUMBER.fullmatch(input)

@@ -94,13 +94,13 @@ class Stage:
         self._all: Params = load_params(params_file)
         self.definition = f"{name}_base" if self.iteration == "0" else name
         self.params = DeclaredParams(self._all, stage_definition(self.definition)["params"], self.definition)
-        if self.iteration and self.iteration != "0" and self.iteration not in self._all.iterations:
-            raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
-        if self.iteration in self._all.iterations and self.prev != self._all.iterations[self.iteration].prev:
-            expected = self._all.iterations[self.iteration].prev
-            raise ValueError(
-                f"iteration {self.iteration} of {params_file} starts from prev={expected}, not {self.prev!r}"
-            )
+        if self.iteration not in ("", "0"):
+            entry = self._all.iterations.get(self.iteration)
+            if entry is None:
+                raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
+            if self.prev != entry.prev:
+                place = f"iteration {self.iteration} of {params_file}"
+                raise ValueError(f"{place} starts from prev={entry.prev}, not {self.prev!r}")
         self.paths, self.prev_paths = Paths(self.iteration), Paths(self.prev)
         sweep(SCRATCH, name)
 
