@@ -154,7 +154,7 @@ def start_logging() -> None:
     """Log lines to the notebook's output; the libraries' own chatter only from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("rlaifv").setLevel(logging.INFO)
-    # TRL 1.16 reads names that transformers 5.23 has renamed, hundreds of times a run
+    # PEFT 0.21 reads a name that transformers 5.23 has renamed
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
