@@ -25,7 +25,7 @@ import pandas as pd
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
-from rlaifv.fingerprint import digest, digest_files, files_below
+from rlaifv.fingerprint import digest, digest_files, files_below, stages
 from rlaifv.params import (
     DEFAULT,
     NAMED,
@@ -38,7 +38,6 @@ from rlaifv.params import (
     merge,
     read_content,
     read_yaml,
-    section,
 )
 from rlaifv.records import read_jsonl, write_atomic
 from rlaifv.report import plots
@@ -84,7 +83,6 @@ class Group:
     experiments: tuple[Experiment, ...]
 
 
-@section
 class Listed(Section):
     """A group as experiments.yaml lists it."""
 
@@ -137,13 +135,11 @@ def overrides(overlay: Mapping[str, Any], where: str, path: str = "") -> Iterato
 
 def sources() -> list[Path]:
     """The files of the repository that the stages of an experiment depend on, as both dvc.yaml list them."""
-    found: set[Path] = set()
-    for file in (ROOT / "dvc.yaml", ROOT / "experiments" / "dvc.yaml"):
-        for name, stage in read_yaml(file)["stages"].items():
-            if not stage.get("frozen") and name not in ("report", "self_feedback"):
-                deps = [dep for dep in stage.get("do", stage)["deps"] if "$" not in dep]
-                found |= {ROOT / dep for dep in deps if not dep.startswith("data/")}
-    return sorted({file for path in found for file in files_below(path) if file.is_file()})
+    found: set[str] = set()
+    for name, stage in stages().items():
+        if not stage.get("frozen") and name not in ("report", "self_feedback"):
+            found |= {dep for dep in stage["deps"] if "$" not in dep and not dep.startswith("data/")}
+    return sorted({file for dep in found for file in files_below(ROOT / dep) if file.is_file()})
 
 
 def digest_sources() -> str:

@@ -3,18 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from rlaifv import ROOT
+from rlaifv.params import read_yaml
 
 PIPELINES = ("dvc.yaml", "experiments/dvc.yaml")
 
 LARGE = 16 << 20
-"""Bytes from which on a data file is known by its size and the time of its last change, as DVC knows it."""
+"""Bytes from which on a data file is known by size and time of change alone, as DVC knows it."""
 
 
 def digest(value: Any) -> str:
@@ -30,47 +30,39 @@ def files_below(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
 
 
-def digest_files(*paths: Path) -> str:
+def digest_files(*paths: Path, by_stat_from: float = math.inf) -> str:
     """16 hex digits of the files' names and bytes; of a folder, those of every file below it. One that is missing
-    counts by its name: the stage that needs it says so."""
+    counts by its name: the stage that needs it says so.
+
+    Files of at least `by_stat_from` bytes are known by size and time of change instead of their bytes: a digest that
+    differs then only costs work that is done again.
+    """
     state = hashlib.blake2b(digest_size=8)
     for path in paths:
         for file in files_below(path):
             content = b""
-            if file.is_file():
+            if file.is_file() and (stat := file.stat()).st_size >= by_stat_from:
+                content = f"{stat.st_size}/{stat.st_mtime_ns}".encode()
+            elif file.is_file():
                 with file.open("rb") as stream:
                     content = hashlib.file_digest(stream, "blake2b").digest()
             state.update(file.name.encode() + b"\0" + content)
     return state.hexdigest()
 
 
-def digest_data(*paths: Path, stat_only: bool = False) -> str:
-    """16 hex digits of what lies in data files and folders. Large files, and all of them with `stat_only`, are known by
-    size and time of change: a digest that differs only costs work that is done again."""
-    state = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        for file in files_below(path):
-            stat = file.stat() if file.is_file() else None
-            by_stat = stat and (stat_only or stat.st_size > LARGE)
-            content = f"{stat.st_size}/{stat.st_mtime_ns}" if by_stat else digest_files(file)
-            state.update(f"{file.name}\0{content}".encode())
-    return state.hexdigest()
-
-
 @cache
-def stages() -> dict[str, dict[str, list[str]]]:
-    """Every stage of the pipeline's files → its `deps` and `params` as written there (`${…}` is not filled in)."""
+def stages() -> dict[str, dict[str, Any]]:
+    """Every stage of the pipeline's files → its `deps`, `params` … as written there (`${…}` is not filled in)."""
     found = {}
     for file in PIPELINES:
         if (ROOT / file).is_file():
-            for name, stage in YAML(typ="safe", pure=True).load(ROOT / file)["stages"].items():
-                stage = stage.get("do", stage)
-                found[name] = {key: stage.get(key, []) for key in ("deps", "params")}
+            for name, stage in read_yaml(ROOT / file)["stages"].items():
+                found[name] = {"deps": [], "params": []} | stage.get("do", stage)
     return found
 
 
-def stage_definition(name: str) -> dict[str, list[str]]:
-    """`deps` and `params` of a stage; KeyError names the stage that no dvc.yaml has."""
+def stage_definition(name: str) -> dict[str, Any]:
+    """An entry of `stages`; KeyError names the stage that no dvc.yaml has."""
     if name not in stages():
         raise KeyError(f"no stage {name!r} in {' or '.join(PIPELINES)}; there are: {', '.join(stages())}")
     return stages()[name]

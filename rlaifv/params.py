@@ -5,14 +5,13 @@ Unknown or missing keys, wrong types and impossible values stop the run in its f
 and what was expected. This file imports nothing heavy, so that the check really is the first second.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
@@ -39,31 +38,23 @@ def _expect(expected: str, check: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(checked)
 
 
-def _at_least(low: int) -> AfterValidator:
-    return _expect(f"a value of at least {low}", lambda v: v >= low)
-
-
-def _up_to(high: float) -> AfterValidator:
-    return _expect(f"a value from 0 to {high:g}", lambda v: 0 <= v <= high)
-
-
-def _below(high: float) -> AfterValidator:
-    return _expect(f"a value from 0 to below {high:g}", lambda v: 0 <= v < high)
-
-
 Name = Annotated[str, _expect("text that is not empty", str.strip)]
 Seed = Annotated[int, _expect("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)]
-Count = Annotated[int, _at_least(1)]
-CountOrZero = Annotated[int, _at_least(0)]
-Positive = Annotated[float, _expect("a value above 0", lambda v: v > 0)]
-NotNegative = Annotated[float, _at_least(0)]
-Share = Annotated[float, _up_to(1)]
-Fraction = Annotated[float, _below(1)]
-LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
-TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 < v <= 1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
 OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
 """A YAML list; a single value is a list of one."""
 Texts = Annotated[tuple[Name, ...], OneOrMore]
+IterationName = Annotated[str, _expect('names "1", "2", ...', re.compile("[1-9][0-9]*").fullmatch)]
+FileName = Annotated[
+    str, _expect("names of letters, digits and _ (files are called so)", re.compile(r"\w+", re.A).fullmatch)
+]
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust", "apo_zero", "apo_down", "sft", "hinge", "exo_pair", "nca_pair")
 LOSSES += ("bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop")
@@ -78,8 +69,13 @@ Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cos
 """Those of transformers' schedules that need no further settings."""
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 class Section:
-    """What all sections share: in a file, every key must be there and no other."""
+    """What all sections share: a subclass is a frozen dataclass, of whose values pydantic converts none; in a file,
+    every key must be there and no other."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
     @model_validator(mode="before")
     @classmethod
@@ -100,15 +96,9 @@ class Section:
         return handler(source) | {"strict": False}
 
 
-section = functools.partial(
-    dataclass, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-)
-
-
 # ---- the sections
 
 
-@section
 class ModelParams(Section):
     """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision."""
 
@@ -118,7 +108,6 @@ class ModelParams(Section):
     device: Literal["auto", "cpu", "cuda"]
 
 
-@section
 class WorldParams(Section):
     """The embedded world: how many scenes each split has, and the seed that draws them."""
 
@@ -128,7 +117,6 @@ class WorldParams(Section):
     test: Count
 
 
-@section
 class SplitParams(Section):
     """An evaluation split: instructions with the COCO annotations of their images, and yes/no questions."""
 
@@ -138,7 +126,6 @@ class SplitParams(Section):
     questions: Name | None
 
 
-@section
 class PrepareParams(Section):
     image_root: Name
     instructions: Name
@@ -148,11 +135,10 @@ class PrepareParams(Section):
     test: SplitParams
 
 
-@section
 class GenerateParams(Section):
     """Sampling of candidates: identical settings for all samples of an instruction (section 2.1: deconfounded)."""
 
-    samples: Annotated[int, _at_least(2)]
+    samples: Annotated[int, Field(ge=2)]
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
@@ -161,7 +147,6 @@ class GenerateParams(Section):
     max_reject_rate: Share
 
 
-@section
 class DivideParams(Section):
     temperature: NotNegative
     top_p: TopP
@@ -170,7 +155,6 @@ class DivideParams(Section):
     max_reject_rate: Share
 
 
-@section
 class FeedbackParams(Section):
     suffix: str
     batch_size: Count
@@ -178,13 +162,11 @@ class FeedbackParams(Section):
     max_reject_rate: Share
 
 
-@section
 class PairsParams(Section):
     min_gap: Count
     max_per_instruction: Count
 
 
-@section
 class TrainParams(Section):
     """Preference training. The paper's values are those of RLAIF-V (arXiv 2405.17220) and its released scripts."""
 
@@ -202,7 +184,7 @@ class TrainParams(Section):
     loss_type: Losses = ("sigmoid",)
     loss_weights: Annotated[tuple[Positive, ...], OneOrMore] | None = None  # one per loss_type; null is 1 each
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    label_smoothing: Annotated[float, _below(0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     segment_weight: Positive = 1.0  # of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
     lora_r: CountOrZero = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
     lora_alpha: Count = 16  # LoRA's scale times r (paper 16)
@@ -223,7 +205,6 @@ class TrainParams(Section):
     accelerate_config: Name | None = None  # a file of the repository (params/accelerate/...); null is plain DDP
 
 
-@section
 class EvaluateParams(Section):
     """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
 
@@ -232,23 +213,20 @@ class EvaluateParams(Section):
     batch_size: Count
 
 
-@section
 class SelectParams(Section):
     max_recall_drop: Share
 
 
-@section
 class AblationParams(Section):
     """What the experiments change of the method; whoever uses the method leaves it as it is."""
 
     whole_answer: bool  # divide: judge the answer as a whole instead of claim by claim; false in the method
     # generate: samples at temperatures of 1 ± this times `temperature`; 0 in the method
-    temperature_spread: Annotated[float, _up_to(0.95)]
+    temperature_spread: Annotated[float, Field(ge=0, le=0.95)]
     coin_share: Share  # feedback: of the claims that a coin judges instead of the labeler; 0 in the method
     balance_length: bool  # pairs: drop some until chosen and rejected are equally long; true in the method
 
 
-@section
 class JudgeParams(Section):
     """A benchmark's judge: `name` at the OpenAI-compatible server `base_url`, or, with null there, a checkpoint folder
     or hub id that judges in this process."""
@@ -260,7 +238,6 @@ class JudgeParams(Section):
     strict_published: bool  # the published rule for unreadable replies (MMHal: they count as 0)
 
 
-@section
 class BenchmarkParams(Section):
     """A published benchmark, and whose answers to it are scored. Paths start at the repository."""
 
@@ -276,35 +253,31 @@ class BenchmarkParams(Section):
     judge: JudgeParams | None  # of the benchmarks that ask one
 
 
-@section
 class SelfFeedbackParams(Section):
     """Best-of-N at inference time with the aligned policy's own DPO reward (section 2.4); sampling is `generate`'s."""
 
     # whose policy is π_ref of the reward, "0" the base model; None: what the last iteration was trained against
     reference: str | None
     instructions: Count  # the first so many test instructions
-    candidates: Annotated[int, _at_least(2)]  # the largest N; smaller ones are drawn from its answers
+    candidates: Annotated[int, Field(ge=2)]  # the largest N; smaller ones are drawn from its answers
     # resamples of the instructions that intervals are taken over
-    resamples: Annotated[int, _at_least(20)]
+    resamples: Annotated[int, Field(ge=20)]
     batch_size: Count  # instructions at a time
 
 
-@section
 class ReportParams(Section):
     gallery: Count
 
 
-@section
 class IterationParams(Section):
     """`prev` names the iteration whose policy this one starts from; "0" is the base model."""
 
     prev: str
 
 
-@section
 class Params(Section):
     seed: Seed
-    iterations: dict[str, IterationParams]
+    iterations: Annotated[dict[IterationName, IterationParams], _expect("a section with at least one entry", bool)]
     policy: ModelParams
     labeler: ModelParams
     divider: ModelParams
@@ -318,7 +291,7 @@ class Params(Section):
     evaluate: EvaluateParams
     select: SelectParams
     ablation: AblationParams
-    benchmarks: dict[str, BenchmarkParams]
+    benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
     report: ReportParams
 
@@ -386,17 +359,20 @@ def build(kind: Any, content: Any, file: str) -> Any:
 
 EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
+EXPECTED |= {"greater_than": "a value above {gt:g}", "greater_than_equal": "a value of at least {ge:g}"}
+EXPECTED |= {"less_than": "a value below {lt:g}", "less_than_equal": "a value of at most {le:g}"}
 
 
 def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: Mapping = {}) -> str:
     """What is wrong, from one of pydantic's errors."""
-    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).lstrip(".")
+    is_name = loc[-1:] == ("[key]",)  # of an entry, after the entry's name
+    steps = loc[:-2] if is_name else loc
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
     if type in ("unknown", "missing"):
         return f"{type} key {key}{'.' if key else ''}{ctx['key']}{msg}"
-    if loc[-1:] == ("[key]",):
-        place = ".".join(map(str, loc[:-2]))
-        return f'{place}: names are text: write "{input}": with quotes (DVC drops others)'
-    expected = EXPECTED.get(type, msg)
+    if is_name and type == "string_type":
+        return f'{key}: names are text: write "{input}": with quotes (DVC drops others)'
+    expected = EXPECTED[type].format(**ctx) if type in EXPECTED else msg
     if type == "literal_error":
         expected = "one of " + ctx["expected"].replace("'", "").replace(" or ", ", ")
     quoted = type in ("int_type", "float_type") and isinstance(input, str) and NUMBER.fullmatch(input)
@@ -442,14 +418,10 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
-    if not names:
-        yield "iterations: expected a section with at least one entry, got {}"
     for name, item in names.items():
-        if not re.fullmatch("[1-9][0-9]*", name):
-            yield f'iterations: expected names "1", "2", ..., got {name!r}'
-        if item.prev != "0" and item.prev not in names:
+        if item.prev not in ("0", *names):
             yield f"iterations.{name}.prev: no iteration {item.prev!r} to start from"
-        if item.prev != "0" and int(item.prev) >= int(name):
+        if int(item.prev) >= int(name):
             yield f"iterations.{name}.prev: {item.prev!r} is not before {name!r}"
     if reference not in (None, "0", *names):
         yield f'self_feedback.reference: no iteration {reference!r}; "0" is the base model'
@@ -458,28 +430,26 @@ def _problems(params: Params) -> Iterator[str]:
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
     for name, item in params.benchmarks.items():
-        yield from (f"benchmarks.{name}{problem}" for problem in _benchmark_problems(name, item))
+        yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 
 
-def _benchmark_problems(name: str, item: BenchmarkParams) -> Iterator[str]:
+def _benchmark_problems(item: BenchmarkParams) -> Iterator[str]:
     """An entry whose judge, truth, vocabulary or prompts are missing, or are not of its kind of benchmark."""
     kind = item.kind
     judged = kind in ("object_halbench", "mmhal", "refomb")
     looked_up = kind in ("chair", "object_halbench", "amber")
-    if not name.replace("_", "").isalnum() or not name.isascii():
-        yield ": a name is letters, digits and _ (files are called after it)"
     if judged != (item.judge is not None):
-        yield f".judge: {kind} {'needs a judge' if judged else 'has no judge: write null'}"
+        yield f"judge: {kind} {'needs a judge' if judged else 'has no judge: write null'}"
     if looked_up and not item.truth:
-        yield f".truth: {kind} needs the files or the folder of its truth"
+        yield f"truth: {kind} needs the files or the folder of its truth"
     if item.truth and not looked_up:
-        yield f".truth: {kind} has its truth in questions: write []"
+        yield f"truth: {kind} has its truth in questions: write []"
     if item.vocabulary and kind not in ("chair", "object_halbench"):
-        yield f".vocabulary: {kind} has no synonym table: write null"
+        yield f"vocabulary: {kind} has no synonym table: write null"
     if not item.questions and (item.answers is None or not looked_up):
-        yield f".questions: expected at least one file of {kind}"
+        yield f"questions: expected at least one file of {kind}"
     if len(item.questions) > 1 and not looked_up:
-        yield f".questions: {kind} takes one file an entry, got {len(item.questions)}"
+        yield f"questions: {kind} takes one file an entry, got {len(item.questions)}"
     prompts = 2 if kind == "refomb" else 1
     if item.judge and len(item.judge.prompts) not in (0, prompts):
-        yield f".judge.prompts: expected [] or {prompts} of the published scorer's files"
+        yield f"judge.prompts: expected [] or {prompts} of the published scorer's files"

@@ -1,8 +1,7 @@
 """What an iteration leaves in data/results/K, as one record with one writer and one reader."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,17 @@ OF_TRAINING = ("selection", "pairs", "log", "paired_test")
 @dataclass(frozen=True)
 class Result:
     """One iteration's results; rates are fractions, with their 95 % intervals beside them. A part is None until its
-    stage has run (`read_result` raises then, unless told what it needs).
+    stage has run (`read_result` raises then, unless told what it needs)."""
 
-    Attributes:
-        dev: metrics on dev, a row per checkpoint; of iteration 0 one row, the base model.
-        selection: the chosen row of `dev`.
-        pairs: `pairs.statistics` of what was trained on.
-        log: the training log, a row per step.
-        test: the policy's metrics on test.
-        answers: its test answers, rows of id, image, question, answer.
-        paired_test: it against the base on the same rows, by rate.
-        gallery: the first test answers with their judged claims.
-        benchmarks: name → what `suite.score` says; {} where none is configured.
-    """
-
-    dev: list[dict] | None = None
-    selection: dict | None = None
-    pairs: dict | None = None
-    log: list[dict] | None = None
-    test: dict | None = None
-    answers: list[dict] | None = None
-    paired_test: dict | None = None
-    gallery: list[dict] | None = None
-    benchmarks: dict[str, dict] | None = None
+    dev: list[dict] | None = None  # metrics on dev, a row per checkpoint; of iteration 0 one row, the base model
+    selection: dict | None = None  # the chosen row of `dev`
+    pairs: dict | None = None  # `pairs.statistics` of what was trained on
+    log: list[dict] | None = None  # the training log, a row per step
+    test: dict | None = None  # the policy's metrics on test
+    answers: list[dict] | None = None  # its test answers, rows of id, image, question, answer
+    paired_test: dict | None = None  # it against the base on the same rows, by rate
+    gallery: list[dict] | None = None  # the first test answers with their judged claims
+    benchmarks: dict[str, dict] | None = None  # name → what `suite.score` says; {} where none is configured
 
 
 def write_result(folder: Path, **parts: Any) -> None:
@@ -74,11 +61,9 @@ def read_result(folder: Path, *needed: str) -> Result:
     Raises:
         FileNotFoundError: a part that its stage has not written, with the stage's name.
     """
-    wanted: Iterable[str] = needed or (f.name for f in fields(Result))
-    if not needed and folder.name == "0":
-        wanted = (name for name in FILES if name not in OF_TRAINING)
+    absent = OF_TRAINING if folder.name == "0" else ()
     parts = {}
-    for name in wanted:
+    for name in needed or [name for name in FILES if name not in absent]:
         path = folder / FILES[name]
         if not path.is_file():
             raise FileNotFoundError(f"no {path}: the stage that writes {path.parent.name} has not run (dvc repro)")

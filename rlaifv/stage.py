@@ -9,13 +9,14 @@ import resource
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rlaifv import ROOT
-from rlaifv.fingerprint import digest, digest_data, stage_definition, stage_sources
+from rlaifv.fingerprint import LARGE, digest, digest_files, stage_definition, stage_sources
 from rlaifv.params import Params, load_params
 from rlaifv.records import ModelRecord, write_atomic
 from rlaifv.store import SCRATCH, Store, sweep
@@ -28,51 +29,25 @@ MODELS = DATA / "models"
 EXAM = DATA / "results" / "exam" / "labeler.json"
 
 
-@dataclass(frozen=True)
 class Paths:
     """Where an iteration keeps its files; the same layout stands in dvc.yaml."""
 
-    iteration: str
-
-    @property
-    def folder(self) -> Path:
-        return DATA / "iterations" / self.iteration
-
-    @property
-    def policy(self) -> Path:
-        """The selected checkpoint (iteration 0: a pointer to the base model)."""
-        return self.folder / "policy"
-
-    @property
-    def candidates(self) -> Path:
-        return self.folder / "candidates" / "candidates.jsonl"
-
-    @property
-    def claims(self) -> Path:
-        return self.folder / "claims" / "claims.jsonl"
-
-    @property
-    def judgements(self) -> Path:
-        return self.folder / "judgements" / "judgements.jsonl"
-
-    @property
-    def pairs(self) -> Path:
-        return self.folder / "pairs" / "pairs.parquet"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+    def __init__(self, iteration: str) -> None:
+        self.iteration = iteration
+        self.folder = DATA / "iterations" / iteration
+        self.policy = self.folder / "policy"  # the selected checkpoint (iteration 0: a pointer to the base model)
+        self.candidates = self.folder / "candidates" / "candidates.jsonl"
+        self.claims = self.folder / "claims" / "claims.jsonl"
+        self.judgements = self.folder / "judgements" / "judgements.jsonl"
+        self.pairs = self.folder / "pairs" / "pairs.parquet"
+        self.checkpoints = self.folder / "checkpoints"
+        self.results = DATA / "results" / iteration  # the few small files that the report reads: rlaifv/results.py
 
     @property
     def trained(self) -> list[Path]:
         """The folders of its trained checkpoints, first to last; iteration 0 has the base model alone."""
         folders = self.checkpoints.glob("checkpoint-*")
         return sorted(folders, key=lambda p: int(p.name.split("-")[1])) if self.iteration != "0" else [self.policy]
-
-    @property
-    def results(self) -> Path:
-        """The few small files of an iteration that the report reads: rlaifv/results.py."""
-        return DATA / "results" / self.iteration
 
 
 ANNOTATIONS = {"instances": "json", "captions": "json", "questions": "jsonl"}
@@ -119,13 +94,13 @@ class Stage:
         self._all: Params = load_params(params_file)
         self.definition = f"{name}_base" if self.iteration == "0" else name
         self.params = DeclaredParams(self._all, stage_definition(self.definition)["params"], self.definition)
-        if self.iteration and self.iteration != "0" and self.iteration not in self._all.iterations:
-            raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
-        if self.iteration in self._all.iterations and self.prev != self._all.iterations[self.iteration].prev:
-            expected = self._all.iterations[self.iteration].prev
-            raise ValueError(
-                f"iteration {self.iteration} of {params_file} starts from prev={expected}, not {self.prev!r}"
-            )
+        if self.iteration not in ("", "0"):
+            entry = self._all.iterations.get(self.iteration)
+            if entry is None:
+                raise ValueError(f"{params_file} has no iteration {self.iteration!r}: add it under `iterations:`")
+            if self.prev != entry.prev:
+                place = f"iteration {self.iteration} of {params_file}"
+                raise ValueError(f"{place} starts from prev={entry.prev}, not {self.prev!r}")
         self.paths, self.prev_paths = Paths(self.iteration), Paths(self.prev)
         sweep(SCRATCH, name)
 
@@ -139,7 +114,7 @@ class Stage:
         values = {key: _lookup(self._all, key) for key in definition["params"]}
         deps = [self._fill(dep) for dep in definition["deps"] if not dep.startswith(("rlaifv/", "notebooks/"))]
         images = self._all.prepare.image_root
-        data = {dep: digest_data(ROOT / dep, stat_only=dep == images) for dep in deps}
+        data = {dep: digest_files(ROOT / dep, by_stat_from=0 if dep == images else LARGE) for dep in deps}
         return {"params": digest(values), "source": stage_sources(self.definition), "data": data}
 
     def _fill(self, dep: str) -> str:
@@ -160,7 +135,7 @@ class Stage:
 
     def finish(self) -> None:
         """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session."""
-        minutes = (time.time() - process_start()) / 60
+        minutes = (time.time() - psutil.Process().create_time()) / 60  # imports count: a user waits for them
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
         record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
         write_atomic(RUNS / "timings" / f"{self.label}.json", json.dumps(record) + "\n")
@@ -179,14 +154,7 @@ def start_logging() -> None:
     """Log lines to the notebook's output; the libraries' own chatter only from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("rlaifv").setLevel(logging.INFO)
-    # TRL 1.16 reads names that transformers 5.23 has renamed, hundreds of times a run
+    # PEFT 0.21 reads a name that transformers 5.23 has renamed
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def process_start() -> float:
-    """When this process began, in seconds since the epoch: imports count as time a user waits."""
-    import psutil
-
-    return psutil.Process().create_time()

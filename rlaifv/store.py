@@ -1,10 +1,12 @@
 """The resumable store of every long stage: chunks of rows that survive a kill, published whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,19 +66,11 @@ def sweep(scratch: Path, stage: str) -> None:
 
 def _delete(folder: Path) -> None:
     """Delete a folder that no process holds: out of sight at once, so that half of it is never taken for all of it."""
-    try:
+    with contextlib.suppress(InUse, FileNotFoundError):
         lock = lock_folder(folder, folder.name)
-    except InUse:
-        return
-    try:
-        trash = folder.with_name(f"trash-{folder.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
+        trash = folder.rename(tempfile.mkdtemp(prefix="trash-", dir=folder.parent))
         shutil.rmtree(trash, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
-    except FileNotFoundError:
-        pass
-    finally:
         lock.release()
 
 
@@ -92,7 +86,7 @@ class Store:
         self.stage = stage
         self.folder = (root or SCRATCH) / f"{stage}-{digest(key)}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._chunks: int | None = None
+        self._chunks = 0
         self._lock: FileLock | None = None
 
     def run(self, chunks: Sequence[T], work: Work[T]) -> None:
@@ -100,7 +94,6 @@ class Store:
         loaded only then. Raises InUse while another process is at the same work."""
         self._lock = self._lock or lock_folder(self.folder, self.stage)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._chunks = len(chunks)
             todo = [i for i in range(len(chunks)) if self._read(i) is None]
             if len(todo) < len(chunks):
@@ -133,8 +126,6 @@ class Store:
             TooManyRejects: with the first reason, when rejects exceed `max_reject_rate` of `n_inputs`.
         """
         try:
-            if self._chunks is None:
-                raise IncompleteWork(f"{self.stage}: nothing was run before it is published")
             parts = [self._read(i) for i in range(self._chunks)]
             if missing := [i for i, part in enumerate(parts) if part is None]:
                 raise IncompleteWork(
@@ -194,14 +185,13 @@ def _checksum(body: str) -> str:
 
 def check_rejects(stage: str, rejects: Sequence[Reject], n_inputs: int, max_reject_rate: float) -> None:
     if len(rejects) > max_reject_rate * n_inputs:
-        reasons = [r.reason for r in rejects]
         raise TooManyRejects(
             f"{stage}: {len(rejects)} of {n_inputs} rows rejected, more than {stage.split('@')[0]}.max_reject_rate = "
-            f"{max_reject_rate:g}; the first reason: {reasons[0]}"
+            f"{max_reject_rate:g}; the first reason: {rejects[0].reason}"
         )
 
 
-def progress(items: Sequence[T], label: str, every: float = 5.0) -> Iterator[T]:
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Iterate with a tqdm bar in JupyterLab, or a log line every few seconds (rate, time left) in a batch run."""
     if "JPY_SESSION_NAME" in os.environ:
         from tqdm.auto import tqdm
@@ -211,7 +201,7 @@ def progress(items: Sequence[T], label: str, every: float = 5.0) -> Iterator[T]:
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - last >= every:
+        if done and now - last >= 5:
             rate = done / (now - start)
             left = (len(items) - done) / rate
             log.info("%s: %d/%d, %.2f/s, %.0f s left", label, done, len(items), rate, left)
