@@ -32,11 +32,12 @@ def rates(response: float, recall: float) -> dict:
 def finished_run(tmp_path, monkeypatch):
     """The files that two finished iterations leave behind."""
     monkeypatch.setattr(rlaifv.stage, "DATA", tmp_path / "data")
+    monkeypatch.setattr(rlaifv.stage, "EXAM", tmp_path / "data" / "results" / "exam" / "labeler.json")
     (tmp_path / "0.png").write_bytes(picture(0))
     for name, test in (("0", rates(0.4, 0.93)), ("1", rates(0.2, 0.92)), ("2", rates(0.1, 0.91))):
         write_result(Paths(name).results, test=test)
         if name == "0":
-            write_atomic(tmp_path / "data" / "results" / "exam" / "labeler.json", to_json(EXAM))
+            write_atomic(rlaifv.stage.EXAM, to_json(EXAM))
             continue
         save_tiny_llava(Paths(name).policy, seed=int(name))
         answers = [Candidate(f"i#{s}", "i", s, text, 3, "stop", 0, "x") for s, text in enumerate(("a dog", "a cat"))]
@@ -85,10 +86,9 @@ def test_an_earlier_iteration_is_exported_with_its_own_data_only(finished_run):
 
 def test_without_an_exam_of_the_labeler_the_card_says_so(finished_run):
     for exam in (to_json({"n": 0}), None):
-        file = finished_run / "data" / "results" / "exam" / "labeler.json"
-        file.unlink()
+        rlaifv.stage.EXAM.unlink()
         if exam:
-            write_atomic(file, exam)
+            write_atomic(rlaifv.stage.EXAM, exam)
         out = finished_run / f"release{exam is None}"
         assert main(["--iteration", "1", "--out", str(out)]) == 0
         assert "How often the labeler is right was not measured" in (out / "model" / "README.md").read_text()
