@@ -251,7 +251,6 @@ def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, mon
         experiments, "outcome_of", lambda e, _: {"name": e.name, "asks": e.asks, "key": e.key, **outcome(0.1)}
     )
     monkeypatch.setattr(experiments, "compare", lambda a, b: {"keys": [a.key, b.key], "rates": test_of(0.0, 1.0)})
-    monkeypatch.setattr(experiments, "write_results", lambda *a: write_results(*a, root=tmp_path))
     monkeypatch.setattr(experiments, "load_groups", lambda: {"ablations": group})
     assert experiments.main(["ablations"]) == 1
     assert "failed: whole-answer" in capsys.readouterr().err
@@ -381,10 +380,11 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
     assert "another aligned policy" in self_feedback_html(best_of_n(), "cccccccc")
 
 
-def test_without_results_the_report_has_no_such_section(tmp_path, groups):
+def test_without_results_the_report_has_no_such_section(tmp_path, groups, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
     inputs = describe_inputs(BASE, MODELS)
     for group in groups.values():
-        write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
+        write_results(group, {"experiments": [], "tests": {}}, BASE, [])
     assert findings_html(tmp_path / "metrics", tuple(groups), inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))
