@@ -177,8 +177,8 @@ def stream_answer(vlm: VLM, encoded: EncodedPrompt, numbers: np.ndarray, decodin
     decoded.result()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what cannot work ends it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.chat", description="Ask a model about a picture")
     parser.add_argument("--image", required=True, help="an image file")
     parser.add_argument("--question", help="default: read questions line by line")
@@ -210,11 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(piece, end="", flush=True)
             print()
     except (OSError, ValueError) as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"chat: {error}")
     except KeyboardInterrupt:
         print()
-    return 0
 
 
 def ask_for_questions() -> Iterator[str]:
@@ -229,4 +227,4 @@ def ask_for_questions() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -95,12 +95,12 @@ class Listed(Section):
     experiments: dict[str, dict[str, Any]]
 
 
-def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
+def load_groups(path: Path = LIST) -> dict[str, Group]:
     """Read the list and compose every experiment's parameters.
 
     Raises ParamsError that names the experiment when it sets an unknown parameter or gives one an impossible value.
     """
-    base, code = read_content(params), digest_sources()  # once: it reads every source and checkpoint of the repository
+    base, code = read_content(DEFAULT), digest_sources()  # once: it reads every source and checkpoint of the repository
     groups = build(dict[str, Listed], read_yaml(path), path.name)
     return {name: _group(name, listed, path.name, base, code) for name, listed in groups.items()}
 
@@ -256,8 +256,8 @@ def run_group(group: Group) -> list[str]:
     return failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; a wrong list and a failed experiment end it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.experiments", description="Run a group of experiments")
     parser.add_argument("group", help="a group of experiments/experiments.yaml")
     options = parser.parse_args(arguments)
@@ -266,14 +266,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.group not in groups:
             raise ParamsError(f"no group {options.group!r} in {LIST.name}; there are: {', '.join(groups)}")
         failed = run_group(groups[options.group])
-    except (ParamsError, OSError, ValueError) as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError) as error:
+        sys.exit(f"experiments: {error}")
     print(f"numbers: metrics/{options.group}.json, figure: plots/{options.group}.png; in the report after `make repro`")
     if failed:
-        print(f"failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
-    return int(bool(failed))
+        sys.exit(f"failed: {', '.join(failed)}; the same command runs them again")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -145,8 +145,8 @@ def size_category(n: int) -> str:
     return next((name for limit, name in steps if n < limit), "1M<n<10M")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what cannot be exported ends it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.export", description="Checkpoint and pairs with cards")
     parser.add_argument("--iteration", required=True, help="the iteration whose policy is exported")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
@@ -156,11 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         export(load_params(options.params.resolve()), options.params, options.iteration, options.out, options.license)
     except (OSError, ValueError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"export: {error}")
     print(f"{options.out}/model and {options.out}/dataset are ready; read both README.md before an upload")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
