@@ -13,17 +13,15 @@ import binascii
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Queue
 from threading import Thread
 
 import numpy as np
-import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, TextIteratorStreamer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import TextIteratorStreamer
 
 from rlaifv import ROOT
 from rlaifv.inference.logprobs import continuation_logprobs
@@ -31,7 +29,7 @@ from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, samp
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
 from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
 from rlaifv.vlm.images import decode_image, open_image
-from rlaifv.vlm.loading import VLM, load_vlm, resolve_checkpoint
+from rlaifv.vlm.loading import VLM, load_vlm
 
 BASE_MODEL = "models/tiny/policy"
 BEST_OF_TEMPERATURE = 0.7
@@ -40,9 +38,9 @@ BEST_OF_TEMPERATURE = 0.7
 
 def default_model() -> str:
     """The policy of the newest finished iteration, else the shipped tiny policy; relative to the repository."""
-    found = [folder.parent for folder in ROOT.glob("data/iterations/*/policy") if (folder / "config.json").is_file()]
-    newest = max((folder for folder in found if folder.name.isdigit()), key=lambda f: int(f.name), default=None)
-    return str((newest / "policy").relative_to(ROOT)) if newest else BASE_MODEL
+    found = [file.parent for file in ROOT.glob("data/iterations/*/policy/config.json")]
+    newest = max((p for p in found if p.parent.name.isdigit()), key=lambda p: int(p.parent.name), default=None)
+    return str(newest.relative_to(ROOT)) if newest else BASE_MODEL
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -67,21 +65,13 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     return open_image(path)
 
 
-def load_chat_model(path: str, device: str = "auto", dtype: str | None = None) -> VLM:
-    """Load a vision-language model; ValueError says so when it is none, before its weights are read.
+def load_chat_model(path: str, device: str = "auto") -> VLM:
+    """Load a vision-language model from a folder of the working directory or the repository, or a hub id.
 
-    `dtype` defaults to bfloat16 on a GPU and float32 on a CPU.
+    Raises FileNotFoundError where there is none, ValueError for a model that sees no images.
     """
     local = Path(path).expanduser().resolve()
-    source, revision = resolve_checkpoint(str(local) if local.is_dir() else path)
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"cannot load a model from {path!r}: {str(error).strip().splitlines()[0]}") from None
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{path} is a {config.model_type} model that sees no images: give a vision-language model")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    return load_vlm(source, revision=revision, device=device, dtype=dtype or ("bfloat16" if on_gpu else "float32"))
+    return load_vlm(str(local) if local.is_dir() else path, device=device, dtype=None, must_see=True)
 
 
 @dataclass
@@ -104,9 +94,9 @@ class Chat:
     seed: int = 0
     history: list[tuple[str, str]] = field(default_factory=list)
 
-    def ask(self, question: str, best_of: int = 1) -> str:
+    def ask(self, question: str) -> str:
         """The whole answer, which joins the history."""
-        return "".join(self.stream(question)) if best_of == 1 else self.ask_best(question, best_of)[0]
+        return "".join(self.stream(question))
 
     def stream(self, question: str) -> Iterator[str]:
         """The answer piece by piece as it is decoded; it joins the history once it is complete."""
@@ -172,25 +162,23 @@ class Chat:
 def stream_answer(vlm: VLM, encoded: EncodedPrompt, numbers: np.ndarray, decoding: Decoding) -> Iterator[str]:
     """Decode one answer in a thread and yield its text as it grows; an error there is raised here."""
     streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    errors: Queue[BaseException] = Queue()
+    decoded: Future[None] = Future()
 
     def decode() -> None:
         try:
             sample_plain(vlm, encoded, numbers, decoding, streamer)
+            decoded.set_result(None)
         except BaseException as error:
-            errors.put(error)
+            decoded.set_exception(error)
             streamer.end()
 
-    thread = Thread(target=decode, daemon=True)
-    thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
-    if not errors.empty():
-        raise errors.get()
+    Thread(target=decode, daemon=True).start()  # a thread pool would keep a stopped command until the answer's end
+    yield from filter(None, streamer)
+    decoded.result()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what cannot work ends it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.chat", description="Ask a model about a picture")
     parser.add_argument("--image", required=True, help="an image file")
     parser.add_argument("--question", help="default: read questions line by line")
@@ -217,33 +205,26 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"({model})", file=sys.stderr)
         chat = Chat(vlm, image, reference, options.temperature, options.max_new_tokens, options.seed)
         for question in [options.question] if options.question is not None else ask_for_questions():
-            answer_aloud(chat, question, options.best_of)
+            best_of = options.best_of
+            for piece in chat.stream(question) if best_of == 1 else [chat.ask_best(question, best_of)[0]]:
+                print(piece, end="", flush=True)
+            print()
     except (OSError, ValueError) as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"chat: {error}")
     except KeyboardInterrupt:
         print()
-    return 0
-
-
-def answer_aloud(chat: Chat, question: str, best_of: int) -> None:
-    """Print the answer, as it grows or the best of several."""
-    for piece in chat.stream(question) if best_of == 1 else [chat.ask_best(question, best_of)[0]]:
-        print(piece, end="", flush=True)
-    print()
 
 
 def ask_for_questions() -> Iterator[str]:
     """Lines of the standard input up to its end; a prompt where a person types."""
-    while True:
+
+    def read() -> str:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+        return sys.stdin.readline()
+
+    yield from filter(None, map(str.strip, iter(read, "")))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,7 +25,7 @@ import pandas as pd
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import load_split, paired_test
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
-from rlaifv.fingerprint import digest, digest_files, files_below, stages
+from rlaifv.fingerprint import digest, digest_files, stages
 from rlaifv.params import (
     DEFAULT,
     NAMED,
@@ -47,6 +47,8 @@ from rlaifv.steps.models import describe_models
 LIST = ROOT / "experiments" / "experiments.yaml"
 STAGE = "experiments/dvc.yaml:experiment"
 OUTCOME = "metrics/experiment.json"
+NOT_RUN = ("tiny_checkpoints", "report", "self_feedback")
+"""The stages of both dvc.yaml that an experiment does not run."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class Listed(Section):
     experiments: dict[str, dict[str, Any]]
 
 
-def load_groups(path: Path = LIST, params: Path = DEFAULT) -> dict[str, Group]:
+def load_groups(path: Path = LIST) -> dict[str, Group]:
     """Read the list and compose every experiment's parameters.
 
     Raises ParamsError that names the experiment when it sets an unknown parameter or gives one an impossible value.
     """
-    base, code = read_content(params), digest_sources()  # once: it reads every source and checkpoint of the repository
+    base, code = read_content(DEFAULT), digest_sources()  # once: it reads every source and checkpoint of the repository
     groups = build(dict[str, Listed], read_yaml(path), path.name)
     return {name: _group(name, listed, path.name, base, code) for name, listed in groups.items()}
 
@@ -133,18 +135,12 @@ def overrides(overlay: Mapping[str, Any], where: str, path: str = "") -> Iterato
             yield f"{path}{key}={text}"
 
 
-def sources() -> list[Path]:
-    """The files of the repository that the stages of an experiment depend on, as both dvc.yaml list them."""
-    found: set[str] = set()
-    for name, stage in stages().items():
-        if not stage.get("frozen") and name not in ("report", "self_feedback"):
-            found |= {dep for dep in stage["deps"] if "$" not in dep and not dep.startswith("data/")}
-    return sorted({file for dep in found for file in files_below(ROOT / dep) if file.is_file()})
-
-
 def digest_sources() -> str:
-    """16 hex digits of all `sources` and of what `dvc add` tracks below data/."""
-    return digest_files(*sources(), *sorted((ROOT / "data").rglob("*.dvc")))
+    """16 hex digits of the files of the repository that the stages of an experiment depend on, and of what `dvc add`
+    tracks below data/."""
+    run = [stage for name, stage in stages().items() if name not in NOT_RUN]
+    deps = {dep for stage in run for dep in stage["deps"] if "$" not in dep and not dep.startswith("data/")}
+    return digest_files(*(ROOT / dep for dep in sorted(deps)), *sorted((ROOT / "data").rglob("*.dvc")))
 
 
 def still_valid(group: Group, results: Mapping) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -181,22 +177,20 @@ def run_experiment(experiment: Experiment) -> bool:
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}).returncode == 0
 
 
-def fetch(revision: str, paths: Sequence[str], folder: Path) -> None:
-    """Copy files and folders of a finished experiment to `folder`, from git or from DVC's cache."""
+def fetch(revision: str, path: str, folder: Path) -> Path:
+    """Copy a file or folder of a finished experiment to `folder`, from git or from DVC's cache."""
     from dvc.api import DVCFileSystem
 
-    files = DVCFileSystem(str(ROOT), rev=revision)
-    for path in paths:
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.get(path, str(target), recursive=True)
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    DVCFileSystem(str(ROOT), rev=revision).get(path, str(target), recursive=True)
+    return target
 
 
 def outcome_of(experiment: Experiment, revision: str) -> dict:
     """The row of a finished experiment: what it was, and what its `experiment` stage measured."""
     with tempfile.TemporaryDirectory() as folder:
-        fetch(revision, [OUTCOME], Path(folder))
-        outcome = json.loads((Path(folder) / OUTCOME).read_text())
+        outcome = json.loads(fetch(revision, OUTCOME, Path(folder)).read_text())
     named = {"name": experiment.name, "asks": experiment.asks, "overrides": list(experiment.overrides)}
     return {**named, "key": experiment.key, **outcome}
 
@@ -208,39 +202,36 @@ def compare(control: Experiment, other: Experiment) -> dict:
     answers = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        fetch(find_revision(control.run_name), ["data/prepared"], folder)
         for experiment in (control, other):
             last = f"data/results/{max(experiment.params.iterations, key=int)}/{FILES['answers']}"
-            fetch(find_revision(experiment.run_name), [last], folder / experiment.name)
-            answers.append(read_jsonl(folder / experiment.name / last))
-        test = load_split("test", folder / "data" / "prepared", folder)
+            answers.append(read_jsonl(fetch(find_revision(experiment.run_name), last, folder / experiment.name)))
+        prepared = fetch(find_revision(control.run_name), "data/prepared", folder)
+        test = load_split("test", prepared, folder)
     return {"keys": [control.key, other.key], "rates": paired_test(*answers, test)}
 
 
 def collect(group: Group, results: Mapping) -> dict:
     """Results as far as they go: old rows whose inputs are those of today, and all finished experiments."""
     rows, tests = still_valid(group, results)
-    found = {e.name: find_revision(e.run_name) for e in needed(group, results)}
-    for experiment in group.experiments:
-        if experiment.name not in rows and found.get(experiment.name):
-            rows[experiment.name] = outcome_of(experiment, found[experiment.name])
-    control = next(e for e in group.experiments if e.name == group.control)
-    for experiment in group.experiments:
-        if experiment is not control and found.get(experiment.name) and found.get(control.name):
-            tests[experiment.name] = compare(control, experiment)
+    revisions = {e.name: find_revision(e.run_name) for e in needed(group, results)}
+    finished = {e.name: e for e in group.experiments if revisions.get(e.name)}
+    for name in finished.keys() - rows.keys():
+        rows[name] = outcome_of(finished[name], revisions[name])
+    if control := finished.pop(group.control, None):
+        tests |= {name: compare(control, other) for name, other in finished.items()}
     names = [e.name for e in group.experiments if e.name in rows]
     return {"experiments": [rows[n] for n in names], "tests": {n: tests[n] for n in names if n in tests}}
 
 
-def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str], root: Path = ROOT) -> dict:
+def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str]) -> dict:
     """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
     inputs = describe_inputs(base, describe_models(base))
     whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
-    write_atomic(root / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(ROOT / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     if whole["experiments"]:
         table = pd.DataFrame(flat_rows(whole["experiments"])).to_csv(index=False, lineterminator="\n")
-        write_atomic(root / "plots" / f"{group.name}.csv", table)
-        plots.save(plots.EXPERIMENTS[group.name](whole), root / "plots" / f"{group.name}.png")
+        write_atomic(ROOT / "plots" / f"{group.name}.csv", table)
+        plots.save(plots.EXPERIMENTS[group.name](whole), ROOT / "plots" / f"{group.name}.png")
     return whole
 
 
@@ -263,8 +254,8 @@ def run_group(group: Group) -> list[str]:
     return failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; a wrong list and a failed experiment end it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.experiments", description="Run a group of experiments")
     parser.add_argument("group", help="a group of experiments/experiments.yaml")
     options = parser.parse_args(arguments)
@@ -273,14 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.group not in groups:
             raise ParamsError(f"no group {options.group!r} in {LIST.name}; there are: {', '.join(groups)}")
         failed = run_group(groups[options.group])
-    except (ParamsError, OSError, ValueError) as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError) as error:
+        sys.exit(f"experiments: {error}")
     print(f"numbers: metrics/{options.group}.json, figure: plots/{options.group}.png; in the report after `make repro`")
     if failed:
-        print(f"failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
-    return int(bool(failed))
+        sys.exit(f"failed: {', '.join(failed)}; the same command runs them again")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,13 +25,6 @@ from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
 from rlaifv.steps.pairs import SCHEMA
 
-NAMES = {
-    "response_hallucination": "response hallucination ↓",
-    "mention_hallucination": "mention hallucination ↓",
-    "recall": "object recall ↑",
-}
-"""The cards' names of the rates."""
-
 
 def lineage(params: Params, iteration: str) -> list[str]:
     """The iterations that led to `iteration`, first to last. Raises ValueError for one that the profile has not."""
@@ -68,7 +61,8 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
         shutil.copyfile(params_file, model / "training_params.yaml")
     metrics = {name: result.test for name, result in results.items()}
     write_atomic(model / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_atomic(model / "README.md", model_card(params, results, read_exam(), license_name))
+    exam = json.loads(stage.EXAM.read_text()) if stage.EXAM.is_file() else {}
+    write_atomic(model / "README.md", model_card(params, results, exam, license_name))
     (dataset / "data").mkdir(parents=True)
     for name in chain:
         shutil.copyfile(Paths(name).pairs, dataset / "data" / f"iteration_{name}.parquet")
@@ -78,25 +72,9 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     partial.rename(out)
 
 
-def read_exam() -> dict:
-    """How well the labeler did on questions whose answer is known; {"n": 0} where it was not asked."""
-    path = stage.DATA / "results" / "exam" / "labeler.json"
-    return json.loads(path.read_text()) if path.is_file() else {"n": 0}
-
-
 def model_name(model: ModelParams) -> str:
     """Its path, and its revision where it is pinned to one."""
     return model.path + (f" @ {model.revision}" if model.revision else "")
-
-
-def on_hub(model: ModelParams) -> bool:
-    """Whether the parameter file names a hub model rather than a folder (a pinned revision says so)."""
-    return model.revision is not None
-
-
-def trained(results: Mapping[str, Result]) -> dict[str, Result]:
-    """The results without the base's."""
-    return {name: result for name, result in results.items() if name != "0"}
 
 
 def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, license_name: str | None) -> str:
@@ -104,11 +82,11 @@ def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, lic
 
     Args:
         results: "0" and the iterations that led to the checkpoint, in order.
-        exam: the labeler's, see `read_exam`.
+        exam: how well the labeler did on questions whose answer is known; {} where it was not asked.
     """
     final = list(results.values())[-1].test
     data = ModelCardData(
-        base_model=params.policy.path if on_hub(params.policy) else None,
+        base_model=params.policy.path if params.policy.revision else None,  # the hub has nothing of a folder
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         license=license_name,
@@ -124,11 +102,9 @@ def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, lic
         metadata=Markup(data.to_yaml()),
         params=params,
         models={role: model_name(getattr(params, role)) for role in ("policy", "labeler", "divider")},
-        names=NAMES,
+        rates=RATES,
         results=results,
-        trained=trained(results),
         final=final,
-        recall_change=final["recall"] - results["0"].test["recall"],
         exam=exam,
         worst=min(exam["per_type"].items(), key=lambda item: item[1]) if exam.get("per_type") else None,
     )
@@ -136,9 +112,8 @@ def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, lic
 
 def dataset_card(params: Params, results: Mapping[str, Result], license_name: str | None) -> str:
     """The README.md of the pairs; its metadata tells `datasets` the splits and that `image` is an image."""
-    kinds = {"string": "string", "int64": "int64"}
-    features = [{"name": f.name, "dtype": kinds.get(str(f.type), "image")} for f in SCHEMA]
-    made = trained(results)
+    features = [{"name": f.name, "dtype": "image" if f.name == "image" else str(f.type)} for f in SCHEMA]
+    made = {name: result for name, result in results.items() if name != "0"}
     total = sum(result.pairs["pairs"] for result in made.values())
     data = DatasetCardData(
         license=license_name,
@@ -159,7 +134,7 @@ def dataset_card(params: Params, results: Mapping[str, Result], license_name: st
         metadata=Markup(data.to_yaml()),
         temperature=params.generate.temperature,
         labeler=model_name(params.labeler),
-        trained=made,
+        results=results,
         total=total,
     )
 
@@ -170,8 +145,8 @@ def size_category(n: int) -> str:
     return next((name for limit, name in steps if n < limit), "1M<n<10M")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what cannot be exported ends it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.export", description="Checkpoint and pairs with cards")
     parser.add_argument("--iteration", required=True, help="the iteration whose policy is exported")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
@@ -181,11 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         export(load_params(options.params.resolve()), options.params, options.iteration, options.out, options.license)
     except (OSError, ValueError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"export: {error}")
     print(f"{options.out}/model and {options.out}/dataset are ready; read both README.md before an upload")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -91,8 +91,8 @@ def _is_unedited(text: str, folder: Path) -> bool:
         return False
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command; a wrong profile and an edited params.yaml end it with one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.profile", description="Write params.yaml from a profile")
     parser.add_argument("name", nargs="?", default="", help="a file of params/, without .yaml")
     parser.add_argument("--force", action="store_true", help="overwrite a params.yaml that was edited")
@@ -100,11 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         write_profile(options.name, force=options.force)
     except (ParamsError, OSError) as error:
-        print(f"profile: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"profile: {error}")
     print(f"params.yaml is now the profile {options.name}; run it: make repro")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -104,12 +104,12 @@ def test_a_list_that_cannot_be_run_is_refused_with_the_experiments_name(tmp_path
         load_groups(written(tmp_path, change))
 
 
-def test_an_unknown_parameter_stops_the_command_before_anything_runs(tmp_path, monkeypatch, capsys):
+def test_an_unknown_parameter_stops_the_command_before_anything_runs(tmp_path, monkeypatch):
     file = written(tmp_path, setting("random-labeler", feedback={"coins": 1}))
     monkeypatch.setattr(experiments, "load_groups", lambda: load_groups(file))
     monkeypatch.setattr(experiments, "run_experiment", lambda _: pytest.fail("an experiment was run"))
-    assert experiments.main(["ablations"]) == 1
-    assert "random-labeler" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="random-labeler"):
+        experiments.main(["ablations"])
 
 
 def through_dvc(tmp_path, set_params) -> dict:
@@ -234,7 +234,7 @@ def test_rows_of_other_inputs_are_dropped(groups, monkeypatch):
     assert "whole-answer" not in kept["tests"]
 
 
-def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, monkeypatch, capsys):
+def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, monkeypatch):
     """The driver with DVC replaced by a table of finished experiments."""
     finished, group = {}, groups["ablations"]
     assert len({e.key for e in group.experiments}) == 5  # of this repository's checkpoints, before ROOT is another
@@ -251,10 +251,9 @@ def test_a_failure_is_said_at_the_end_and_the_others_go_on(groups, tmp_path, mon
         experiments, "outcome_of", lambda e, _: {"name": e.name, "asks": e.asks, "key": e.key, **outcome(0.1)}
     )
     monkeypatch.setattr(experiments, "compare", lambda a, b: {"keys": [a.key, b.key], "rates": test_of(0.0, 1.0)})
-    monkeypatch.setattr(experiments, "write_results", lambda *a: write_results(*a, root=tmp_path))
     monkeypatch.setattr(experiments, "load_groups", lambda: {"ablations": group})
-    assert experiments.main(["ablations"]) == 1
-    assert "failed: whole-answer" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="failed: whole-answer"):
+        experiments.main(["ablations"])
     results = json.loads((tmp_path / "metrics/ablations.json").read_text())
     assert [row["name"] for row in results["experiments"]] == [k for k in ABLATIONS if k != "whole-answer"]
     assert results["failed"] == ["whole-answer"]
@@ -381,10 +380,11 @@ def test_best_of_n_has_a_table_with_intervals_and_says_when_the_policy_is_anothe
     assert "another aligned policy" in self_feedback_html(best_of_n(), "cccccccc")
 
 
-def test_without_results_the_report_has_no_such_section(tmp_path, groups):
+def test_without_results_the_report_has_no_such_section(tmp_path, groups, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
     inputs = describe_inputs(BASE, MODELS)
     for group in groups.values():
-        write_results(group, {"experiments": [], "tests": {}}, BASE, [], root=tmp_path)
+        write_results(group, {"experiments": [], "tests": {}}, BASE, [])
     assert findings_html(tmp_path / "metrics", inputs, "aaaaaaaa") == ""
     assert not (tmp_path / "plots").exists()
     (tmp_path / "metrics" / "self_feedback.json").write_text(json.dumps(best_of_n()))

@@ -32,11 +32,12 @@ def rates(response: float, recall: float) -> dict:
 def finished_run(tmp_path, monkeypatch):
     """The files that two finished iterations leave behind."""
     monkeypatch.setattr(rlaifv.stage, "DATA", tmp_path / "data")
+    monkeypatch.setattr(rlaifv.stage, "EXAM", tmp_path / "data" / "results" / "exam" / "labeler.json")
     (tmp_path / "0.png").write_bytes(picture(0))
     for name, test in (("0", rates(0.4, 0.93)), ("1", rates(0.2, 0.92)), ("2", rates(0.1, 0.91))):
         write_result(Paths(name).results, test=test)
         if name == "0":
-            write_atomic(tmp_path / "data" / "results" / "exam" / "labeler.json", to_json(EXAM))
+            write_atomic(rlaifv.stage.EXAM, to_json(EXAM))
             continue
         save_tiny_llava(Paths(name).policy, seed=int(name))
         answers = [Candidate(f"i#{s}", "i", s, text, 3, "stop", 0, "x") for s, text in enumerate(("a dog", "a cat"))]
@@ -50,7 +51,7 @@ def finished_run(tmp_path, monkeypatch):
 
 def test_model_and_dataset_load_from_the_exported_folder(finished_run):
     out = finished_run / "release"
-    assert main(["--iteration", "2", "--out", str(out)]) == 0
+    main(["--iteration", "2", "--out", str(out)])
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
     trained = AutoModelForImageTextToText.from_pretrained(Paths("2").policy)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
@@ -78,19 +79,18 @@ def test_the_cards_hold_the_numbers_and_the_limits_of_the_run(finished_run):
 
 def test_an_earlier_iteration_is_exported_with_its_own_data_only(finished_run):
     out = finished_run / "release"
-    assert main(["--iteration", "1", "--out", str(out)]) == 0
+    main(["--iteration", "1", "--out", str(out)])
     assert [f.name for f in (out / "dataset" / "data").iterdir()] == ["iteration_1.parquet"]
     assert "iteration 2" not in (out / "model" / "README.md").read_text()
 
 
 def test_without_an_exam_of_the_labeler_the_card_says_so(finished_run):
     for exam in (to_json({"n": 0}), None):
-        file = finished_run / "data" / "results" / "exam" / "labeler.json"
-        file.unlink()
+        rlaifv.stage.EXAM.unlink()
         if exam:
-            write_atomic(file, exam)
+            write_atomic(rlaifv.stage.EXAM, exam)
         out = finished_run / f"release{exam is None}"
-        assert main(["--iteration", "1", "--out", str(out)]) == 0
+        main(["--iteration", "1", "--out", str(out)])
         assert "How often the labeler is right was not measured" in (out / "model" / "README.md").read_text()
 
 
@@ -117,30 +117,30 @@ def test_a_models_name_is_a_name_in_a_card_and_nothing_else(name, shown):
     assert f"the labeler {shown} rejects" in dataset_card(params, results, None)
 
 
-def test_what_cannot_be_exported_is_one_clear_line_and_leaves_nothing(finished_run, capsys):
+def test_what_cannot_be_exported_is_one_clear_line_and_leaves_nothing(finished_run):
     (Paths("1").policy / "config.json").unlink()
     for iteration, out, message in (
         ("7", "new", "no iteration '7'"),
         ("1", "new", "iteration 1 has not run"),
         ("2", "new", "iteration 1 has not run"),
     ):
-        assert main(["--iteration", iteration, "--out", str(finished_run / out)]) == 1
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1
+        with pytest.raises(SystemExit, match=message) as end:
+            main(["--iteration", iteration, "--out", str(finished_run / out)])
+        assert len(end.value.code.splitlines()) == 1
         assert not (finished_run / out).exists()
 
 
-def test_a_result_that_is_not_there_is_one_clear_line_too(finished_run, capsys):
+def test_a_result_that_is_not_there_is_one_clear_line_too(finished_run):
     (Paths("1").results / "test" / "metrics.json").unlink()
-    assert main(["--iteration", "2", "--out", str(finished_run / "new")]) == 1
-    error = capsys.readouterr().err
-    assert "the stage that writes test has not run" in error and len(error.splitlines()) == 1
+    with pytest.raises(SystemExit, match="the stage that writes test has not run") as end:
+        main(["--iteration", "2", "--out", str(finished_run / "new")])
+    assert len(end.value.code.splitlines()) == 1
 
 
-def test_nothing_is_overwritten(finished_run, capsys):
+def test_nothing_is_overwritten(finished_run):
     out = finished_run / "release"
     main(["--iteration", "1", "--out", str(out)])
     before = (out / "model" / "README.md").read_bytes()
-    assert main(["--iteration", "2", "--out", str(out)]) == 1
-    assert "give another --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="give another --out"):
+        main(["--iteration", "2", "--out", str(out)])
     assert (out / "model" / "README.md").read_bytes() == before

@@ -213,14 +213,11 @@ def open_judge(
 
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
-    import torch  # here, for a command that asks no model shall start at once
-
-    from rlaifv.inference.decoding import best_answers
+    from rlaifv.inference.decoding import best_answers  # here, for a command that asks no model shall start at once
     from rlaifv.inference.sampling import Prompt
     from rlaifv.vlm.loading import load_vlm
 
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    model = load_vlm(path, device=device, dtype="bfloat16" if on_gpu else "float32")
+    model = load_vlm(path, device=device, dtype=None)
 
     def ask(requests: Sequence[Request]) -> list[str | NoReply]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]

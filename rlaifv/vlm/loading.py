@@ -100,16 +100,18 @@ def load_vlm(
     path: str,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     device: str = "auto",
     adapter: str | None = None,
     quantization: QuantizationConfigMixin | None = None,
+    must_see: bool = False,
 ) -> VLM:
     """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
 
     A VLM is loaded with its processor, a plain language model with its tokenizer only. `device` is "auto" (all
-    visible accelerators, else CPU), "cpu", "cuda" or "cuda:K". `quantization` is how transformers should shrink the
-    weights while it loads them. Only safetensors are read and no remote code runs.
+    visible accelerators, else CPU), "cpu", "cuda" or "cuda:K"; `dtype` None is bfloat16 on an accelerator and float32
+    on a CPU. `quantization` is how transformers should shrink the weights while it loads them. Only safetensors are
+    read and no remote code runs. With `must_see`, a model without images is a ValueError before its weights are read.
     """
     source, revision = resolve_checkpoint(path, revision)
     try:
@@ -118,12 +120,14 @@ def load_vlm(
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if must_see and not multimodal:
+        raise ValueError(f"{path} is a {config.model_type} model that sees no images: give a vision-language model")
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     model = auto.from_pretrained(
         source,
         revision=revision,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, dtype or ("bfloat16" if use_cuda else "float32")),
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
