@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from rlaifv.fingerprint import files_below
 from rlaifv.records import write_atomic
 from rlaifv.store import FINISHED
 
@@ -22,9 +23,8 @@ Parts = dict[str, dict[str, list]]
 
 def digests(part: Path) -> dict[str, list]:
     """Size and blake2b of a part's files by their path in it, each of them safely on disk before this returns."""
-    files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
     found = {}
-    for file in files:
+    for file in files_below(part):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -121,12 +121,10 @@ def publish(run: Path, out: Path) -> None:
     new = out / "new.partial"
     remove(new)
     new.mkdir()
-    for name in parts:
-        source, target = run / name, new / Path(name).name
-        if source.is_dir():
-            shutil.copytree(source, target, copy_function=link_or_copy)
-        else:
-            link_or_copy(source, target)
+    for files in parts.values():
+        for file in files:
+            (new / file).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(run / "published" / file, new / file)
     for old in [*out.glob("checkpoint-*"), out / "log.csv"]:
         remove(old)
     for path in sorted(new.iterdir()):
