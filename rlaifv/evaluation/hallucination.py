@@ -141,16 +141,10 @@ def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> li
             (open_image(split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
         ]
         for (_, group), answers in zip(chunk, judge_many(vlm, items), strict=True):
-            for question, (p_yes, p_no) in zip(group, answers, strict=True):
-                rows.append(
-                    {
-                        "id": question.id,
-                        "type": question.type,
-                        "answer": question.answer,
-                        "p_yes": p_yes,
-                        "p_no": p_no,
-                    }
-                )
+            rows += [
+                {"id": q.id, "type": q.type, "answer": q.answer, "p_yes": p_yes, "p_no": p_no}
+                for q, (p_yes, p_no) in zip(group, answers, strict=True)
+            ]
     return rows
 
 

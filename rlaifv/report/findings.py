@@ -73,12 +73,11 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
     curves = {name: result[name]["curve"] for name in ("base", "aligned")}
     largest = max(row["n"] for row in curves["aligned"])
     # the best of one answer is that answer, whatever chooses, and a random one is the same whatever N is
-    shown = {"random": {1}}
     rows = [
         (policy, row)
         for policy, curve in curves.items()
         for row in sorted(curve, key=lambda row: row["n"])
-        if row["n"] in shown.get(row["method"], {16, largest} - {1})
+        if row["n"] in ({1} if row["method"] == "random" else {16, largest} - {1})
     ]
     return render(
         "self_feedback.html",
