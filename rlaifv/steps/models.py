@@ -5,7 +5,7 @@ from pathlib import Path
 from rlaifv.inference.server import is_served, open_served
 from rlaifv.params import ModelParams, Params
 from rlaifv.records import ModelRecord, to_json, write_atomic
-from rlaifv.vlm.loading import fingerprint_checkpoint
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 
 ROLES = ("policy", "labeler", "divider")
 

@@ -20,8 +20,9 @@ from rlaifv.inference.logprobs import continuation_logprobs
 from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, fingerprint_checkpoint, load_model, load_vlm
+from rlaifv.vlm.loading import VLM, load_model, load_vlm
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from rlaifv.training.pair_data import PairData, read_pairs
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
-from rlaifv.vlm.loading import fingerprint_checkpoint
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
 from rlaifv.vlm.processors import load_processor
-
-POINTER = "pointer.json"
-"""A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
 
 
 @dataclass(frozen=True)
@@ -55,47 +51,6 @@ class VLM:
         return self.processor is not None
 
 
-def resolve_checkpoint(path: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Follow `pointer.json` and make a folder path absolute; a hub id is returned as it is.
-
-    Raises FileNotFoundError when `path` looks like a folder (it exists in no form and is no `owner/name`).
-    """
-    folder = Path(path) if Path(path).is_absolute() else ROOT / path
-    if (folder / POINTER).is_file():
-        pointer = json.loads((folder / POINTER).read_text())
-        return resolve_checkpoint(pointer["path"], pointer.get("revision"))
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
-        return str(folder), None
-    if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
-        raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
-    return path, revision
-
-
-def write_pointer(folder: Path, model: ModelRecord) -> None:
-    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
-    pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
-
-
-def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
-    """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one."""
-    source, revision = resolve_checkpoint(path, revision)
-    digest = hashlib.blake2b(digest_size=8)
-    if not Path(source).is_dir():
-        commit = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)._commit_hash
-        digest.update(f"{source}@{commit}".encode())
-        return digest.hexdigest()
-    for file in sorted(Path(source).iterdir()):
-        if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()
-
-
 def load_vlm(
     path: str,
     *,
@@ -113,9 +68,9 @@ def load_vlm(
     on a CPU. `quantization` is how transformers should shrink the weights while it loads them. Only safetensors are
     read and no remote code runs. With `must_see`, a model without images is a ValueError before its weights are read.
     """
-    source, revision = resolve_checkpoint(path, revision)
+    folder = resolve_checkpoint(path, revision)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
@@ -125,8 +80,7 @@ def load_vlm(
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     model = auto.from_pretrained(
-        source,
-        revision=revision,
+        folder,
         dtype=getattr(torch, dtype or ("bfloat16" if use_cuda else "float32")),
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -139,8 +93,8 @@ def load_vlm(
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.eval().requires_grad_(False)
-    processor = load_processor(source, revision) if multimodal else None
-    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(source, revision=revision)
+    processor = load_processor(folder) if multimodal else None
+    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fingerprint = fingerprint_checkpoint(path, revision)

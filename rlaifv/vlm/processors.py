@@ -6,6 +6,7 @@ and chat template, with the video's place left empty.
 """
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,17 +26,17 @@ NO_VIDEO = SimpleNamespace(slice_mode=False, downsample_mode="16x", num_frames=0
 """Stands where a video processor would; processors read these settings of it even when no video comes."""
 
 
-def load_processor(source: str, revision: str | None = None) -> ProcessorMixin:
+def load_processor(folder: Path) -> ProcessorMixin:
     """The checkpoint's processor; image-only where its video half cannot be loaded."""
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
     kind = getattr(transformers, name, None) if name else None
     if kind is None or is_torchvision_available() or "video_processor" not in kind.get_attributes():
-        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    settings, _ = kind.get_processor_dict(source, revision=revision or "main")
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    settings, _ = kind.get_processor_dict(folder)
     parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False),
-        "tokenizer": AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False),
+        "image_processor": AutoImageProcessor.from_pretrained(folder, trust_remote_code=False),
+        "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     }
     return image_only(kind, **parts, settings=settings)
 

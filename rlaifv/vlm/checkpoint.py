@@ -1,0 +1,75 @@
+"""Which checkpoint a path means: a folder, a pointer to another one, or a repository of the hub, fetched once."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from rlaifv import ROOT
+from rlaifv.records import ModelRecord
+
+POINTER = "pointer.json"
+"""A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
+
+FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+"""What is fetched of a repository, and what a fingerprint covers."""
+
+COPIES = ["consolidated*.safetensors", "original/*"]
+"""The same weights once more, in a layout that transformers does not read."""
+
+
+def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: absolute, behind its `pointer.json`; of a hub id, its snapshot in the hub's cache.
+
+    A hub id is fetched at `revision` (None: main) where the cache lacks it; offline (HF_HUB_OFFLINE=1), the cache is
+    what there is.
+
+    Raises:
+        FileNotFoundError: `path` is neither a checkpoint's folder nor an `owner/name` that the hub gives out, said in
+            one line with the way out.
+    """
+    folder = Path(path) if Path(path).is_absolute() else ROOT / path
+    if (folder / POINTER).is_file():
+        pointer = json.loads((folder / POINTER).read_text())
+        return resolve_checkpoint(pointer["path"], pointer.get("revision"))
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=COPIES))
+    except GatedRepoError:
+        problem = "its owner must let you in: ask on its page, then set HF_TOKEN"
+    except RepositoryNotFoundError:
+        problem = "the hub has no such repository, or it is private and HF_TOKEN is not its reader's"
+    except RevisionNotFoundError:
+        problem = f"the hub has no revision {revision!r} of it"
+    except (OSError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+    raise FileNotFoundError(f"cannot load a model from {path!r}: {problem}")
+
+
+def write_pointer(folder: Path, model: ModelRecord) -> None:
+    """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
+    pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
+
+
+def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
+    """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one."""
+    folder = resolve_checkpoint(path, revision)
+    digest = hashlib.blake2b(digest_size=8)
+    if folder.parent.name == "snapshots":  # the hub's cache names the folder after the commit, which ties all bytes
+        digest.update(f"{folder.parents[1].name}@{folder.name}".encode())
+        return digest.hexdigest()
+    for file in sorted(folder.iterdir()):
+        if any(file.match(pattern) for pattern in FILES):
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()
