@@ -13,15 +13,14 @@ import binascii
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import transformers
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import TextStreamer
+from transformers.generation import BaseStreamer
 
 from rlaifv import ROOT
 from rlaifv.inference.logprobs import continuation_logprobs
@@ -80,8 +79,7 @@ class Chat:
 
         chat = Chat(load_chat_model("models/tiny/policy"), read_image("cat.jpg"))
         print(chat.ask("What is in the picture?"))
-        for piece in chat.stream("Is there a dog?"):
-            print(piece, end="")
+        chat.ask("Is there a dog?", Aloud(chat.vlm.tokenizer, skip_prompt=True))  # prints it as it grows
 
     `history` holds (question, answer) of the turns so far. Temperature 0 is greedy. `reference` is π_ref for best-of-N.
     """
@@ -94,20 +92,12 @@ class Chat:
     seed: int = 0
     history: list[tuple[str, str]] = field(default_factory=list)
 
-    def ask(self, question: str) -> str:
-        """The whole answer, which joins the history."""
-        return "".join(self.stream(question))
-
-    def stream(self, question: str) -> Iterator[str]:
-        """The answer piece by piece as it is decoded; it joins the history once it is complete."""
-        encoded = self.encode(question)
-        pieces = []
-        for piece in stream_answer(self.vlm, encoded, self.random_numbers(1), self.decoding(self.temperature)):
-            piece = piece if pieces else piece.lstrip()
-            if piece:
-                pieces.append(piece)
-                yield piece
-        self.history.append((question, "".join(pieces).strip()))
+    def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
+        """The whole answer, which joins the history; `streamer` is told of its tokens as they are decoded."""
+        numbers, decoding = self.random_numbers(1), self.decoding(self.temperature)
+        (said,) = sample_plain(self.vlm, self.encode(question), numbers, decoding, streamer)
+        self.history.append((question, said.text.strip()))
+        return said.text.strip()
 
     def ask_best(self, question: str, n: int) -> tuple[str, list[tuple[float, str]]]:
         """The answer with the highest normalized reward of `n`, and all distinct (log-ratio per token, answer)."""
@@ -159,22 +149,15 @@ class Chat:
         return np.stack([uniforms(self.seed, turn, s, self.max_new_tokens) for s in range(n)])
 
 
-def stream_answer(vlm: VLM, encoded: EncodedPrompt, numbers: np.ndarray, decoding: Decoding) -> Iterator[str]:
-    """Decode one answer in a thread and yield its text as it grows; an error there is raised here."""
-    streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    decoded: Future[None] = Future()
+class Aloud(TextStreamer):
+    """Prints an answer as it grows, from its first word on."""
 
-    def decode() -> None:
-        try:
-            sample_plain(vlm, encoded, numbers, decoding, streamer)
-            decoded.set_result(None)
-        except BaseException as error:
-            decoded.set_exception(error)
-            streamer.end()
+    begun = False
 
-    Thread(target=decode, daemon=True).start()  # a thread pool would keep a stopped command until the answer's end
-    yield from filter(None, streamer)
-    decoded.result()
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or text != ""
+        super().on_finalized_text(text, stream_end)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -205,10 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"({model})", file=sys.stderr)
         chat = Chat(vlm, image, reference, options.temperature, options.max_new_tokens, options.seed)
         for question in [options.question] if options.question is not None else ask_for_questions():
-            best_of = options.best_of
-            for piece in chat.stream(question) if best_of == 1 else [chat.ask_best(question, best_of)[0]]:
-                print(piece, end="", flush=True)
-            print()
+            if options.best_of == 1:
+                chat.ask(question, Aloud(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True))
+            else:
+                print(chat.ask_best(question, options.best_of)[0], flush=True)
     except (OSError, ValueError) as error:
         sys.exit(f"chat: {error}")
     except KeyboardInterrupt:
