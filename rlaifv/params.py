@@ -44,10 +44,10 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-LearningRate = Annotated[float, Field(gt=0, lt=1)]
-TopP = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, _expect("a value from 0 to 1", lambda v: 0 <= v <= 1)]
+Fraction = Annotated[float, _expect("a value from 0 to below 1", lambda v: 0 <= v < 1)]
+LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
+TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 < v <= 1)]
 OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
 """A YAML list; a single value is a list of one."""
 Texts = Annotated[tuple[Name, ...], OneOrMore]
@@ -184,7 +184,7 @@ class TrainParams(Section):
     loss_type: Losses = ("sigmoid",)
     loss_weights: Annotated[tuple[Positive, ...], OneOrMore] | None = None  # one per loss_type; null is 1 each
     # share of pairs assumed to be labeled wrongly (robust, exo_pair, aot)
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, _expect("a value from 0 to below 0.5", lambda v: 0 <= v < 0.5)] = 0.0
     segment_weight: Positive = 1.0  # of the tokens in which the two answers differ; 1 is DPO, RLHF-V's DDPO uses 5
     lora_r: CountOrZero = 0  # rank of LoRA; 0 trains all weights (paper: full; its LoRA script 64)
     lora_alpha: Count = 16  # LoRA's scale times r (paper 16)
@@ -222,7 +222,7 @@ class AblationParams(Section):
 
     whole_answer: bool  # divide: judge the answer as a whole instead of claim by claim; false in the method
     # generate: samples at temperatures of 1 ± this times `temperature`; 0 in the method
-    temperature_spread: Annotated[float, Field(ge=0, le=0.95)]
+    temperature_spread: Annotated[float, _expect("a value from 0 to 0.95", lambda v: 0 <= v <= 0.95)]
     coin_share: Share  # feedback: of the claims that a coin judges instead of the labeler; 0 in the method
     balance_length: bool  # pairs: drop some until chosen and rejected are equally long; true in the method
 
@@ -360,7 +360,6 @@ def build(kind: Any, content: Any, file: str) -> Any:
 EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
 EXPECTED |= {"greater_than": "a value above {gt:g}", "greater_than_equal": "a value of at least {ge:g}"}
-EXPECTED |= {"less_than": "a value below {lt:g}", "less_than_equal": "a value of at most {le:g}"}
 
 
 def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: Mapping = {}) -> str:

@@ -60,8 +60,10 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["iterations"].update({"3": {"prev": "7"}}), r"iterations\.3\.prev: no iteration '7'"),
         (lambda c: c["iterations"].update({"1": {"prev": "2"}}), r"iterations\.1\.prev: '2' is not before '1'"),
         (lambda c: c["train"].update(learning_rate=1.0), r"train\.learning_rate: .* below 1, got 1"),
-        (lambda c: c["generate"].update(top_p=0.0), r"generate\.top_p: expected a value above 0, got 0"),
-        (lambda c: c["generate"].update(top_p=1.1), r"generate\.top_p: expected a value of at most 1, got 1\.1"),
+        (
+            lambda c: c["generate"].update(top_p=0.0),
+            r"generate\.top_p: .* above 0 and not above 1, got 0",
+        ),
         (
             lambda c: c["train"].update(dtype="float16"),
             r"train\.dtype: expected one of float32, bfloat16,",
@@ -69,7 +71,7 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["train"].update(loss_type=["sigmiod"]), r"train\.loss_type: expected some of sigmoid, .*sigmiod"),
         (lambda c: c["train"].update(loss_type=[]), r"train\.loss_type: expected some of sigmoid"),
         (lambda c: c["train"].update(scheduler="cosin"), r"train\.scheduler: expected one of cosine, .*'cosin'"),
-        (lambda c: c["train"].update(warmup_ratio=1.0), r"train\.warmup_ratio: expected a value below 1, got 1\.0"),
+        (lambda c: c["train"].update(warmup_ratio=1.0), r"train\.warmup_ratio: expected a value from 0 to below 1"),
         (lambda c: c["train"].update(micro_batch_size=3), r"params\.yaml: train\.batch_size 8 is not a multiple"),
         (lambda c: c.update(train=None), r"train: expected a section, got None"),
     ],
