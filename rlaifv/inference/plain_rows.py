@@ -1,8 +1,5 @@
-"""Rows of tokens one by one: the plain path that every shared computation is measured against.
-
-`run_plain` puts each row whole through the model's ordinary forward. `run_copied` computes the prefix once and gives
-each row its own copy of the cache: exact for models with linear attention, whose layers keep one running state and no
-keys that a mask could hide.
+"""Rows of tokens one by one: whole, the plain path that every shared computation is measured against (`run_plain`), or
+each after its own copy of the prefix's cache (`run_copied`); rlaifv.inference.logprobs says which models need it.
 """
 
 import copy

@@ -1,8 +1,4 @@
-"""One forward pass over a prompt's prefix, and the masks under which its branches follow.
-
-The prefix's keys and values lie in one buffer per layer. What follows is written after them and forgotten by setting
-back the length: nothing is copied.
-"""
+"""The forward pass over a prompt's prefix, and the masks under which its branches follow (inference.logprobs)."""
 
 from dataclasses import dataclass
 
@@ -106,8 +102,8 @@ def prefill(vlm: VLM, prefixes: list[list[int]], inputs: list[dict[str, torch.Te
     """
     lengths = [len(prefix) for prefix in prefixes]
     ids = pad_rows(prefixes, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
-    counts = torch.tensor(lengths, device=vlm.device)
     mask = pad_rows([[1] * length for length in lengths], 0).to(vlm.device)
+    counts = mask.sum(-1)
     forget_positions(vlm)
     output = vlm.network.base_model(
         input_ids=ids,

@@ -4,9 +4,10 @@ import hashlib
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -141,15 +142,10 @@ def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) 
         "pairs_before_balance": len(before_balance),
         "instructions_with_pairs": len({p.instruction.id for p in pairs}),
         "length_threshold_r": r,
-        "mean_words_chosen": _mean(words(p.chosen.answer) for p in pairs),
-        "mean_words_rejected": _mean(words(p.rejected.answer) for p in pairs),
+        "mean_words_chosen": fmean(words(p.chosen.answer) for p in pairs) if pairs else 0.0,
+        "mean_words_rejected": fmean(words(p.rejected.answer) for p in pairs) if pairs else 0.0,
         "score_gaps": {str(gap): gaps[gap] for gap in sorted(gaps)},
     }
-
-
-def _mean(values: Iterable[int]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) -> None:
