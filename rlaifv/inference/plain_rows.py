@@ -66,29 +66,26 @@ def project(vlm: VLM, hidden: torch.Tensor, target: torch.Tensor, reduce: Reduce
 
 
 @torch.inference_mode()
-def run_plain(vlm: VLM, trees: list[Tree], reduce: Reduce, batch: int | None = None, side: str = "right") -> Results:
+def run_plain(vlm: VLM, trees: list[Tree], reduce: Reduce, batch: int | None = None) -> Results:
     """The same log-probs with every row whole through the model's forward, `batch` rows at a time."""
     jobs = [(tree, i) for tree in trees for i in range(len(tree.branches))]
     jobs.sort(key=lambda job: (repr(inputs_shape(job[0].inputs)), job[0].index))
     results: Results = {}
     for _, values in Budget(vlm.name, batch or ROWS, "rows").batches(
-        jobs, lambda part: plain_batch(vlm, part, reduce, side), kind=lambda job: inputs_shape(job[0].inputs)
+        jobs, lambda part: plain_batch(vlm, part, reduce), kind=lambda job: inputs_shape(job[0].inputs)
     ):
         results |= values
     return results
 
 
-def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce, side: str) -> Results:
+def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce) -> Results:
     """One padded and masked forward pass."""
     rows = [tree.prefix + tree.branches[i] for tree, i in jobs]
     lengths = [len(row) for row in rows]
-    ids = pad_rows(rows, vlm.tokenizer.pad_token_id or 0, side).to(vlm.device)
-    mask = pad_rows([[1] * length for length in lengths], 0, side).to(vlm.device)
-    inputs = collate_inputs(vlm, [tree.inputs for tree, _ in jobs], lengths, side)
-    if side == "left" and not hasattr(vlm.network.base_model, "rope_deltas"):
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    shift = [ids.shape[1] - length if side == "left" else 0 for length in lengths]
-    wanted = [[shift[k] + len(t.prefix) + w for w in t.wanted[i]] for k, (t, i) in enumerate(jobs)]
+    ids = pad_rows(rows, vlm.tokenizer.pad_token_id or 0).to(vlm.device)
+    mask = pad_rows([[1] * length for length in lengths], 0).to(vlm.device)
+    inputs = collate_inputs(vlm, [tree.inputs for tree, _ in jobs], lengths)
+    wanted = [[len(tree.prefix) + place for place in tree.wanted[i]] for tree, i in jobs]
     keep = ids.shape[1] - min(place for places in wanted for place in places)
     forget_positions(vlm)
     output = vlm.network(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep, **inputs)

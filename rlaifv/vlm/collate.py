@@ -8,14 +8,12 @@ from torch.nn.utils.rnn import pad_sequence
 from rlaifv.vlm.loading import VLM
 
 
-def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
-    """(rows, longest) int64."""
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value, padding_side=side
-    )
+def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
+    """(rows, longest) int64, padded on the right."""
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
 
 
-def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: list[int], side: str = "right") -> dict:
+def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: list[int]) -> dict:
     """What the processor made of several images, as one batch on the model's device.
 
     Per-token inputs (`token_type_ids`, `mm_token_type_ids`) are cut or zero-padded to each row's length: what follows
@@ -25,7 +23,7 @@ def collate_inputs(vlm: VLM, inputs: list[dict[str, torch.Tensor]], lengths: lis
     for key in inputs[0].keys() - batch.keys():
         values = [item[key][0].tolist() for item in inputs]
         rows = [(value + [0] * length)[:length] for value, length in zip(values, lengths, strict=True)]
-        batch[key] = pad_rows(rows, 0, side).to(vlm.device)
+        batch[key] = pad_rows(rows, 0).to(vlm.device)
     return {k: v.to(vlm.network.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
