@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile repro self-feedback ablations rounds test lint format lab speed tiny clean
+.PHONY: help env profile repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ speed: $(READY) ## measure the speed of feedback, generation and training
 	python speed/feedback.py
 	python speed/generate.py
 	python speed/train.py
+
+gpu-check: $(READY) ## a random 7B on one GPU: exactness, ratios and peak memory, into speed/results
+	python speed/gpu_check.py
 
 tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothing
 	python -m rlaifv.run 01_tiny_checkpoints

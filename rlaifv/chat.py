@@ -8,9 +8,6 @@ the model's own DPO reward against --reference ranks first (rlaifv.steps.self_fe
 """
 
 import argparse
-import base64
-import binascii
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,7 +40,7 @@ def default_model() -> str:
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An RGB image from a path, base64 text (bare or a data URI), the bytes of an image file, or a PIL image.
+    """An RGB image from a path, the bytes of an image file, or a PIL image.
 
     Raises FileNotFoundError for a path without a file, ValueError for what is no image; both name it.
     """
@@ -51,14 +48,7 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         return source.convert("RGB")
     if isinstance(source, bytes):
         return decode_image(source, "given as bytes")
-    text = str(source)
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
-    if text.startswith("data:") or (len(text) > 100 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text)):
-        try:
-            return decode_image(base64.b64decode("".join(encoded.split()), validate=True), f"{text[:24]}...")
-        except binascii.Error as error:
-            raise ValueError(f"image {text[:24]}... is no base64 text: {error}") from None
-    path = Path(text).expanduser()
+    path = Path(source).expanduser()
     if path.is_dir():
         raise ValueError(f"image {path} is a folder: give an image file")
     return open_image(path)

@@ -20,6 +20,8 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
+NAMED = ("iterations", "benchmarks")
+"""The sections whose keys are names."""
 
 
 class ParamsError(ValueError):
@@ -330,14 +332,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def merge(base: Any, overlay: Any) -> Any:
-    """`base` with the values of `overlay`. Sections are merged key by key, but `iterations` and `benchmarks`, whose
-    keys are names, are replaced whole."""
+    """`base` with the values of `overlay`: sections are merged key by key, those of `NAMED` replaced whole."""
     if not (isinstance(base, dict) and isinstance(overlay, dict)):
         return overlay
     return base | {k: v if k in NAMED else merge(base.get(k), v) for k, v in overlay.items()}
-
-
-NAMED = ("iterations", "benchmarks")
 
 
 def check_params(content: Any, file: str) -> Params:
@@ -360,6 +358,7 @@ def build(kind: Any, content: Any, file: str) -> Any:
 EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
 EXPECTED |= {"greater_than": "a value above {gt:g}", "greater_than_equal": "a value of at least {ge:g}"}
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: Mapping = {}) -> str:
@@ -377,9 +376,6 @@ def _explain(type: str, loc: tuple[str | int, ...], msg: str, input: Any, ctx: M
     quoted = type in ("int_type", "float_type") and isinstance(input, str) and NUMBER.fullmatch(input)
     hint = " (a number in quotes is text: remove the quotes)" if quoted else ""
     return f"{key or 'the file'}: expected {expected}, got {input!r}{hint}"
-
-
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 # ---- what must fit together

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Stage:
     def key(self) -> dict[str, object]:
         """All that the stage's outputs depend on, as dvc.yaml lists it: declared parameters, code, data and models."""
         definition = stage_definition(self.definition)
-        values = {key: _lookup(self._all, key) for key in definition["params"]}
+        values = {key: attrgetter(key)(self._all) for key in definition["params"]}
         deps = [self._fill(dep) for dep in definition["deps"] if not dep.startswith(("rlaifv/", "notebooks/"))]
         images = self._all.prepare.image_root
         data = {dep: digest_files(ROOT / dep, by_stat_from=0 if dep == images else LARGE) for dep in deps}
@@ -120,7 +121,7 @@ class Stage:
     def _fill(self, dep: str) -> str:
         """A dependency with its `${…}` filled in as DVC does."""
         known = {"key": self.iteration, "item.prev": self.prev}
-        return re.sub(r"\$\{([\w.]+)\}", lambda m: known.get(m[1]) or str(_lookup(self._all, m[1])), dep)
+        return re.sub(r"\$\{([\w.]+)\}", lambda m: known.get(m[1]) or str(attrgetter(m[1])(self._all)), dep)
 
     def store(self, part: str = "") -> Store:
         """The store of this run's unfinished work, keyed by `key`; `part` names one of several."""
@@ -142,12 +143,6 @@ class Stage:
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
         print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores; {versions}")
-
-
-def _lookup(params: Any, key: str) -> Any:
-    for name in key.split("."):
-        params = params[name] if isinstance(params, dict) else getattr(params, name)
-    return params
 
 
 def start_logging() -> None:

@@ -94,7 +94,7 @@ def compare(vlm: VLM, count: int, device: str, repeats: int) -> dict:
     ask(vlm, warm, None), ask(vlm, warm, 8), ask_original(vlm, warm[0])
     peaks = {name: measure_peak(vlm, encoded, batch, device) for name, batch in (("shared", None), ("batched", 8))}
     ours, shared = timed(lambda: ask(vlm, encoded, None), device, repeats + 1)
-    batched, _ = timed(lambda: ask(vlm, encoded, 8), device, repeats)
+    batched, in_batches = timed(lambda: ask(vlm, encoded, 8), device, repeats)
     single, plain = timed(lambda: ask_original(vlm, encoded[0]), device)
     ideal = flops(vlm, encoded[0], shared=False) / flops(vlm, encoded[0], shared=True)
     return {
@@ -108,6 +108,7 @@ def compare(vlm: VLM, count: int, device: str, repeats: int) -> dict:
         "ideal_speedup": ideal,
         "share_of_ideal": batched / ours / ideal,
         "max_abs_logprob_diff": float((shared - plain).abs().max()),
+        "noise_floor": float((in_batches - plain).abs().max()),  # plain rows against plain rows
         "peak_memory_ratio": peaks["shared"] / max(1, peaks["batched"]),
         "peak_bytes_shared": peaks["shared"],
         "peak_bytes_batched": peaks["batched"],

@@ -28,21 +28,13 @@ PANELS = {
 }
 """Rate → the title and the color of its panel."""
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "savefig.dpi": 130,
-        "savefig.bbox": "tight",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "legend.frameon": False,
-        "font.size": 9.5,
-    }
-)
+plt.rc("figure", dpi=110)
+plt.rc("savefig", dpi=130, bbox="tight")
+plt.rc("axes", titlesize=11, titleweight="bold", grid=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("grid", alpha=0.25)
+plt.rc("legend", frameon=False)
+plt.rc("font", size=9.5)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -4,6 +4,7 @@ Two prompts to a language model. Claims and questions must pair up one to one: a
 question list of another length, is asked for once more and then rejected; it is never zipped short.
 """
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -83,11 +84,7 @@ def parse_list(reply: str, header: str) -> list[str]:
         if not body:
             raise Unparsable(f"no '### {header}' and no bulleted line in the divider's reply {reply[:60]!r}")
     else:
-        body = []
-        for line in lines[start + 1 :]:
-            if line.lstrip().startswith("###"):
-                break
-            body.append(line)
+        body = itertools.takewhile(lambda line: not line.lstrip().startswith("###"), lines[start + 1 :])
     items = [_BULLET.sub("", line).strip() for line in body]
     return [item for item in items if item and not _NOTHING.match(item)]
 
@@ -165,7 +162,6 @@ def divide(
     """Write every candidate's claims to `out`; `questions` maps instruction ids to their text.
 
     `load` gives the divider; it is called when something is left to do.
-
     An answer that makes no claim at all ("What a lovely picture.") goes to the rejects: nothing in it can be
     checked, and a score of 0 would teach the policy to say nothing. Within a chunk, equal answers to equal
     questions are divided once, and equal lists of claims are turned into questions once. Returns the counts of

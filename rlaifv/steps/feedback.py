@@ -1,15 +1,10 @@
-"""Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer").
-
-Each claim's question goes to the labeler with the image (`inference.yes_no`). A claim is accepted iff p_yes > p_no; a
-tie is a rejected claim.
-"""
+"""Feedback: ask the labeler about every claim (RLAIF-V, section 2.2, "conquer"); a tie is a rejected claim."""
 
 import hashlib
 import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,15 +19,6 @@ from rlaifv.vlm.loading import VLM
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FeedbackCounts:
-    """How many claims were judged or rejected, and how many distinct questions that took."""
-
-    judged: int
-    rejected: int
-    asked: int
-
-
 def feedback(
     load: Callable[[], VLM | ServedLabeler],
     claims: Sequence[Claim],
@@ -42,12 +28,13 @@ def feedback(
     store: Store,
     out: Path,
     coin_share: float = 0.0,
-) -> FeedbackCounts:
+) -> tuple[int, int, int]:
     """Write one judgement per claim to `out`; `images` maps candidate ids to image paths below `image_root`.
 
     `load` gives the labeler; it is called when something is left to do. Claims are grouped by image; identical
     questions about one image are asked once and their answer is given to all claims that need it. With the ablation
-    `coin_share` a coin judges that share of the claims.
+    `coin_share` a coin judges that share of the claims. Returns the counts of judgements, of rejected claims and of
+    distinct questions.
     """
     by_image: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
@@ -55,15 +42,31 @@ def feedback(
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
     labeler = cache(load)
-    store.run(
-        batched(groups, params.batch_size),
-        lambda chunk: _judge_chunk(labeler(), chunk, image_root, params.suffix, coin_share),
-    )
+
+    def judge_chunk(chunk: Sequence[tuple[str, list[Claim]]]) -> tuple[list[Judgement], list[Reject]]:
+        rejects: list[Reject] = []
+        readable, items = [], []
+        for path, group in chunk:
+            try:
+                image = open_image(image_root / path)
+            except (OSError, ValueError) as error:
+                rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
+                continue
+            readable.append(group)
+            items.append((image, [f"{claim.question} {params.suffix}" for claim in group]))
+        judgements = []
+        for group, answers in zip(readable, judge_many(labeler(), items), strict=True):
+            for claim, answer in zip(group, answers, strict=True):
+                p_yes, p_no = coin(claim.id, coin_share) or answer
+                judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, labeler().fingerprint))
+        return judgements, rejects
+
+    store.run(batched(groups, params.batch_size), judge_chunk)
     record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
     write_atomic(out.parent / "labeler.json", record)
     warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(record)["labeler"])
-    return FeedbackCounts(judged, rejected, asked)
+    return judged, rejected, asked
 
 
 def describe_labeler(vlm: VLM | ServedLabeler, suffix: str) -> str:
@@ -82,37 +85,9 @@ def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str)
     mass = sum(j.p_yes + j.p_no for j in judgements) / max(len(judgements), 1)
     if judgements and mass < minimum:
         log.warning(
-            "%s puts only %.2f of its probability on yes or no (feedback.min_answer_mass is %.2f): "
-            "the question or feedback.suffix does not fit this labeler",
-            name,
-            mass,
-            minimum,
+            f"{name} puts only {mass:.2f} of its probability on yes or no (feedback.min_answer_mass is {minimum:.2f}): "
+            "the question or feedback.suffix does not fit this labeler"
         )
-
-
-def _judge_chunk(
-    vlm: VLM | ServedLabeler,
-    chunk: Sequence[tuple[str, list[Claim]]],
-    image_root: Path,
-    suffix: str,
-    coin_share: float,
-) -> tuple[list[Judgement], list[Reject]]:
-    rejects: list[Reject] = []
-    readable, items = [], []
-    for path, group in chunk:
-        try:
-            image = open_image(image_root / path)
-        except (OSError, ValueError) as error:
-            rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
-            continue
-        readable.append(group)
-        items.append((image, [f"{claim.question} {suffix}" for claim in group]))
-    judgements = []
-    for group, answers in zip(readable, judge_many(vlm, items), strict=True):
-        for claim, answer in zip(group, answers, strict=True):
-            p_yes, p_no = coin(claim.id, coin_share) or answer
-            judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, vlm.fingerprint))
-    return judgements, rejects
 
 
 def coin(claim_id: str, share: float) -> tuple[float, float] | None:

@@ -37,57 +37,43 @@ def generate(
     marked (`finish_reason` "length"). `temperature_spread` is an ablation, see `temperature_of`.
     """
     policy = cache(load)
-    store.run(
-        batched(instructions, params.batch_size),
-        lambda chunk: _sample_chunk(policy(), chunk, image_root, params, seed, temperature_spread),
-    )
+
+    def sample_chunk(chunk: Sequence[Instruction]) -> tuple[list[Candidate], list[Reject]]:
+        candidates: list[Candidate] = []
+        rejects: list[Reject] = []
+        readable: list[Instruction] = []
+        prompts: list[Prompt] = []
+        for instruction in chunk:
+            try:
+                prompts.append(Prompt(open_image(image_root / instruction.image_path), instruction.question))
+                readable.append(instruction)
+            except (OSError, ValueError) as error:
+                rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
+        streams = [
+            np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
+        ]
+        generations: list[list[Generation]] = [[] for _ in readable]
+        temperatures = [temperature_of(params, s, temperature_spread) for s in range(params.samples)]
+        for temperature, samples in itertools.groupby(range(params.samples), temperatures.__getitem__):
+            numbers = list(samples)
+            decoding = Decoding(temperature, params.top_k, params.top_p, params.max_new_tokens)
+            drawn = generate_batch(policy(), prompts, [stream[numbers] for stream in streams], decoding)
+            for kept, more in zip(generations, drawn, strict=True):
+                kept += more
+        for instruction, samples in zip(readable, generations, strict=True):
+            for s, generation in enumerate(samples):
+                name, answer = f"{instruction.id}#{s}", generation.text.strip()
+                if not answer:
+                    rejects.append(Reject(name, "generate", "the answer is empty"))
+                    continue
+                tokens, end = len(generation.token_ids), generation.finish_reason
+                candidates.append(Candidate(name, instruction.id, s, answer, tokens, end, seed, policy().fingerprint))
+        return candidates, rejects
+
+    store.run(batched(instructions, params.batch_size), sample_chunk)
     return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
 
 
 def temperature_of(params: GenerateParams, sample: int, spread: float) -> float:
     """The same for every sample, unless the ablation `spread` confounds truth with style."""
     return params.temperature * (1 + spread * (2 * sample / max(params.samples - 1, 1) - 1))
-
-
-def _sample_chunk(
-    vlm: VLM, chunk: Sequence[Instruction], image_root: Path, params: GenerateParams, seed: int, spread: float
-) -> tuple[list[Candidate], list[Reject]]:
-    candidates: list[Candidate] = []
-    rejects: list[Reject] = []
-    readable: list[Instruction] = []
-    prompts: list[Prompt] = []
-    for instruction in chunk:
-        try:
-            prompts.append(Prompt(open_image(image_root / instruction.image_path), instruction.question))
-            readable.append(instruction)
-        except (OSError, ValueError) as error:
-            rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
-    streams = [
-        np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
-    ]
-    generations: list[list[Generation]] = [[] for _ in readable]
-    for temperature, samples in itertools.groupby(range(params.samples), lambda s: temperature_of(params, s, spread)):
-        numbers = list(samples)
-        decoding = Decoding(temperature, params.top_k, params.top_p, params.max_new_tokens)
-        drawn = generate_batch(vlm, prompts, [stream[numbers] for stream in streams], decoding)
-        for kept, more in zip(generations, drawn, strict=True):
-            kept += more
-    for instruction, samples in zip(readable, generations, strict=True):
-        for s, generation in enumerate(samples):
-            name, answer = f"{instruction.id}#{s}", generation.text.strip()
-            if not answer:
-                rejects.append(Reject(name, "generate", "the answer is empty"))
-                continue
-            candidates.append(
-                Candidate(
-                    name,
-                    instruction.id,
-                    s,
-                    answer,
-                    len(generation.token_ids),
-                    generation.finish_reason,
-                    seed,
-                    vlm.fingerprint,
-                )
-            )
-    return candidates, rejects

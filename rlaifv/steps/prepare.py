@@ -3,6 +3,8 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,8 @@ def parse_instruction(row: dict[str, Any]) -> Instruction:
         reference = str(row.get("metainfos", {}).get("reference", ""))
         source = str(row.get("origin_dataset", row.get("ds_name", "")))
         return Instruction(f"{name}-{suffix}", str(row["image_path"]), question, reference, source)
-    return Instruction(
-        str(row["id"]),
-        str(row["image_path"]),
-        str(row["question"]),
-        str(row.get("reference", "")),
-        str(row.get("source", "")),
-    )
+    row = {"reference": "", "source": ""} | row
+    return Instruction(**{field.name: str(row[field.name]) for field in fields(Instruction)})
 
 
 def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], list[Reject]]:
@@ -45,7 +42,15 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
     kept: list[Instruction] = []
     rejects: list[Reject] = []
     seen: set[str] = set()
-    images: dict[str, str] = {}
+
+    @cache
+    def image_problem(name: str) -> str:
+        try:
+            open_image(image_root / name)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
     for number, row in enumerate(read_jsonl(path), start=1):
         place = f"{path.name}:{number}"
         if not isinstance(row, dict):
@@ -56,27 +61,18 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
         except KeyError as error:
             rejects.append(Reject(place, "prepare", f"{place} has no field {error}"))
             continue
-        if instruction.image_path not in images:
-            images[instruction.image_path] = image_problem(image_root / instruction.image_path)
         if instruction.id in seen:
-            rejects.append(Reject(instruction.id, "prepare", f"{place}: the id {instruction.id!r} was used before"))
+            problem = f"the id {instruction.id!r} was used before"
         elif not instruction.question.strip():
-            rejects.append(Reject(instruction.id, "prepare", f"{place}: the question is empty"))
-        elif images[instruction.image_path]:
-            rejects.append(Reject(instruction.id, "prepare", f"{place}: {images[instruction.image_path]}"))
+            problem = "the question is empty"
+        else:
+            problem = image_problem(instruction.image_path)
+        if problem:
+            rejects.append(Reject(instruction.id, "prepare", f"{place}: {problem}"))
         else:
             kept.append(instruction)
         seen.add(instruction.id)
     return kept, rejects
-
-
-def image_problem(path: Path) -> str:
-    """What is wrong with an image file, or the empty string."""
-    try:
-        open_image(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def in_iteration_order(instructions: Sequence[Instruction], seed: int) -> list[Instruction]:

@@ -26,11 +26,8 @@ def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
     if not kept:
         best = max(rows, key=lambda row: row["recall"])
         log.warning(
-            "no checkpoint keeps recall within %.3f of the base's %.3f; taking %s with the highest, %.3f",
-            max_recall_drop,
-            base["recall"],
-            best["checkpoint"],
-            best["recall"],
+            f"no checkpoint keeps recall within {max_recall_drop:.3f} of the base's {base['recall']:.3f}; "
+            f"taking {best['checkpoint']} with the highest, {best['recall']:.3f}"
         )
         return best
     return min(kept, key=lambda row: (row["response_hallucination"], -row["recall"], row["checkpoint"]))

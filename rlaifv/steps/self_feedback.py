@@ -7,22 +7,21 @@ favors one length, which is why the paper divides (how much it matters depends o
 Many answers to one prompt share its image and text (rlaifv.inference.logprobs), and both models read the same tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from rlaifv.inference.logprobs import continuation_logprobs
-from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
+from rlaifv.records import Candidate, Instruction, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
-from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model, load_vlm
+from rlaifv.vlm.loading import VLM
 
 
 @dataclass(frozen=True)
@@ -61,26 +60,24 @@ class Asked:
     cut: Sequence[bool] | None = None
 
 
-def token_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[TokenLogps]]:
+def token_logps(policy: VLM, reference: VLM, asked: Sequence[Asked]) -> list[list[TokenLogps]]:
     """Log-probs of every token of every answer under both models; equal answers to one question are computed once.
 
     Args:
         policy: π_θ.
-        reference: π_ref; None is the policy with its LoRA adapter switched off (`load_with_adapter`).
+        reference: π_ref.
         asked: prompts with their answers, several to a forward.
 
     Returns:
         For each prompt, for each answer in order, its TokenLogps.
 
     Raises:
-        ValueError: the two models do not read the same tokens, or there is neither reference nor adapter.
+        ValueError: the two models do not read the same tokens.
     """
-    if reference is not None:
-        check_same_tokens(policy, reference)
+    check_same_tokens(policy, reference)
     encoded = [encode(policy, item.image, item.question, list(dict.fromkeys(item.answers))) for item in asked]
     of_policy = continuation_logprobs(policy, encoded)
-    with nullcontext() if reference else without_adapter(policy):
-        of_reference = continuation_logprobs(reference or policy, encoded)
+    of_reference = continuation_logprobs(reference, encoded)
     results = []
     for item, coded, ours, theirs in zip(asked, encoded, of_policy, of_reference, strict=True):
         tokens = [row[start:] for row, start in zip(coded.rows, coded.answer_starts, strict=True)]
@@ -94,7 +91,7 @@ def token_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> l
     return results
 
 
-def answer_logps(policy: VLM, reference: VLM | None, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
+def answer_logps(policy: VLM, reference: VLM, asked: Sequence[Asked]) -> list[list[AnswerLogps]]:
     """`token_logps`, summed over each answer's tokens."""
     return [[tokens.summed() for tokens in answers] for answers in token_logps(policy, reference, asked)]
 
@@ -108,34 +105,6 @@ def check_same_tokens(policy: VLM, reference: VLM) -> None:
         problem = "chat templates"
     if problem:
         raise ValueError(f"{policy.name} and {reference.name} have different {problem}: log-probs cannot be compared")
-
-
-def load_with_adapter(path: str, adapter: Path, **settings) -> VLM:
-    """A model with a LoRA adapter beside its weights, so that one model in memory is both π_θ and π_ref.
-
-    `settings` are those of `load_vlm`. An adapter is what `rlaifv.checkpoints.write_adapter` or PEFT saves.
-    """
-    vlm = load_vlm(path, **settings)
-    vlm.model.load_adapter(str(adapter))
-    vlm.model.eval().requires_grad_(False)
-    return replace(vlm, fingerprint=f"{vlm.fingerprint}+{fingerprint_checkpoint(str(adapter))}")
-
-
-def load_pair(model: ModelRecord, policy: Path, reference: Path) -> tuple[VLM, VLM]:
-    """π_θ and π_ref from their folders, in the dtype and on the device of the run's policy."""
-    return load_model(model, policy), load_model(model, reference)
-
-
-@contextmanager
-def without_adapter(vlm: VLM) -> Iterator[None]:
-    """The model as it was before its LoRA adapter, within the block."""
-    if not getattr(vlm.model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{vlm.name} has no adapter to switch off: give a reference model")
-    vlm.model.disable_adapters()
-    try:
-        yield
-    finally:
-        vlm.model.enable_adapters()
 
 
 def best_of_n(scored: Sequence[AnswerLogps], beta: float, normalize: bool = True) -> int:
@@ -158,7 +127,7 @@ class CandidateLogps:
 
 
 def write_logps(
-    load: Callable[[], tuple[VLM, VLM | None]],
+    load: Callable[[], tuple[VLM, VLM]],
     candidates: Sequence[Candidate],
     instructions: Sequence[Instruction],
     image_root: Path,
@@ -169,8 +138,8 @@ def write_logps(
 ) -> tuple[int, int]:
     """Write the log-probs of every candidate to `out`, `batch_size` instructions at a time.
 
-    `load` gives the policy and the reference (None: the policy without its adapter); it is called when something is
-    left to do. Candidates whose image cannot be read are rejected. Returns the counts of rows and rejects.
+    `load` gives the policy and the reference; it is called when something is left to do. Candidates whose image cannot
+    be read are rejected. Returns the counts of rows and rejects.
     """
     of_instruction: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -180,8 +149,8 @@ def write_logps(
 
     def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateLogps], list[Reject]]:
         policy, reference = models()
-        names = policy.fingerprint, reference.fingerprint if reference else policy.fingerprint.split("+")[0]
-        rows, rejects, asked, groups = [], [], [], []
+        names = policy.fingerprint, reference.fingerprint
+        rejects, asked, readable = [], [], []
         for instruction in chunk:
             group = of_instruction[instruction.id]
             try:
@@ -191,11 +160,10 @@ def write_logps(
                 continue
             cut = [c.finish_reason == "length" for c in group]
             asked.append(Asked(image, instruction.question, [c.answer for c in group], cut))
-            groups.append(group)
-        for group, scored in zip(groups, answer_logps(policy, reference, asked), strict=True):
-            for candidate, s in zip(group, scored, strict=True):
-                rows.append(CandidateLogps(candidate.id, s.policy, s.reference, s.tokens, *names))
-        return rows, rejects
+            readable += group
+        scored = chain.from_iterable(answer_logps(policy, reference, asked))
+        pairs = zip(readable, scored, strict=True)
+        return [CandidateLogps(c.id, s.policy, s.reference, s.tokens, *names) for c, s in pairs], rejects
 
     store.run(batched(with_answers, batch_size), score_chunk)
     return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

@@ -1,8 +1,4 @@
-"""Direct preference optimization on packed pairs (RLAIF-V, arXiv 2405.17220, section 2.3), from a batch to the step.
-
-In reading order: `PairCollator` makes a batch of pairs, `PairScorer` gives their answers' log-probs under a policy,
-`reference_logps` those under the reference, `dpo_loss` compares the two, and `PairTrainer` takes the steps.
-"""
+"""Direct preference optimization on packed pairs (RLAIF-V, arXiv 2405.17220, section 2.3), from a batch to the step."""
 
 import logging
 import math
@@ -18,11 +14,11 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from rlaifv.params import TrainParams
 from rlaifv.store import progress
@@ -77,14 +73,12 @@ class PairScorer(torch.nn.Module):
         rows, mask, network = batch["rows"], batch["answer_mask"], self.network
         backbone, branch = network.base_model, rows["branch"]
         with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
+            inputs = {**rows["token_types"], **image_inputs}
             if rows["position_ids"] is None:
-                seen = {"attention_mask": (branch != PADDING).long()}
+                inputs["attention_mask"] = (branch != PADDING).long()
             else:
-                seen = {
-                    "attention_mask": packed_masks(rows, network.get_decoder().config),
-                    "position_ids": packed_positions(rows, backbone, image_inputs),
-                }
-            inputs = {**rows["token_types"], **image_inputs, **seen}
+                inputs["attention_mask"] = packed_masks(rows, network.get_decoder().config)
+                inputs["position_ids"] = packed_positions(rows, backbone, image_inputs)
             hidden = backbone(input_ids=rows["input_ids"], **inputs, use_cache=False).last_hidden_state
         hidden, targets = hidden.flatten(0, 1)[rows["predictors"][mask]], batch["answers"][mask]
         part = max(1, LOGITS_AT_ONCE // network.config.get_text_config().vocab_size)
@@ -146,27 +140,23 @@ def reference_logps(
 
 
 def dpo_loss(
-    loss_type: str,
-    policy: torch.Tensor,
-    reference: torch.Tensor,
-    lengths: torch.Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
+    loss_type: str, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, params: TrainParams
 ) -> torch.Tensor:
     """The loss of each pair, [B].
 
-    `policy` and `reference` are log π(answer | image, question) of chosen and rejected answers in nats, [2, B];
-    `lengths` [2, B] their tokens. DPO (arXiv 2305.18290, equation 7), RLAIF-V's loss, is
+    `policy` and `reference` are `answer_logps` under them, [2, B] in nats; `lengths` [2, B] their tokens. DPO
+    (arXiv 2305.18290, equation 7), RLAIF-V's loss, is
 
         L = -log σ(β (log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x)))
 
     with the chosen answer y_w, the rejected y_l and the pair's image and question x. Raises ValueError for a name that
     is not in `rlaifv.params.LOSSES`.
     """
+    beta, flipped = params.beta, params.label_smoothing  # the share of pairs labeled wrongly
+    right = 1 - flipped
     chosen, rejected = policy - reference
     margin = beta * (chosen - rejected)
     per_token = chosen / lengths[0] - rejected / lengths[1]
-    flipped, right = label_smoothing, 1 - label_smoothing  # shares of pairs labeled wrongly and rightly
     log_sigmoid, sigmoid = F.logsigmoid, torch.sigmoid
     match loss_type:
         case "sigmoid":  # DPO, arXiv 2305.18290, eq. 7
@@ -215,21 +205,19 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, step: Callable[[], int]):
-        n = len(lengths)
-        if n < batch_size:
+        if (n := len(lengths)) < batch_size:
             raise ValueError(f"{n} pairs do not fill one batch: set train.batch_size (now {batch_size}) to {n} or less")
         self.lengths = torch.tensor(lengths)
         self.batch_size, self.seed, self.step = batch_size, seed, step
         self.steps_per_epoch = n // batch_size
-        self.length = self.steps_per_epoch * batch_size
 
     def __len__(self) -> int:
-        return self.length
+        return self.steps_per_epoch * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.step() // self.steps_per_epoch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        steps = torch.randperm(len(self.lengths), generator=generator)[: self.length].view(-1, self.batch_size)
+        steps = torch.randperm(len(self.lengths), generator=generator)[: len(self)].view(-1, self.batch_size)
         by_length = self.lengths[steps].argsort(dim=1, descending=True, stable=True)
         yield from steps.gather(1, by_length).flatten().tolist()
 
@@ -246,14 +234,11 @@ class PairTrainer(Trainer):
         reference: np.ndarray,
         params: TrainParams,
         args: TrainingArguments,
-        callbacks: Sequence[TrainerCallback] = (),
     ):
         pairs = collate.data.pairs
-        super().__init__(
-            scorer, args, data_collator=collate, train_dataset=range(len(pairs)), callbacks=list(callbacks)
-        )
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        super().__init__(scorer, args, data_collator=collate, train_dataset=range(len(pairs)))
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Watch(params.beta, params.collapse_nats))
         library_quirks.keep_float32_under_fsdp(self)
         self.pairs, self.params = pairs, params
         self.reference = torch.from_numpy(reference).to(self.accelerator.device)
@@ -262,18 +247,9 @@ class PairTrainer(Trainer):
         self._tokens = 0
         self._last_log: tuple[float, int, int] | None = None  # time, step, tokens
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches in `EpochOrder`; every process gets its part of them."""
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         lengths = [pair.row_length for pair in self.pairs]
-        order = EpochOrder(lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
-        loader = DataLoader(
-            self.train_dataset,
-            self.args.per_device_train_batch_size,
-            sampler=order,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+        return EpochOrder(lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         """The mean loss of a micro-batch; its metrics are added up for the next log entry."""
@@ -285,7 +261,7 @@ class PairTrainer(Trainer):
         lengths = batch["answer_mask"].sum(1).view(2, -1)
         weights = params.loss_weights or [1.0] * len(params.loss_type)
         loss = sum(
-            weight * dpo_loss(name, policy, reference, lengths, params.beta, params.label_smoothing).mean()
+            weight * dpo_loss(name, policy, reference, lengths, params).mean()
             for name, weight in zip(params.loss_type, weights, strict=True)
         )
         if not torch.isfinite(loss):
@@ -358,12 +334,8 @@ class PairTrainer(Trainer):
                 learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
                 save_file(learned, Path(output_dir) / "model.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            learned = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-            self.model.load_state_dict(learned, strict=False)  # the rest is as it was loaded
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
 
 
 class Watch(TrainerCallback):
@@ -427,7 +399,6 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> Training
         disable_tqdm=True,
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     library_quirks.one_gpu_a_process(args)
     return args

@@ -1,9 +1,6 @@
 """Preference training from pairs to checkpoints (RLAIF-V section 2.3): the public call, and the processes it starts.
 
-    accelerate launch -m rlaifv.training.job JOB.json    # what `train` starts itself for more than one process
-
-Reference log-probs are computed once, each pair is one packed row, and the run can be killed at any moment: called
-again it goes on and ends with the same bytes.
+accelerate launch -m rlaifv.training.job JOB.json    # what `train` starts itself for more than one process
 """
 
 import dataclasses
@@ -29,15 +26,7 @@ from rlaifv.records import write_atomic
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, published
-from rlaifv.training.dpo import (
-    PairCollator,
-    PairScorer,
-    PairTrainer,
-    Watch,
-    reference_logps,
-    training_arguments,
-    write_log,
-)
+from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout
 from rlaifv.training.pair_data import PairData, read_pairs
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
@@ -123,9 +112,7 @@ def launch(job: Path, params: TrainParams) -> None:
         # also for processes on CPUs: it is accelerate's name for torchrun with plain data parallelism
         command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "rlaifv.training.job", str(job)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
+    environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     errors: list[str] = []
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -192,7 +179,7 @@ def run_job(job: dict) -> None:
     if last:
         log.info("train: resuming from %s", last.name)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
-    trainer = PairTrainer(scorer, collate, reference, params, arguments, [Watch(params.beta, params.collapse_nats)])
+    trainer = PairTrainer(scorer, collate, reference, params, arguments)
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
@@ -208,16 +195,11 @@ def run_job(job: dict) -> None:
         "rejects": [(reject.id, reject.reason) for reject in data.rejects],
         "layout": layout,
         "reference": "reused" if reused else "computed",
-        "pairs_per_second": usual(history, "throughput/pairs_per_second"),
-        "tokens_per_second": usual(history, "throughput/tokens_per_second"),
     }
+    for name in ("pairs_per_second", "tokens_per_second"):  # their medians, None for a run of one step
+        values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
+        result[name] = statistics.median(values) if values else None
     write_atomic(run / FINISHED, json.dumps(result))
-
-
-def usual(history: list[dict], name: str) -> float | None:
-    """The median of a logged value over the steps, None for a run of one step."""
-    values = [entry[name] for entry in history if name in entry]
-    return statistics.median(values) if values else None
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ class Row(NamedTuple):
     predictors: list[np.ndarray]
 
 
-def lay_out(prompt: np.ndarray, answers: Sequence[np.ndarray], common: int) -> Row:
-    """The prompt and the `common` tokens that all answers begin with, then the rest of each."""
+def lay_out(pair: EncodedPair, answers: Sequence[np.ndarray]) -> Row:
+    """The prompt and the tokens that both answers begin with, then the rest of each of `answers`."""
+    prompt, common = pair.prompt, pair.common
     end = shared = len(prompt) + common
     parts, positions, predictors = [prompt, answers[0][:common]], [np.arange(shared)], []
     for answer in answers:
@@ -71,12 +72,9 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     - `token_types`: [R, n] each, for processors that have them
     """
     answers = [(p.chosen, p.chosen_start) for p in pairs] + [(p.rejected, p.rejected_start) for p in pairs]
-    if packed:
-        about = list(pairs)  # the pair of each row
-        rows = [lay_out(p.prompt, (p.chosen, p.rejected), p.common) for p in pairs]
-    else:
-        about = [*pairs, *pairs]
-        rows = [lay_out(p.prompt, (ids,), 0) for p, (ids, _) in zip(about, answers, strict=True)]
+    sides = [("chosen", "rejected")] if packed else [("chosen",), ("rejected",)]
+    about = [*pairs] * len(sides)  # the pair of each row
+    rows = [lay_out(p, [getattr(p, side) for side in of_row]) for of_row in sides for p in pairs]
     n = max(len(row.ids) for row in rows)
     places = [(i, row.predictors[number]) for number in range(1 + packed) for i, row in enumerate(rows)]
     trained = [np.arange(len(ids)) >= start for ids, start in answers]

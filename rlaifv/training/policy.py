@@ -26,19 +26,15 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
     bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
     """
-    if params.load_in_4bit and find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(
-            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
-        )
     dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
     if not params.load_in_4bit:
         return load_vlm(policy, dtype=dtype, device="cpu")
-    vlm = load_vlm(
-        policy,
-        dtype=dtype,
-        device=own_device(),
-        quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    )
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    vlm = load_vlm(policy, dtype=dtype, device=own_device(), quantization=four_bits)
     library_quirks.keep_4bit_kernels_with_gradients(vlm.model)
     return vlm
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
@@ -48,8 +48,8 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
         problem = "the hub has no such repository, or it is private and HF_TOKEN is not its reader's"
     except RevisionNotFoundError:
         problem = f"the hub has no revision {revision!r} of it"
-    except (OSError, ValueError) as error:
-        problem = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, HTTPError) as error:
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise FileNotFoundError(f"cannot load a model from {path!r}: {problem}")
 
 

@@ -97,7 +97,7 @@ def load_vlm(
     tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    fingerprint = fingerprint_checkpoint(path, revision)
+    fingerprint = fingerprint_checkpoint(str(folder))
     if adapter is not None:
         fingerprint += "+" + fingerprint_checkpoint(adapter)
     return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))

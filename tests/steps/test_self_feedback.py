@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_llava import picture, save_tiny_llava
 
@@ -18,9 +17,7 @@ from rlaifv.steps.self_feedback import (
     CandidateLogps,
     answer_logps,
     best_of_n,
-    load_with_adapter,
     token_logps,
-    without_adapter,
     write_logps,
 )
 from rlaifv.store import Store
@@ -35,12 +32,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards")
     save_tiny_llava(folder / "policy", seed=1)
     save_tiny_llava(folder / "reference", seed=2)
-    torch.manual_seed(3)
-    adapted = get_peft_model(
-        load_vlm(str(folder / "reference"), device="cpu").model,
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
-    )
-    adapted.save_pretrained(folder / "adapter")
     for i in range(3):
         (folder / f"{i}.png").write_bytes(picture(i))
     return folder
@@ -92,21 +83,6 @@ def test_the_log_probs_of_an_answer_are_those_of_its_tokens_added_up(models):
         direct_logps(models[0], 0, "describe it .", ANSWERS[1])[:-1].tolist(), abs=1e-5
     )
     assert [t.reference.sum().item() for t in tokens] == [s.reference for s in sums]
-
-
-def test_one_model_with_and_without_its_adapter_is_both_models(folder, models):
-    both = load_with_adapter(str(folder / "reference"), folder / "adapter", device="cpu")
-    merged = load_vlm(str(folder / "reference"), device="cpu", adapter=str(folder / "adapter"))
-    asked = [Asked(image(2), "describe it .", ANSWERS)]
-    alone, two = answer_logps(both, None, asked)[0], answer_logps(merged, models[1], asked)[0]
-    assert [s.policy for s in alone] == pytest.approx([s.policy for s in two], abs=1e-4)
-    assert [s.reference for s in alone] == pytest.approx([s.reference for s in two], abs=1e-4)
-    assert abs(two[0].policy - two[0].reference) > 1e-2
-
-
-def test_no_reference_and_no_adapter_is_an_error_that_names_the_model(models):
-    with pytest.raises(ValueError, match="has no adapter to switch off"), without_adapter(models[0]):
-        pass
 
 
 @given(

@@ -174,7 +174,7 @@ def test_every_loss_its_gradient_and_its_metrics_are_those_of_trls_own_trainer(
 
 def test_a_loss_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="unknown loss 'dpo'"):
-        dpo.dpo_loss("dpo", torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, 1), beta=0.1)
+        dpo.dpo_loss("dpo", torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, 1), PARAMS)
 
 
 def test_weighted_combination_of_losses_is_their_weighted_sum(folder):
