@@ -197,7 +197,7 @@ def first_step(trainer: Trainer, rows: int, keep_gradients: bool, out: Path) -> 
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
     batch = trainer._prepare_inputs(batch)
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():  # as in a step: the Trainer has not wrapped the model yet
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradients = {

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from rlaifv.inference.logprobs import continuation_logprobs
-from rlaifv.records import Candidate, Instruction, Reject, batched
+from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, load_model
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ def check_same_tokens(policy: VLM, reference: VLM) -> None:
         problem = "chat templates"
     if problem:
         raise ValueError(f"{policy.name} and {reference.name} have different {problem}: log-probs cannot be compared")
+
+
+def load_pair(model: ModelRecord, policy: Path, reference: Path) -> tuple[VLM, VLM]:
+    """π_θ and π_ref from their folders, in the dtype and on the device of the run's policy."""
+    return load_model(model, policy), load_model(model, reference)
 
 
 def best_of_n(scored: Sequence[AnswerLogps], beta: float, normalize: bool = True) -> int:
