@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
 
 def execute(notebook, parameters: dict[str, str]) -> int:
     """Run the notebook; its executed copy goes to runs/[iteration/]NAME.ipynb."""
+    # jsonschema would build a grammar of IRIs, 2 seconds of every stage; without that module it leaves them unchecked
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -55,6 +57,7 @@ def execute(notebook, parameters: dict[str, str]) -> int:
             cwd=str(ROOT),
             progress_bar=False,
             log_output=False,
+            shutdown_kernel="immediate",  # what a stage writes is whole when its last cell has run
             extra_arguments=["--log-level=40"],  # the kernel's own warnings are not the stage's
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,

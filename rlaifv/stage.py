@@ -139,6 +139,7 @@ class Stage:
         minutes = (time.time() - psutil.Process().create_time()) / 60  # imports count: a user waits for them
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
         record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
+        record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
         write_atomic(RUNS / "timings" / f"{self.label}.json", json.dumps(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
