@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -21,7 +21,7 @@ from rlaifv import ROOT
 from rlaifv.inference.server import is_served
 from rlaifv.params import ModelParams, Params, ParamsError, load_params, read_yaml
 from rlaifv.results import read_timings
-from rlaifv.stage import RUNS
+from rlaifv.stage import RUNS, Paths
 from rlaifv.vlm.checkpoint import resolve_checkpoint
 
 GB = 1e9
@@ -204,7 +204,7 @@ class Need:
     gpu: float = 0
     host: float = 0
     disk: float = 0
-    fixes: Mapping[str, str] | None = None
+    fixes: Mapping[str, str] = field(default_factory=dict)
 
 
 def forward(model: Model, machine: Machine, tokens: float, passes: float, kept: float = 0) -> float:
@@ -241,19 +241,20 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
     instructions, samples = params.prepare.per_iteration, params.generate.samples
     answer = ANSWER * params.generate.max_new_tokens
 
-    def inference(name: str, model: Model, tokens: float, seconds: float, memory: float, **fixes: str) -> Need:
-        smaller = f"{fixes.pop('batch')} smaller, " if "batch" in fixes else ""
-        way = f"{smaller}a smaller model, or one behind a server" if name == "feedback" else f"{smaller}a smaller model"
-        memory /= machine.gpus if model.bytes + RUNTIME > machine.memory else 1  # spread where one card is too small
+    def inference(name: str, model: Model, tokens: float, seconds: float, memory: float) -> Need:
+        section = "evaluate" if name == "test" else name
+        way = f"{section}.batch_size, or take a smaller model" + (" or a served one" if name == "feedback" else "")
+        if model.bytes + RUNTIME > machine.memory:  # too large for one card: spread over all
+            memory /= machine.gpus
         flops = 2 * model.active * tokens
-        return Need(name, tokens, flops, seconds, memory, model.bytes, 0, {"gpu": way, "host": way})
+        return Need(name, tokens, flops, seconds, memory, model.bytes, fixes={"gpu": way, "host": way})
 
     tokens, seconds = asked(
         policy, machine, instructions, samples, params.generate.batch_size, params.generate.max_new_tokens
     )
     longest = policy.image + PROMPT + samples * LONGEST * params.generate.max_new_tokens
     memory = cached(policy, params.generate.batch_size, longest)
-    yield inference("generate", policy, tokens, start(policy) + seconds, memory, batch="generate.batch_size")
+    yield inference("generate", policy, tokens, start(policy) + seconds, memory)
 
     if divider:
         texts, batch, listed = instructions * samples, params.divide.batch_size, DIVIDED * answer
@@ -261,14 +262,14 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
         tokens = texts * (2 * PROMPT + 4 * listed)
         memory = cached(divider, batch, PROMPT + answer + listed)
         seconds = start(divider) + forward(divider, machine, tokens, passes, batch * (PROMPT + answer + listed))
-        yield inference("divide", divider, tokens, seconds, memory, batch="divide.batch_size")
+        yield inference("divide", divider, tokens, seconds, memory)
 
     if labeler:
         tokens = instructions * (labeler.image + PROMPT + DISTINCT * samples * CLAIMS * QUESTION)
         batch = params.feedback.batch_size
         memory = cached(labeler, batch, labeler.image + PROMPT + 2048)
         seconds = start(labeler) + forward(labeler, machine, tokens, 2 * instructions / batch)
-        yield inference("feedback", labeler, tokens, seconds, memory, batch="feedback.batch_size")
+        yield inference("feedback", labeler, tokens, seconds, memory)
 
     yield training(params, policy, machine)
 
@@ -284,7 +285,7 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
             seconds += forward(policy, machine, questions * QUESTION, 2 * count / params.evaluate.batch_size)
         memory = cached(policy, params.evaluate.batch_size, policy.image + PROMPT + LONGEST * new)
         took = start(policy, times) + times * seconds
-        yield inference(name, policy, times * tokens, took, memory, batch="evaluate.batch_size")
+        yield inference(name, policy, times * tokens, took, memory)
 
 
 def rows_of(path: str, scenes: int) -> int:
@@ -296,60 +297,88 @@ def rows_of(path: str, scenes: int) -> int:
 
 
 def training(params: Params, model: Model, machine: Machine) -> Need:
-    """Preference training: weights, gradients and AdamW's two moments in float32, the copies of autocast, activations;
-    with LoRA the frozen weights in their dtype and the rest of the adapters alone."""
-    train = params.train
-    pairs, row = params.prepare.per_iteration, model.image + PROMPT + 2 * ANSWER * params.generate.max_new_tokens
-    tokens = train.epochs * pairs * row
-    times = (8 if train.gradient_checkpointing else 6) - (2 if train.lora_r else 0)
-    reference = 0 if train.lora_r and not train.epochs else pairs * row
-    flops = model.active * (times * tokens + 2 * reference)
+    """Preference training: forward and backward, again forward where activations are recomputed, the reference's
+    pass, and what is written."""
+    train, answers = params.train, 2 * ANSWER * params.generate.max_new_tokens
+    pairs, row = params.prepare.per_iteration, model.image + PROMPT + answers
     processes = min(train.processes, machine.gpus)
-    steps = train.epochs * pairs / train.micro_batch_size / processes
-    launched = steps * (times / 2) * model.layers * machine.launch
+    # in units of a forward pass: the backward of all weights takes two, of what flows through frozen ones one
+    passes = 3 + train.gradient_checkpointing - (train.lora_r > 0)
+    flops = 2 * model.active * pairs * row * (train.epochs * passes + 1)
+    launches = train.epochs * pairs / train.micro_batch_size / processes * passes * model.layers
     checkpoints = train.epochs * train.checkpoints_per_epoch
-    sharding = sharding_of(train.accelerate_config)
-    trained = adapter_parameters(model, train) if train.lora_r else model.parameters - model.vision
-    half = 2 if train.dtype == "bfloat16" else 0  # autocast's copies
-    frozen = model.parameters - (0 if train.lora_r else trained)
-    resting = frozen * (0.55 if train.load_in_4bit else 2 if train.dtype == "bfloat16" else 4)
-    if sharding == "fsdp2":
-        state = (16 * trained + resting) / processes + half * trained
-    elif sharding == "zero2":
-        state = resting + 4 * trained + 12 * trained / processes
-    elif sharding == "zero3":
-        state = (8 * trained + resting) / processes + half * trained / 4
-    else:
-        state = resting + (16 + (0 if train.lora_r else half)) * trained
-    layer = 34 * row * model.hidden * train.micro_batch_size
-    activations = layer + 2 * model.layers * row * model.hidden * train.micro_batch_size
-    if not train.gradient_checkpointing:
-        activations = layer * model.layers
-    logits = 12 * min(2 * ANSWER * params.generate.max_new_tokens * train.micro_batch_size, 2048) * model.vocabulary
     written = checkpoints * model.parameters * (2 if train.dtype == "bfloat16" else 4)
-    saving = written + checkpoints * 12 * trained  # the last resumable state is kept, each is written
-    loading = model.parameters * (2 if train.lora_r or processes > 1 else 6)
-    offload = 8 * trained if sharding == "zero3" else 0
-    features = 0 if sharding else min(train.feature_cache_gb * GB, pairs * model.image * model.feature * model.width)
-    ways = "train.lora_r: 64 (with learning_rate 1.0e-5)"
-    if not train.lora_r and machine.gpus > 1:
-        ways += f", or train.accelerate_config: params/accelerate/fsdp2.yaml with train.processes: {machine.gpus}"
-    elif not train.lora_r:
-        ways += ", or more GPUs with train.accelerate_config: params/accelerate/fsdp2.yaml"
-    if train.lora_r:
-        ways = "train.load_in_4bit: true" if not train.load_in_4bit else "a smaller policy"
-    if not train.gradient_checkpointing:
-        ways = f"train.gradient_checkpointing: true, {ways}"
+    trained, _ = learning(model, params)
+    saving = (written + checkpoints * 12 * trained) / WRITE  # each with what a killed run goes on from
+    computing = max(flops / (machine.flops * UTILIZATION) / processes, launches * machine.launch)
+    way = ways_to_train(params, machine)
     return Need(
         "train",
-        tokens,
-        flops,
-        start(model) + max(flops / (machine.flops * UTILIZATION) / processes, launched) + saving / WRITE,
-        state + activations + logits + RUNTIME,
-        processes * loading + offload + features,
-        COPIES * written,
-        {"gpu": ways, "host": ways, "disk": "train.checkpoints_per_epoch: 1, or fewer train.epochs"},
+        tokens=train.epochs * pairs * row,
+        flops=flops,
+        seconds=start(model) + computing + saving,
+        gpu=states(model, params, processes) + activations(model, params, row, answers) + RUNTIME,
+        host=main_memory(model, params, processes),
+        disk=COPIES * written,
+        fixes={"gpu": way, "host": way, "disk": "train.checkpoints_per_epoch or train.epochs"},
     )
+
+
+def learning(model: Model, params: Params) -> tuple[float, float]:
+    """Parameters that learn, and those that do not: the vision tower, or with LoRA everything but the adapters."""
+    if params.train.lora_r:
+        return adapter_parameters(model, params.train), model.parameters
+    return model.parameters - model.vision, model.vision
+
+
+def states(model: Model, params: Params, processes: int) -> float:
+    """Bytes on each GPU of weights, gradients and AdamW's two moments, four each for a parameter that learns, with the
+    copies that autocast makes of weights and what the kind of sharding spreads."""
+    train = params.train
+    learn, rest = learning(model, params)
+    frozen = rest * (0.55 if train.load_in_4bit else 2 if train.dtype == "bfloat16" else 4)
+    copies = learn * (2 if train.dtype == "bfloat16" and not train.lora_r else 0)
+    match sharding_of(train.accelerate_config):
+        case "fsdp2":
+            return (16 * learn + frozen) / processes + copies
+        case "zero2":
+            return frozen + 4 * learn + 12 * learn / processes
+        case "zero3":  # its optimizer is in main memory
+            return (8 * learn + frozen) / processes + copies / 4
+    return 16 * learn + frozen + copies
+
+
+def activations(model: Model, params: Params, row: float, answers: float) -> float:
+    """Bytes that the backward pass needs: of every layer, or of one and the inputs of all; and the answers' logits."""
+    pairs, checkpointing = params.train.micro_batch_size, params.train.gradient_checkpointing
+    layer, inputs = 34 * row * model.hidden * pairs, 2 * row * model.hidden * pairs
+    logits = 12 * min(answers * pairs, 2048) * model.vocabulary
+    return (layer + model.layers * inputs if checkpointing else model.layers * layer) + logits
+
+
+def main_memory(model: Model, params: Params, processes: int) -> float:
+    """Bytes of weights while they are loaded, by every process, and of what lies in main memory by a setting."""
+    train, (learn, _) = params.train, learning(model, params)
+    sharding = sharding_of(train.accelerate_config)
+    loading = processes * model.parameters * (2 if train.lora_r or processes > 1 else 6)
+    kept = params.prepare.per_iteration * model.image * model.feature * model.width
+    features = 0 if sharding else min(train.feature_cache_gb * GB, kept)
+    return loading + features + (8 * learn if sharding == "zero3" else 0)
+
+
+def ways_to_train(params: Params, machine: Machine) -> str:
+    """The keys that make training smaller, cheapest first."""
+    train = params.train
+    ways = [] if train.gradient_checkpointing else ["train.gradient_checkpointing: true"]
+    if train.lora_r:
+        ways += [] if train.load_in_4bit else ["train.load_in_4bit: true"]
+    else:
+        where = f"train.processes: {machine.gpus}" if machine.gpus > 1 else "more GPUs"
+        ways += [
+            "train.lora_r: 64 with train.learning_rate: 1.0e-5",
+            f"train.accelerate_config: params/accelerate/fsdp2.yaml with {where}",
+        ]
+    return ", or ".join(ways or ["policy, for a smaller one"])
 
 
 def adapter_parameters(model: Model, train) -> float:
@@ -370,13 +399,15 @@ def sharding_of(config: str | None) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one iteration beside what there is, and what was measured: stage → minutes."""
+    """The needs of one iteration beside what there is; `ahead` of its iterations have no checkpoints yet; `measured`
+    are the minutes of stages that have run."""
 
     needs: list[Need]
     machine: Machine
     host: float
     disk: float
     iterations: int
+    ahead: int
     measured: Mapping[str, float]
 
     @property
@@ -388,12 +419,12 @@ class Plan:
     def shortages(self) -> tuple[list[str], list[str]]:
         """What does not fit, and what is close, one line each with the way out."""
         short, close = [], []
-        written = self.iterations * sum(need.disk for need in self.needs)
+        written = self.ahead * sum(need.disk for need in self.needs)
         rows = [(n, "gpu", n.gpu, self.machine.memory, "GB on a GPU") for n in self.needs]
         rows += [(n, "host", n.host, self.host, "GB of main memory") for n in self.needs]
-        rows += [(n, "disk", written, self.disk, "GB of disk for all iterations") for n in self.needs if n.disk]
+        rows += [(n, "disk", written, self.disk, "GB of disk for the iterations ahead") for n in self.needs if n.disk]
         for need, kind, used, there, words in rows:
-            line = f"{need.stage}: {used / GB:,.0f} of {there / GB:,.0f} {words}; change {(need.fixes or {}).get(kind)}"
+            line = f"{need.stage}: {used / GB:,.0f} of {there / GB:,.0f} {words}; change {need.fixes[kind]}"
             if used > there:
                 short.append(line)
             elif used > CLOSE * there:
@@ -414,7 +445,8 @@ def make_plan(params: Params, machine: Machine, disk: float, host: float, timing
             known[model] = measure(model)
     needs = list(stages(params, {role: known.get(model) for role, model in roles.items()}, machine))
     measured = measured_minutes(timings, params.policy.path) if timings else {}
-    return Plan(needs, machine, host, disk, len(params.iterations), measured)
+    ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
+    return Plan(needs, machine, host, disk, len(params.iterations), ahead, measured)
 
 
 def measured_minutes(folder: Path, policy: str) -> dict[str, float]:

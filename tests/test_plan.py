@@ -9,7 +9,8 @@ import pytest
 
 from rlaifv import ROOT, plan
 from rlaifv.params import load_params
-from tests.helpers.published import CONFIGS, write_config
+from rlaifv.profile import render
+from tests.helpers.published import write_config
 
 GB = 1e9
 
@@ -128,16 +129,29 @@ def test_small_models_are_not_planned_before_a_run(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_prints_the_table_and_a_model_that_is_not_there_is_one_line(tmp_path):
+def test_what_was_written_already_is_not_asked_of_the_disk_again(profile, tmp_path, monkeypatch):
+    paths = type("Paths", (), {"__init__": lambda self, name: setattr(self, "checkpoints", tmp_path / name)})
+    monkeypatch.setattr(plan, "Paths", paths)
+    before = planned(profile("llava15-7b"), 8)
+    for name in ("1", "2", "3"):
+        (tmp_path / name).mkdir()
+    after = planned(profile("llava15-7b"), 8, disk=500)
+    assert (before.ahead, after.ahead) == (4, 1) and after.shortages()[0] == []
+
+
+def test_the_command_prints_a_row_a_stage_and_says_that_it_fits():
     command = [sys.executable, "-m", "rlaifv.plan", "--gpu", "H100"]
-    done = subprocess.run([*command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "it fits"
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:8]] == [
-        "generate",
-        "divide",
-        "feedback",
-        "train",
-        "evaluate",
-        "test",
-    ]
-    assert len(CONFIGS) == 3
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1] == "it fits"
+    stages = ["generate", "divide", "feedback", "train", "evaluate", "test"]
+    assert [line.split()[0] for line in lines[2:8]] == stages
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "params.yaml"
+    file.write_text(render("default").replace("models/tiny/divider", "models/absent"))
+    monkeypatch.setattr(sys, "argv", ["plan", "--params", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        plan.main()
+    assert str(stop.value).startswith("plan: no checkpoint at 'models/absent'") and "\n" not in str(stop.value)
