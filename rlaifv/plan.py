@@ -130,7 +130,7 @@ def read_config(model: ModelParams):
     from transformers import AutoConfig
 
     path = model.path
-    if (ROOT / path).exists() or path.count("/") != 1:
+    if path.count("/") != 1 or (ROOT / path.split("/")[0]).is_dir():  # no hub id
         folder = resolve_checkpoint(path)
     else:
         try:
