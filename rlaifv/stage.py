@@ -153,4 +153,3 @@ def start_logging() -> None:
     # PEFT 0.21 reads a name that transformers 5.23 has renamed
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
