@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
+from hub import Hub
+from published import CONFIGS, write_config
 
 from rlaifv import ROOT, plan
 from rlaifv.params import load_params
 from rlaifv.profile import render
-from tests.helpers.published import write_config
 
 GB = 1e9
 
@@ -146,6 +149,26 @@ def test_the_command_prints_a_row_a_stage_and_says_that_it_fits():
     assert done.returncode == 0 and lines[-1] == "it fits"
     stages = ["generate", "divide", "feedback", "train", "evaluate", "test"]
     assert [line.split()[0] for line in lines[2:8]] == stages
+
+
+def test_hub_models_are_planned_from_their_configurations_and_no_weights_are_fetched(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(re.sub(r"revision: \w{40}", "revision: null", render("llava15-7b")))
+    command = [sys.executable, "-m", "rlaifv.plan", "--params", str(file), "--disk", "4000", "--gpu", "H100", "--gpus"]
+    with Hub() as hub:
+        for name in CONFIGS:
+            folder = write_config(tmp_path, name)
+            (folder / "model.safetensors").write_bytes(b"not for the plan")
+            hub.push(name, folder)
+        kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
+        environment = kept | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        one, eight = (
+            subprocess.run([*command, gpus], cwd=ROOT, env=environment, capture_output=True, text=True)
+            for gpus in ("1", "8")
+        )
+        assert not hub.downloads("model.safetensors")
+    assert eight.returncode == 0 and eight.stdout.splitlines()[-1] == "it fits", eight.stderr
+    assert one.returncode == 1 and one.stderr.startswith("does not fit: train: 124 of 80 GB on a GPU")
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
