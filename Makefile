@@ -5,10 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,7 +24,11 @@ $(READY): pyproject.toml constraints.txt
 profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
 	python -m rlaifv.profile $(NAME) $(if $(FORCE),--force)
 
+plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
+	python -m rlaifv.plan $(ARGS)
+
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
+	python -m rlaifv.plan --check
 	dvc repro
 	@echo "report: plots/report.html, numbers: metrics/summary.json"
 

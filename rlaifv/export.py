@@ -10,12 +10,15 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from markupsafe import Markup
 from ruamel.yaml import YAML
+from safetensors import SafetensorError, safe_open
 
 from rlaifv import stage
 from rlaifv.params import DEFAULT, ModelParams, Params, load_params, read_content
@@ -39,7 +42,8 @@ def lineage(params: Params, iteration: str) -> list[str]:
 def export(params: Params, params_file: Path, iteration: str, out: Path, license_name: str | None = None) -> None:
     """Write `out/model` and `out/dataset`, whole or not at all.
 
-    Raises FileNotFoundError for an iteration that has not run, FileExistsError when `out` holds something already.
+    Raises FileNotFoundError for an iteration that has not run, FileExistsError when `out` holds something already,
+    ValueError for weights or pairs that are not whole.
     """
     chain = lineage(params, iteration)
     for name in chain:
@@ -50,10 +54,57 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     results |= {name: read_result(Paths(name).results, "test", "pairs") for name in chain}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and not an empty folder: give another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model, dataset = partial / "model", partial / "dataset"
-    shutil.copytree(Paths(iteration).policy, model)
+    check_weights(Paths(iteration).policy)
+    for name in chain:
+        check_pairs(Paths(name).pairs, results[name].pairs["pairs"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        partial = Path(folder) / "whole"
+        write_folder(partial, params, params_file, chain, results, license_name)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ValueError unless the checkpoint's weights are all there and whole: safetensors files, those of its index
+    where it has one, each as long as its header says."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="np") as weights:
+                if not weights.keys():
+                    raise ValueError("it holds no weight")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder / name} cannot be exported: {error}; run `dvc repro` again") from None
+
+
+def check_pairs(path: Path, pairs: int) -> None:
+    """Raise ValueError unless the parquet has the columns and the number of pairs that the run counted."""
+    try:
+        found = pq.read_metadata(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be exported: {str(error).splitlines()[0]}; run `dvc repro` again") from None
+    if missing := set(SCHEMA.names) - set(found.schema.to_arrow_schema().names):
+        raise ValueError(f"{path} cannot be exported: it lacks {', '.join(sorted(missing))}")
+    if found.num_rows != pairs:
+        raise ValueError(f"{path} cannot be exported: {found.num_rows} pairs, but the run counted {pairs}")
+
+
+def write_folder(
+    out: Path,
+    params: Params,
+    params_file: Path,
+    chain: list[str],
+    results: Mapping[str, Result],
+    license_name: str | None,
+) -> None:
+    """The model of the last iteration of `chain` and the pairs of all of them, with their cards."""
+    model, dataset = out / "model", out / "dataset"
+    shutil.copytree(Paths(chain[-1]).policy, model)
     if params_file.with_name("default.yaml").is_file():  # a profile: with the default that it changes
         with (model / "training_params.yaml").open("w", encoding="utf-8") as stream:
             YAML().dump(read_content(params_file.resolve()), stream)
@@ -67,9 +118,6 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     for name in chain:
         shutil.copyfile(Paths(name).pairs, dataset / "data" / f"iteration_{name}.parquet")
     write_atomic(dataset / "README.md", dataset_card(params, results, license_name))
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
 
 
 def model_name(model: ModelParams) -> str:

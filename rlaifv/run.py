@@ -3,12 +3,15 @@
     python -m rlaifv.run 20_generate iteration=1 prev=0 params_file=params.yaml
 
 The parameter file is checked before a kernel starts. What the notebook prints is logged as it comes; when it fails,
-one line says why and where the executed notebook lies, with the whole traceback.
+one line says why and where the executed notebook lies, with the whole traceback. So does a kernel that was killed, and
+a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same command goes on where it was.
 """
 
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
 
 from rlaifv import ROOT
 from rlaifv.params import ParamsError, load_params
@@ -33,9 +36,20 @@ def main(arguments: list[str]) -> int:
     return execute(notebook, parameters)
 
 
-def execute(notebook, parameters: dict[str, str]) -> int:
-    """Run the notebook; its executed copy goes to runs/[iteration/]NAME.ipynb."""
+class Stopped(BaseException):
+    """A signal asks the run to end; its number is the argument."""
+
+
+def stop(number: int, _frame: object) -> None:
+    raise Stopped(number)
+
+
+def execute(notebook: Path, parameters: dict[str, str]) -> int:
+    """Run the notebook; its executed copy goes to runs/[iteration/]NAME.ipynb. Returns the exit code."""
+    # jsonschema would build a grammar of IRIs, 2 seconds of every stage; without that module it leaves them unchecked
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     executed = RUNS / parameters.get("iteration", "") / notebook.name
@@ -46,6 +60,7 @@ def execute(notebook, parameters: dict[str, str]) -> int:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     # the kernel takes the package from where this one is: in a copy of the repository (`dvc exp run --temp`), the copy
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -55,15 +70,44 @@ def execute(notebook, parameters: dict[str, str]) -> int:
             cwd=str(ROOT),
             progress_bar=False,
             log_output=False,
+            shutdown_kernel="immediate",  # what a stage writes is whole when its last cell has run
             extra_arguments=["--log-level=40"],  # the kernel's own warnings are not the stage's
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
-        print(f"{notebook.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
-        print(f"the traceback is in {executed.relative_to(ROOT)}", file=sys.stderr)
+        memory = (
+            f"out of memory: {lower(notebook)}; " if error.ename.endswith(("MemoryError", "OutOfMemoryError")) else ""
+        )
+        print(f"{notebook.stem}: {memory}{error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"the traceback is in {executed}", file=sys.stderr)
         return 1
+    except DeadKernelError:
+        print(
+            f"{notebook.stem}: the kernel was killed, usually for memory: {lower(notebook)}, and run the same command "
+            "again; it goes on where it was",
+            file=sys.stderr,
+        )
+        return 1
+    except Stopped as stopped:
+        name = signal.Signals(stopped.args[0]).name
+        print(f"{notebook.stem}: stopped by {name}; the same command goes on where it was", file=sys.stderr)
+        return 128 + stopped.args[0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
+
+
+def lower(notebook: Path) -> str:
+    """What makes a stage need less memory."""
+    stage = notebook.stem.partition("_")[2]
+    section = {"test": "evaluate", "exam": "evaluate", "benchmarks": "evaluate"}.get(stage, stage)
+    if section == "train":
+        return "lower train.micro_batch_size or train.feature_cache_gb"
+    if section in ("generate", "divide", "feedback", "evaluate", "self_feedback"):
+        return f"lower {section}.batch_size"
+    return "give it more"
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ class Stage:
         minutes = (time.time() - psutil.Process().create_time()) / 60  # imports count: a user waits for them
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
         record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
+        record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
         write_atomic(RUNS / "timings" / f"{self.label}.json", json.dumps(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
@@ -152,4 +153,3 @@ def start_logging() -> None:
     # PEFT 0.21 reads a name that transformers 5.23 has renamed
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -24,13 +24,13 @@ BFLOAT16_LOSS = 0.01
 def checks(device: str, size: str) -> list[tuple[str, list[str]]]:
     """The scripts with their options: a 7B is trained with LoRA, for its full training takes more than one GPU."""
     common = ["--device", device, "--json", *(["--keep"] if device == "cuda" else [])]
-    recompute = ["--checkpointing", "--pairs", "8", "--epochs", "1", "--micro", "2"]
+    recompute = ["--checkpointing", "--epochs", "1"]
     smaller = "1b" if size == "7b" else size
     return [
         ("feedback.py", [*common, "--size", size]),
         ("generate.py", [*common, "--size", size]),
-        ("train.py", [*common, "--size", size, "--lora", "64", *recompute]),
-        ("train.py", [*common, "--size", smaller, *recompute]),
+        ("train.py", [*common, "--size", size, "--lora", "64", "--pairs", "12", "--micro", "4", *recompute]),
+        ("train.py", [*common, "--size", smaller, "--pairs", "24", "--micro", "8", *recompute]),
     ]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import DatasetCard, ModelCard
@@ -135,6 +137,48 @@ def test_a_result_that_is_not_there_is_one_clear_line_too(finished_run):
     with pytest.raises(SystemExit, match="the stage that writes test has not run") as end:
         main(["--iteration", "2", "--out", str(finished_run / "new")])
     assert len(end.value.code.splitlines()) == 1
+
+
+def spoil_weights(policy: Path, pairs: Path) -> None:
+    (policy / "model.safetensors").write_bytes((policy / "model.safetensors").read_bytes()[:-100])
+
+
+def lose_weights(policy: Path, pairs: Path) -> None:
+    (policy / "model.safetensors").unlink()
+
+
+def cut_pairs(policy: Path, pairs: Path) -> None:
+    pairs.write_bytes(pairs.read_bytes()[:100])
+
+
+def lose_pairs(policy: Path, pairs: Path) -> None:
+    table = pq.read_table(pairs)
+    pq.write_table(table.slice(1), pairs)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_weights, "model.safetensors cannot be exported"),
+        (lose_weights, "model.safetensors cannot be exported"),
+        (cut_pairs, "pairs.parquet cannot be exported"),
+        (lose_pairs, "but the run counted"),
+    ],
+)
+def test_a_part_is_not_exported_as_the_whole(finished_run, spoil, said):
+    spoil(Paths("2").policy, Paths("2").pairs)
+    with pytest.raises(SystemExit, match=said) as end:
+        main(["--iteration", "2", "--out", str(finished_run / "broken")])
+    assert len(end.value.code.splitlines()) == 1
+    assert not list(finished_run.glob("broken*"))
+
+
+def test_a_folder_of_the_users_beside_it_stays(finished_run):
+    beside = finished_run / "mine.partial"
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("years of work")
+    main(["--iteration", "2", "--out", str(finished_run / "mine")])
+    assert (beside / "thesis.txt").read_text() == "years of work"
 
 
 def test_nothing_is_overwritten(finished_run):

@@ -28,7 +28,7 @@ def in_checkout(folder: Path, name: str = "mine", text: str = "") -> Path:
 
 
 def test_the_shipped_profiles():
-    assert PROFILES == ["default", "four-iterations", "llava15-7b", "one-large-iteration", "self"]
+    assert PROFILES == ["default", "four-iterations", "llava15-7b", "llava15-7b-lora", "one-large-iteration", "self"]
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -1,0 +1,543 @@
+"""What a run of a parameter file will take, before it starts: tokens, memory, disk and hours of every stage.
+
+    python -m rlaifv.plan [--params FILE] [--gpu H100 --gpus 8] [--disk GB] [--check]
+
+Everything is computed from the parameters and the models' configurations; of a hub model only its config.json is
+fetched. What cannot fit is exit code 1 with the key to change. Where stages have run, the measured minutes stand
+beside the estimate, and the rest is scaled by what they say (the median ratio).
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from rlaifv import ROOT
+from rlaifv.inference.server import is_served
+from rlaifv.params import ModelParams, Params, ParamsError, load_params, read_yaml
+from rlaifv.results import read_timings
+from rlaifv.stage import RUNS, Paths
+from rlaifv.vlm.checkpoint import resolve_checkpoint
+
+GB = 1e9
+
+# ---- what is assumed: shares seen on the embedded world and in published runs, in one place
+
+ANSWER = 0.3
+"""Mean length of an answer, as a share of `max_new_tokens`."""
+
+LONGEST = 0.7
+"""Length of the longest answer of a batch, which all others wait for, likewise."""
+
+CLAIMS = 9
+"""Claims of an answer; each is asked in `QUESTION` tokens after what it shares with the others about its image."""
+
+QUESTION = 23
+
+DISTINCT = 0.5
+"""Share of an image's questions that no other answer to it has asked already: each is asked once."""
+
+COPIES = 2
+"""Of every checkpoint on disk: in data/ and in DVC's cache (1 with `dvc config cache.type hardlink`)."""
+
+DIVIDED = 1.4
+"""Tokens of a list of claims, or of questions, for one token of the answer."""
+
+PROMPT = 40
+"""Text tokens of a prompt beside its image."""
+
+PHOTO = (640, 480)
+"""Pixels of an image where the model's own size does not say how many tokens it takes."""
+
+INSTRUCTIONS = 300
+"""Of an evaluation split whose file is not there yet."""
+
+UTILIZATION = 0.4
+"""Share of the peak that large matrix products reach."""
+
+LAUNCH = 0.8e-3
+"""Seconds for one layer of one forward pass that is bound by Python and kernel launches."""
+
+WRITE = 0.15 * GB
+"""Bytes a second of checkpoints and resumable states, on a shared file system."""
+
+START = 10
+"""Seconds of a stage before it works: kernel, imports; its weights are read at `READ`."""
+
+READ = 1.0 * GB
+
+RUNTIME = 2.0 * GB
+"""CUDA's context, cuBLAS's workspace and what the allocator cannot give back."""
+
+CLOSE = 0.92
+"""From this share of the memory on, it is close."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one node: memory in bytes, dense bfloat16 operations and bytes of memory a second, of each."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    gpus: int = 1
+    launch: float = LAUNCH
+
+
+MACHINES = {
+    "H200": Machine("H200", 141 * GB, 989e12, 4.8e12),
+    "H100": Machine("H100", 80 * GB, 989e12, 3.35e12),
+    "A100": Machine("A100", 80 * GB, 312e12, 2.0e12),
+    "A100-40": Machine("A100-40", 40 * GB, 312e12, 1.55e12),
+    "L40S": Machine("L40S", 48 * GB, 362e12, 0.86e12),
+    "RTX4090": Machine("RTX4090", 24 * GB, 165e12, 1.0e12),
+    "RTX3090": Machine("RTX3090", 24 * GB, 71e12, 0.94e12),
+    "CPU": Machine("CPU", float("inf"), 60e9, 10e9, launch=1.5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What counts of a checkpoint: parameters in all, of the vision tower, and those that one text token meets; layers;
+    bytes of keys and values a token; tokens an image, width of the tower's features; vocabulary; bytes of a parameter
+    when it is loaded."""
+
+    path: str
+    parameters: int
+    vision: int
+    active: int
+    layers: int
+    hidden: int
+    cache: int
+    image: int
+    feature: int
+    vocabulary: int
+    width: int
+
+    @property
+    def bytes(self) -> float:
+        return self.parameters * self.width
+
+
+def read_config(model: ModelParams):
+    """The configuration of a model, of a hub id without its weights. Raises FileNotFoundError in one line."""
+    from transformers import AutoConfig
+
+    path = model.path
+    if path.count("/") != 1 or (ROOT / path.split("/")[0]).is_dir():  # no hub id
+        folder = resolve_checkpoint(path)
+    else:
+        try:
+            folder = Path(hf_hub_download(path, "config.json", revision=model.revision)).parent
+        except Exception as error:  # of the client's many; all mean that there is no configuration
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FileNotFoundError(f"no configuration of {path!r}: {reason}") from None
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def measure(model: ModelParams) -> Model:
+    """Build the model without memory (torch's meta device) and count."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config = read_config(model)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    with torch.device("meta"):
+        built = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+    text = config.get_text_config()
+    decoder = dict.fromkeys(built.get_decoder().parameters())
+    vision = sum(p.numel() for name, p in built.named_parameters() if p not in decoder and "lm_head" not in name)
+    experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
+    used = getattr(text, "num_experts_per_tok", 0) or 0
+    of = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    total = sum(p.numel() for p in built.parameters())
+    embedding = built.get_input_embeddings().weight
+    head = built.get_output_embeddings().weight
+    idle = vision + (0 if head is embedding else embedding.numel()) + int(experts * (1 - used / of))
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Model(
+        path=model.path,
+        parameters=total,
+        vision=vision,
+        active=total - idle,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        cache=2 * text.num_hidden_layers * heads * size * getattr(torch, model.dtype).itemsize,
+        image=image_tokens(config) if sees else 0,
+        feature=config.vision_config.hidden_size if sees else 0,
+        vocabulary=text.vocab_size,
+        width=getattr(torch, model.dtype).itemsize,
+    )
+
+
+def image_tokens(config) -> int:
+    """Tokens of one image: what the configuration says, or of a photo of `PHOTO` pixels where that decides."""
+    vision = config.vision_config
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    if getattr(vision, "spatial_merge_size", None):
+        side = patch * vision.spatial_merge_size
+        return (PHOTO[0] // side) * (PHOTO[1] // side)
+    size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    base = (size // patch) ** 2
+    if getattr(config, "image_grid_pinpoints", None):
+        return 5 * base  # the whole picture and four tiles
+    return getattr(config, "mm_tokens_per_image", None) or getattr(config, "image_seq_length", None) or base
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage takes. `gpu` and `host` are bytes at once (of each GPU; of the machine), `disk` bytes that stay,
+    `fixes` what to change where it does not fit, by what is short."""
+
+    stage: str
+    tokens: float = 0
+    flops: float = 0
+    seconds: float = 0
+    gpu: float = 0
+    host: float = 0
+    disk: float = 0
+    fixes: Mapping[str, str] = field(default_factory=dict)
+
+
+def forward(model: Model, machine: Machine, tokens: float, passes: float, kept: float = 0) -> float:
+    """Seconds of `passes` forward passes over `tokens` tokens in all, each with `kept` tokens' keys and values in the
+    cache: computing and reading, or launching where that takes longer."""
+    computing = 2 * model.active * tokens / (machine.flops * UTILIZATION)
+    reading = passes * (model.bytes + kept * model.cache) / machine.bandwidth
+    return max(computing + reading, passes * model.layers * machine.launch)
+
+
+def start(model: Model, times: int = 1) -> float:
+    return START + times * model.bytes / READ
+
+
+def asked(model: Model, machine: Machine, images: float, rows: int, batch: int, new: int) -> tuple[float, float]:
+    """Tokens and seconds of `rows` answers to each of `images` prompts, `batch` of these at a time; `new` tokens at
+    most."""
+    before, drawn = images * (PROMPT + model.image), images * rows * ANSWER * new
+    batches, steps = -(-images // batch), LONGEST * new
+    kept = batch * (PROMPT + model.image + rows * steps / 2)
+    seconds = forward(model, machine, before, batches)
+    seconds += forward(model, machine, batches * batch * rows * steps, batches * steps, kept)
+    return before + drawn, seconds
+
+
+def cached(model: Model, rows: float, tokens: float) -> float:
+    """Bytes of a loaded model with keys and values of `rows` rows of `tokens` tokens."""
+    return model.bytes + rows * tokens * model.cache + RUNTIME
+
+
+def stages(params: Params, models: Mapping[str, Model | None], machine: Machine) -> Iterator[Need]:
+    """What every stage of one iteration takes, in the pipeline's order; None is a served model, which takes nothing."""
+    policy, labeler, divider = (models[role] for role in ("policy", "labeler", "divider"))
+    instructions, samples = params.prepare.per_iteration, params.generate.samples
+    answer = ANSWER * params.generate.max_new_tokens
+
+    def inference(name: str, model: Model, tokens: float, seconds: float, memory: float) -> Need:
+        section = "evaluate" if name == "test" else name
+        way = f"{section}.batch_size, or take a smaller model" + (" or a served one" if name == "feedback" else "")
+        if model.bytes + RUNTIME > machine.memory:  # too large for one card: spread over all
+            memory /= machine.gpus
+        flops = 2 * model.active * tokens
+        return Need(name, tokens, flops, seconds, memory, model.bytes, fixes={"gpu": way, "host": way})
+
+    tokens, seconds = asked(
+        policy, machine, instructions, samples, params.generate.batch_size, params.generate.max_new_tokens
+    )
+    longest = policy.image + PROMPT + samples * LONGEST * params.generate.max_new_tokens
+    memory = cached(policy, params.generate.batch_size, longest)
+    yield inference("generate", policy, tokens, start(policy) + seconds, memory)
+
+    if divider:
+        texts, batch, listed = instructions * samples, params.divide.batch_size, DIVIDED * answer
+        passes = 2 * -(-texts // batch) * listed
+        tokens = texts * (2 * PROMPT + 4 * listed)
+        memory = cached(divider, batch, PROMPT + answer + listed)
+        seconds = start(divider) + forward(divider, machine, tokens, passes, batch * (PROMPT + answer + listed))
+        yield inference("divide", divider, tokens, seconds, memory)
+
+    if labeler:
+        tokens = instructions * (labeler.image + PROMPT + DISTINCT * samples * CLAIMS * QUESTION)
+        batch = params.feedback.batch_size
+        memory = cached(labeler, batch, labeler.image + PROMPT + 2048)
+        seconds = start(labeler) + forward(labeler, machine, tokens, 2 * instructions / batch)
+        yield inference("feedback", labeler, tokens, seconds, memory)
+
+    yield training(params, policy, machine)
+
+    train = params.train
+    kept = train.epochs * train.checkpoints_per_epoch
+    for name, split, times in (("evaluate", params.prepare.dev, kept), ("test", params.prepare.test, 1)):
+        scenes = getattr(params.world, "dev" if name == "evaluate" else "test")
+        count, new = rows_of(split.instructions, scenes), params.evaluate.max_new_tokens
+        tokens, seconds = asked(policy, machine, count, 1, params.evaluate.batch_size, new)
+        if split.questions:
+            questions = rows_of(split.questions, 4 * scenes)
+            tokens += count * policy.image + questions * QUESTION
+            seconds += forward(policy, machine, questions * QUESTION, 2 * count / params.evaluate.batch_size)
+        memory = cached(policy, params.evaluate.batch_size, policy.image + PROMPT + LONGEST * new)
+        took = start(policy, times) + times * seconds
+        yield inference(name, policy, times * tokens, took, memory)
+
+
+def rows_of(path: str, scenes: int) -> int:
+    """Rows of a file of instructions; where it is not there yet, `scenes` of the embedded world, or `INSTRUCTIONS`."""
+    if (ROOT / path).is_file():
+        with (ROOT / path).open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    return scenes if path.startswith("data/world/") else INSTRUCTIONS
+
+
+def training(params: Params, model: Model, machine: Machine) -> Need:
+    """Preference training: forward and backward, again forward where activations are recomputed, the reference's
+    pass, and what is written."""
+    train, answers = params.train, 2 * ANSWER * params.generate.max_new_tokens
+    pairs, row = params.prepare.per_iteration, model.image + PROMPT + answers
+    processes = min(train.processes, machine.gpus)
+    # in units of a forward pass: the backward of all weights takes two, of what flows through frozen ones one
+    passes = 3 + train.gradient_checkpointing - (train.lora_r > 0)
+    flops = 2 * model.active * pairs * row * (train.epochs * passes + 1)
+    launches = train.epochs * pairs / train.micro_batch_size / processes * passes * model.layers
+    checkpoints = train.epochs * train.checkpoints_per_epoch
+    written = checkpoints * model.parameters * (2 if train.dtype == "bfloat16" else 4)
+    trained, _ = learning(model, params)
+    saving = (written + checkpoints * 12 * trained) / WRITE  # each with what a killed run goes on from
+    computing = max(flops / (machine.flops * UTILIZATION) / processes, launches * machine.launch)
+    way = ways_to_train(params, machine)
+    return Need(
+        "train",
+        tokens=train.epochs * pairs * row,
+        flops=flops,
+        seconds=start(model) + computing + saving,
+        gpu=states(model, params, processes) + activations(model, params, row, answers) + RUNTIME,
+        host=main_memory(model, params, processes),
+        disk=COPIES * written,
+        fixes={"gpu": way, "host": way, "disk": "train.checkpoints_per_epoch or train.epochs"},
+    )
+
+
+def learning(model: Model, params: Params) -> tuple[float, float]:
+    """Parameters that learn, and those that do not: the vision tower, or with LoRA everything but the adapters."""
+    if params.train.lora_r:
+        return adapter_parameters(model, params.train), model.parameters
+    return model.parameters - model.vision, model.vision
+
+
+def states(model: Model, params: Params, processes: int) -> float:
+    """Bytes on each GPU of weights, gradients and AdamW's two moments, four each for a parameter that learns, with the
+    copies that autocast makes of weights and what the kind of sharding spreads."""
+    train = params.train
+    learn, rest = learning(model, params)
+    frozen = rest * (0.55 if train.load_in_4bit else 2 if train.dtype == "bfloat16" else 4)
+    copies = learn * (2 if train.dtype == "bfloat16" and not train.lora_r else 0)
+    match sharding_of(train.accelerate_config):
+        case "fsdp2":
+            return (16 * learn + frozen) / processes + copies
+        case "zero2":
+            return frozen + 4 * learn + 12 * learn / processes
+        case "zero3":  # its optimizer is in main memory
+            return (8 * learn + frozen) / processes + copies / 4
+    return 16 * learn + frozen + copies
+
+
+def activations(model: Model, params: Params, row: float, answers: float) -> float:
+    """Bytes that the backward pass needs: of every layer, or of one and the inputs of all; and the answers' logits."""
+    pairs, checkpointing = params.train.micro_batch_size, params.train.gradient_checkpointing
+    layer, inputs = 34 * row * model.hidden * pairs, 2 * row * model.hidden * pairs
+    logits = 12 * min(answers * pairs, 2048) * model.vocabulary
+    return (layer + model.layers * inputs if checkpointing else model.layers * layer) + logits
+
+
+def main_memory(model: Model, params: Params, processes: int) -> float:
+    """Bytes of weights while they are loaded, by every process, and of what lies in main memory by a setting."""
+    train, (learn, _) = params.train, learning(model, params)
+    sharding = sharding_of(train.accelerate_config)
+    loading = processes * model.parameters * (2 if train.lora_r or processes > 1 else 6)
+    kept = params.prepare.per_iteration * model.image * model.feature * model.width
+    features = 0 if sharding else min(train.feature_cache_gb * GB, kept)
+    return loading + features + (8 * learn if sharding == "zero3" else 0)
+
+
+def ways_to_train(params: Params, machine: Machine) -> str:
+    """The keys that make training smaller, cheapest first."""
+    train = params.train
+    ways = [] if train.gradient_checkpointing else ["train.gradient_checkpointing: true"]
+    if train.lora_r:
+        ways += [] if train.load_in_4bit else ["train.load_in_4bit: true"]
+    else:
+        where = f"train.processes: {machine.gpus}" if machine.gpus > 1 else "more GPUs"
+        ways += [
+            "train.lora_r: 64 with train.learning_rate: 1.0e-5",
+            f"train.accelerate_config: params/accelerate/fsdp2.yaml with {where}",
+        ]
+    return ", or ".join(ways or ["policy, for a smaller one"])
+
+
+def adapter_parameters(model: Model, train) -> float:
+    """Of LoRA on all linear layers of the language model, whose matrices are about hidden × hidden to 3 × hidden."""
+    shapes = {"gate_proj": 3.7, "up_proj": 3.7, "down_proj": 3.7}
+    return model.layers * train.lora_r * model.hidden * sum(1 + shapes.get(name, 1.0) for name in train.lora_targets)
+
+
+def sharding_of(config: str | None) -> str:
+    """fsdp2, zero2, zero3, or "" for whole copies, as an accelerate file says."""
+    if config is None:
+        return ""
+    content = read_yaml(ROOT / config)
+    if content.get("distributed_type") == "DEEPSPEED":
+        return f"zero{content['deepspeed_config']['zero_stage']}"
+    return "fsdp2" if content.get("distributed_type") == "FSDP" else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of one iteration beside what there is; `ahead` of its iterations have no checkpoints yet; `measured`
+    are the minutes of stages that have run."""
+
+    needs: list[Need]
+    machine: Machine
+    host: float
+    disk: float
+    iterations: int
+    ahead: int
+    measured: Mapping[str, float]
+
+    @property
+    def scale(self) -> float:
+        """Measured over estimated time, the median of the finished stages; 1 where nothing has run."""
+        ratios = [60 * self.measured[n.stage] / n.seconds for n in self.needs if n.stage in self.measured]
+        return statistics.median(ratios) if ratios else 1.0
+
+    def shortages(self) -> tuple[list[str], list[str]]:
+        """What does not fit, and what is close, one line each with the way out."""
+        short, close = [], []
+        written = self.ahead * sum(need.disk for need in self.needs)
+        rows = [(n, "gpu", n.gpu, self.machine.memory, "GB on a GPU") for n in self.needs]
+        rows += [(n, "host", n.host, self.host, "GB of main memory") for n in self.needs]
+        rows += [(n, "disk", written, self.disk, "GB of disk for the iterations ahead") for n in self.needs if n.disk]
+        for need, kind, used, there, words in rows:
+            line = f"{need.stage}: {used / GB:,.0f} of {there / GB:,.0f} {words}; change {need.fixes[kind]}"
+            if used > there:
+                short.append(line)
+            elif used > CLOSE * there:
+                close.append(line)
+        return short, close
+
+
+def make_plan(params: Params, machine: Machine, disk: float, host: float, timings: Path | None = None) -> Plan:
+    """The plan of a run on a machine with `disk` and `host` bytes free; `timings` is where the stages that have run
+    here noted their minutes (None: it is another machine).
+
+    Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
+    """
+    roles = {role: getattr(params, role) for role in ("policy", "labeler", "divider")}
+    known: dict[ModelParams, Model] = {}
+    for model in roles.values():
+        if not is_served(model.path) and model not in known:
+            known[model] = measure(model)
+    needs = list(stages(params, {role: known.get(model) for role, model in roles.items()}, machine))
+    measured = measured_minutes(timings, params.policy.path) if timings else {}
+    ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
+    return Plan(needs, machine, host, disk, len(params.iterations), ahead, measured)
+
+
+def measured_minutes(folder: Path, policy: str) -> dict[str, float]:
+    """Stage → its minutes with this policy, the mean over the iterations that were trained."""
+    found: dict[str, list[float]] = {}
+    for row in read_timings(folder):
+        name, _, iteration = row["stage"].partition("@")
+        if iteration != "0" and row.get("policy") == policy:
+            found.setdefault(name, []).append(row["minutes"])
+    return {name: statistics.mean(minutes) for name, minutes in found.items()}
+
+
+def table(plan: Plan) -> str:
+    """The plan as text: a row a stage, the sum of an iteration, and what is short."""
+    names = ("tokens", "TFLOP", "GPU GB", "host GB", "disk GB", "hours", "measured")
+    head = "stage     " + "".join(f"{name:>11}" for name in names)
+    lines = [f"{plan.machine.gpus} × {plan.machine.name}, one iteration of {plan.iterations}", head]
+    for n in plan.needs:
+        hours, took = plan.scale * n.seconds / 3600, plan.measured.get(n.stage)
+        row = f"{n.stage:10}{n.tokens / 1e6:10.1f}M{n.flops / 1e12:11,.0f}{n.gpu / GB:11.1f}{n.host / GB:11.1f}"
+        lines.append(row + f"{n.disk / GB:11.1f}{hours:11.3f}" + (f"{took / 60:11.3f}" if took else ""))
+    hours = plan.scale * sum(n.seconds for n in plan.needs) / 3600
+    written = plan.iterations * sum(n.disk for n in plan.needs) / GB
+    lines.append(
+        f"an iteration {hours:,.1f} hours; all: {plan.iterations * hours:,.1f} hours, {written:,.0f} GB of disk"
+    )
+    lines.append("not in it: benchmarks and their judges")
+    if plan.measured:
+        lines.append(f"hours are the estimate times {plan.scale:.2f}, the median of what the finished stages took")
+    return "\n".join(lines)
+
+
+def small(params: Params) -> bool:
+    """Whether all models are folders of this machine with under 1 GB of weights: nothing to plan for."""
+    roles = [getattr(params, role).path for role in ("policy", "labeler", "divider")]
+    if not all((ROOT / path).is_dir() for path in roles):
+        return False
+    return sum(file.stat().st_size for path in set(roles) for file in (ROOT / path).glob("*.safetensors")) < GB
+
+
+def machine_here(name: str | None, gpus: int | None) -> Machine:
+    """The machine that is named, or the one that this is."""
+    if name is None:
+        import torch
+
+        count = torch.cuda.device_count()
+        if not count:
+            return MACHINES["CPU"]
+        seen = torch.cuda.get_device_properties(0)
+        known = next((machine for key, machine in MACHINES.items() if key.replace("RTX", "RTX ") in seen.name), None)
+        machine = known or MACHINES["A100"]
+        return Machine(seen.name, seen.total_memory, machine.flops, machine.bandwidth, gpus or count)
+    machine = MACHINES[name]
+    return Machine(machine.name, machine.memory, machine.flops, machine.bandwidth, gpus or 1, machine.launch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", default="params.yaml", help="a parameter file or a profile")
+    parser.add_argument("--gpu", choices=MACHINES, help="default: what this machine has")
+    parser.add_argument("--gpus", type=int, help="how many of them")
+    parser.add_argument("--disk", type=float, metavar="GB", help="default: what is free here")
+    parser.add_argument("--check", action="store_true", help="be brief: only what does not fit or is close")
+    options = parser.parse_args()
+    try:
+        params = load_params(options.params)
+        if options.check and small(params):
+            return
+        machine = machine_here(options.gpu, options.gpus)
+        disk = options.disk * GB if options.disk else shutil.disk_usage(ROOT).free
+        here = options.gpu is None
+        plan = make_plan(
+            params, machine, disk, host_memory() if here else float("inf"), RUNS / "timings" if here else None
+        )
+    except (ParamsError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"plan: {error}")
+    if not options.check:
+        print(table(plan))
+    short, close = plan.shortages()
+    for line in close:
+        print(f"close: {line}")
+    if short:
+        sys.exit("\n".join(f"does not fit: {line}" for line in short))
+    print("it fits")
+
+
+def host_memory() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The plan of a run: memory, disk and hours before anything starts, from configurations alone."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hub import Hub
+from published import CONFIGS, write_config
+
+from rlaifv import ROOT, plan
+from rlaifv.params import load_params
+from rlaifv.profile import render
+
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """A shipped profile with its models' published configurations on disk; train settings may be changed."""
+    folder = tmp_path_factory.mktemp("configs")
+
+    def read(name: str, **train):
+        params = load_params(f"params/{name}.yaml")
+        for role in ("policy", "labeler", "divider"):
+            model = getattr(params, role)
+            here = dataclasses.replace(model, path=str(write_config(folder, model.path)))
+            params = dataclasses.replace(params, **{role: here})
+        return dataclasses.replace(params, train=dataclasses.replace(params.train, **train))
+
+    return read
+
+
+def planned(params, gpus: int, disk: float = 4000) -> plan.Plan:
+    return plan.make_plan(params, plan.machine_here("H100", gpus), disk * GB, float("inf"))
+
+
+def need(of: plan.Plan, stage: str) -> plan.Need:
+    return next(n for n in of.needs if n.stage == stage)
+
+
+def about(value: float):
+    return pytest.approx(value, rel=0.25)
+
+
+def test_parameters_are_counted_as_published(profile):
+    params = profile("llava15-7b")
+    policy, labeler = plan.measure(params.policy), plan.measure(params.labeler)
+    assert policy.parameters / 1e9 == pytest.approx(7.06, abs=0.01)
+    assert labeler.parameters / 1e9 == pytest.approx(34.75, abs=0.02)
+    assert (policy.image, labeler.image) == (576, 2880)
+
+
+def test_full_training_of_a_7b_on_one_gpu_does_not_fit_and_the_keys_to_change_are_named(profile):
+    found = planned(profile("llava15-7b"), 1)
+    short, _ = found.shortages()
+    assert len(short) == 1 and short[0].startswith("train: 12")
+    assert "lora_r" in short[0] and "accelerate_config" in short[0]
+    assert need(found, "train").gpu / GB == about(128)
+    assert need(found, "train").host / GB == about(42)
+
+
+def test_full_training_of_a_7b_on_eight_gpus_fits(profile):
+    found = planned(profile("llava15-7b"), 8)
+    assert found.shortages()[0] == []
+    assert need(found, "train").gpu / GB == about(31)
+    assert need(found, "train").host / GB == about(8 * 14)
+
+
+@pytest.mark.parametrize(("file", "gpus", "gb"), [("fsdp2", 2, 74), ("zero2", 8, 34), ("zero2", 4, 48.5)])
+def test_sharded_training_takes_what_its_kind_spreads(profile, file, gpus, gb):
+    params = profile("llava15-7b", processes=gpus, accelerate_config=f"params/accelerate/{file}.yaml")
+    assert need(planned(params, gpus), "train").gpu / GB == about(gb)
+
+
+def test_lora_of_a_7b_fits_one_gpu_beside_nothing_else(profile):
+    found = planned(profile("llava15-7b-lora", micro_batch_size=1), 1)
+    assert need(found, "train").gpu / GB == about(20)
+    assert 69.5 + 6 < need(found, "feedback").gpu / GB < 69.5 + 9
+    short, close = found.shortages()
+    assert short == [] and [line.split(":")[0] for line in close] == ["feedback"]
+
+
+def test_hours_agree_with_those_that_were_worked_out_by_hand(profile):
+    slow, fast = planned(profile("llava15-7b"), 1), planned(profile("llava15-7b-lora", micro_batch_size=1), 1)
+    hours = {n.stage: n.seconds / 3600 for n in slow.needs}
+    assert hours["generate"] == about(2.4) and hours["divide"] == about(3.0)
+    assert hours["feedback"] == about(0.9) and hours["evaluate"] == about(0.8)
+    hours = {n.stage: n.seconds / 3600 for n in fast.needs}
+    assert hours["generate"] == about(0.7) and hours["divide"] == about(0.5) and hours["train"] == about(1.2)
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_said_with_the_key(profile):
+    found = planned(profile("llava15-7b"), 8, disk=500)
+    assert need(found, "train").disk / GB == about(2 * 16 * 14.1)
+    (line,) = found.shortages()[0]
+    assert "of 500 GB of disk" in line and "checkpoints_per_epoch" in line
+
+
+def test_a_served_model_takes_nothing_here(profile):
+    params = profile("llava15-7b")
+    served = dataclasses.replace(params.labeler, path="http://127.0.0.1:8000/v1#big")
+    assert "feedback" not in [n.stage for n in planned(dataclasses.replace(params, labeler=served), 8).needs]
+
+
+def test_the_embedded_default_is_estimated_within_a_factor_of_two_once_one_stage_has_run(tmp_path):
+    # minutes of a run on two cores of an AMD EPYC, 2026-11-27
+    measured = {"generate": 0.52, "divide": 2.45, "feedback": 0.35, "train": 0.60, "evaluate": 0.48}
+    params = load_params()
+    for stage in measured:
+        row = {"stage": f"{stage}@1", "minutes": measured[stage], "policy": params.policy.path}
+        (tmp_path / "one.json").write_text(json.dumps(row))
+        found = plan.make_plan(params, plan.MACHINES["CPU"], 50 * GB, 8 * GB, tmp_path)
+        for n in found.needs:
+            if n.stage in measured:
+                ratio = found.scale * n.seconds / 60 / measured[n.stage]
+                assert 0.5 < ratio < 2, (stage, n.stage, ratio)
+
+
+def test_minutes_of_another_policy_calibrate_nothing(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"stage": "generate@1", "minutes": 100.0, "policy": "other"}))
+    assert plan.measured_minutes(tmp_path, "models/tiny/policy") == {}
+
+
+def test_small_models_are_not_planned_before_a_run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "--check"])
+    monkeypatch.setattr(plan, "make_plan", None)
+    plan.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_written_already_is_not_asked_of_the_disk_again(profile, tmp_path, monkeypatch):
+    paths = type("Paths", (), {"__init__": lambda self, name: setattr(self, "checkpoints", tmp_path / name)})
+    monkeypatch.setattr(plan, "Paths", paths)
+    before = planned(profile("llava15-7b"), 8)
+    for name in ("1", "2", "3"):
+        (tmp_path / name).mkdir()
+    after = planned(profile("llava15-7b"), 8, disk=500)
+    assert (before.ahead, after.ahead) == (4, 1) and after.shortages()[0] == []
+
+
+def test_hub_models_are_planned_from_their_configurations_and_no_weights_are_fetched(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(re.sub(r"revision: \w{40}", "revision: null", render("llava15-7b")))
+    command = [sys.executable, "-m", "rlaifv.plan", "--params", str(file), "--disk", "4000", "--gpu", "H100", "--gpus"]
+    with Hub() as hub:
+        for name in CONFIGS:
+            folder = write_config(tmp_path, name)
+            (folder / "model.safetensors").write_bytes(b"not for the plan")
+            hub.push(name, folder)
+        kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
+        environment = kept | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        one, eight = (
+            subprocess.run([*command, gpus], cwd=ROOT, env=environment, capture_output=True, text=True)
+            for gpus in ("1", "8")
+        )
+        assert not hub.downloads("model.safetensors")
+    assert eight.returncode == 0 and eight.stdout.splitlines()[-1] == "it fits", eight.stderr
+    stages = ["generate", "divide", "feedback", "train", "evaluate", "test"]
+    assert [line.split()[0] for line in eight.stdout.splitlines()[2:8]] == stages
+    assert one.returncode == 1 and one.stderr.startswith("does not fit: train: 124 of 80 GB on a GPU")
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "params.yaml"
+    file.write_text(render("default").replace("models/tiny/divider", "models/absent"))
+    monkeypatch.setattr(sys, "argv", ["plan", "--params", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        plan.main()
+    assert str(stop.value).startswith("plan: no checkpoint at 'models/absent'") and "\n" not in str(stop.value)

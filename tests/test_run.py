@@ -1,0 +1,88 @@
+"""The runner of stage notebooks: whatever ends a run is said in one line with the way out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from rlaifv import ROOT, run
+
+
+def notebook(folder: Path, source: str, name: str = "20_generate") -> Path:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    path = folder / f"{name}.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel), path)
+    return path
+
+
+@pytest.fixture
+def executed(tmp_path, monkeypatch, capfd):
+    """Runs a cell as the stage generate → exit code, lines on stderr."""
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+
+    def execute(source: str) -> tuple[int, list[str]]:
+        code = run.execute(notebook(tmp_path, source), {})
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("20_", "the traceback"))]
+        return code, lines
+
+    return execute
+
+
+def test_what_a_notebook_prints_comes_out_and_its_executed_copy_is_kept(executed, tmp_path):
+    assert executed("print('one')\n1 + 1") == (0, [])
+    (cell,) = nbformat.read(tmp_path / "runs" / "20_generate.ipynb", 4).cells
+    assert [output["output_type"] for output in cell.outputs] == ["stream", "execute_result"]
+
+
+def test_a_failed_cell_is_one_line_and_where_its_traceback_lies(executed):
+    code, (line, where) = executed("raise ValueError('no such thing')")
+    assert code == 1 and line == "20_generate: ValueError: no such thing"
+    assert where.endswith("20_generate.ipynb")
+
+
+def test_memory_that_runs_out_names_the_key_to_lower(executed):
+    code, (line, _) = executed("raise MemoryError()")
+    assert code == 1 and line.startswith("20_generate: out of memory: lower generate.batch_size")
+
+
+def test_a_kernel_that_was_killed_is_one_line_with_the_way_out(executed):
+    code, (line,) = executed("import os\nos.kill(os.getpid(), 9)")
+    assert code == 1
+    assert "the kernel was killed, usually for memory: lower generate.batch_size" in line
+    assert "goes on where it was" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_says_so_and_leaves_no_kernel(tmp_path, number):
+    marker = tmp_path / "kernel"
+    cell = f"import os, pathlib, time\npathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    path = notebook(tmp_path, cell)
+    program = (
+        f"import sys; from pathlib import Path; from rlaifv import run; run.RUNS = Path({str(tmp_path)!r}) / 'runs'; "
+    )
+    program += f"sys.exit(run.execute(Path({str(path)!r}), {{}}))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (marker.is_file() and marker.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert f"20_generate: stopped by {number.name}; the same command goes on where it was" in errors
+    assert "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(marker.read_text()), 0)
+            time.sleep(0.1)
+
+
+def test_telemetry_is_off_whoever_starts_the_run():
+    program = "import rlaifv, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "True"
