@@ -12,9 +12,10 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 from huggingface_hub import hf_hub_download
 
 from rlaifv import ROOT
@@ -498,19 +499,21 @@ def machine_here(name: str | None, gpus: int | None) -> Machine:
         seen = torch.cuda.get_device_properties(0)
         known = next((machine for key, machine in MACHINES.items() if key.replace("RTX", "RTX ") in seen.name), None)
         machine = known or MACHINES["A100"]
-        return Machine(seen.name, seen.total_memory, machine.flops, machine.bandwidth, gpus or count)
-    machine = MACHINES[name]
-    return Machine(machine.name, machine.memory, machine.flops, machine.bandwidth, gpus or 1, machine.launch)
+        return replace(machine, name=seen.name, memory=seen.total_memory, gpus=gpus or count)
+    return replace(MACHINES[name], gpus=gpus or 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what does not fit ends it with a line each and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaifv.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--params", default="params.yaml", help="a parameter file or a profile")
     parser.add_argument("--gpu", choices=MACHINES, help="default: what this machine has")
     parser.add_argument("--gpus", type=int, help="how many of them")
     parser.add_argument("--disk", type=float, metavar="GB", help="default: what is free here")
     parser.add_argument("--check", action="store_true", help="be brief: only what does not fit or is close")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         params = load_params(options.params)
         if options.check and small(params):
@@ -518,9 +521,8 @@ def main() -> None:
         machine = machine_here(options.gpu, options.gpus)
         disk = options.disk * GB if options.disk else shutil.disk_usage(ROOT).free
         here = options.gpu is None
-        plan = make_plan(
-            params, machine, disk, host_memory() if here else float("inf"), RUNS / "timings" if here else None
-        )
+        host = psutil.virtual_memory().total if here else float("inf")
+        plan = make_plan(params, machine, disk, host, RUNS / "timings" if here else None)
     except (ParamsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"plan: {error}")
     if not options.check:
@@ -531,12 +533,6 @@ def main() -> None:
     if short:
         sys.exit("\n".join(f"does not fit: {line}" for line in short))
     print("it fits")
-
-
-def host_memory() -> float:
-    import psutil
-
-    return psutil.virtual_memory().total
 
 
 if __name__ == "__main__":

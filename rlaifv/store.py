@@ -68,10 +68,12 @@ def _delete(folder: Path) -> None:
     """Delete a folder that no process holds: out of sight at once, so that half of it is never taken for all of it."""
     with contextlib.suppress(InUse, FileNotFoundError):
         lock = lock_folder(folder, folder.name)
-        trash = folder.rename(tempfile.mkdtemp(prefix="trash-", dir=folder.parent))
-        shutil.rmtree(trash, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        try:
+            trash = folder.rename(tempfile.mkdtemp(prefix="trash-", dir=folder.parent))
+            shutil.rmtree(trash, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 class Store:

@@ -126,9 +126,8 @@ def test_minutes_of_another_policy_calibrate_nothing(tmp_path):
 
 
 def test_small_models_are_not_planned_before_a_run(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plan", "--check"])
     monkeypatch.setattr(plan, "make_plan", None)
-    plan.main()
+    plan.main(["--check"])
     assert capsys.readouterr().out == ""
 
 
@@ -164,10 +163,9 @@ def test_hub_models_are_planned_from_their_configurations_and_no_weights_are_fet
     assert one.returncode == 1 and one.stderr.startswith("does not fit: train: 124 of 80 GB on a GPU")
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(render("default").replace("models/tiny/divider", "models/absent"))
-    monkeypatch.setattr(sys, "argv", ["plan", "--params", str(file)])
     with pytest.raises(SystemExit) as stop:
-        plan.main()
+        plan.main(["--params", str(file)])
     assert str(stop.value).startswith("plan: no checkpoint at 'models/absent'") and "\n" not in str(stop.value)
