@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
-from hub import Hub
+from hub import Hub, settings_for
 from published import CONFIGS, write_config
 
 from rlaifv import ROOT, plan
@@ -150,8 +149,7 @@ def test_hub_models_are_planned_from_their_configurations_and_no_weights_are_fet
             folder = write_config(tmp_path, name)
             (folder / "model.safetensors").write_bytes(b"not for the plan")
             hub.push(name, folder)
-        kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
-        environment = kept | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        environment = settings_for(hub.endpoint, tmp_path / "home")
         one, eight = (
             subprocess.run([*command, gpus], cwd=ROOT, env=environment, capture_output=True, text=True)
             for gpus in ("1", "8")

@@ -23,6 +23,12 @@ ROUTES = {
 }
 
 
+def settings_for(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment of a process whose hub is at `endpoint`, its cache in `home`, whatever the tests' own is."""
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
+    return kept | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 class Request(NamedTuple):
     """One request that came; `range` is its Range header, such as bytes=100-, or None."""
 

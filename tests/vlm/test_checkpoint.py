@@ -5,7 +5,6 @@ every look at the hub is a process of its own.
 """
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hub import Hub
+from hub import Hub, settings_for
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
@@ -59,10 +58,9 @@ class Machine:
 
     def run(self, script: str, argument: str, **settings: str) -> list:
         """The lines of JSON that `script` prints."""
-        kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
-        ours = {"HF_HOME": str(self.cache), "HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment = settings_for(self.endpoint, self.cache) | settings
         command = [sys.executable, "-c", script, argument]
-        done = subprocess.run(command, env=kept | ours | settings, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
