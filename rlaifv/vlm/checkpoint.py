@@ -16,7 +16,8 @@ POINTER = "pointer.json"
 """A folder that holds this file stands for another checkpoint and how it is used: `{"path": ..., "revision": ...}`, and
 of `ModelRecord.settings` what is set."""
 
-FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+FILES = [*TEXT_FILES, "*.safetensors"]
 """What is fetched of a repository, and what a fingerprint covers."""
 
 COPIES = ["consolidated*.safetensors", "original/*"]
@@ -36,17 +37,20 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
     return find_checkpoint(path, revision)[0]
 
 
-def find_checkpoint(path: str, revision: str | None = None, settings: Mapping[str, Any] = {}) -> tuple[Path, dict]:
-    """`resolve_checkpoint`, and with which settings it is used: those given, then those of its `pointer.json`."""
+def find_checkpoint(
+    path: str, revision: str | None = None, settings: Mapping[str, Any] = {}, weights: bool = True
+) -> tuple[Path, dict]:
+    """`resolve_checkpoint`, and with which settings it is used: those given, then those of its `pointer.json`. Without
+    `weights`, a hub's are not fetched."""
     folder = Path(path) if Path(path).is_absolute() else ROOT / path
     if (folder / POINTER).is_file():
         pointer = json.loads((folder / POINTER).read_text())
         own = {name: pointer[name] for name in SETTINGS if name in pointer}
-        return find_checkpoint(pointer["path"], pointer.get("revision"), own | dict(settings))
-    return _folder(path, folder, revision), dict(settings)
+        return find_checkpoint(pointer["path"], pointer.get("revision"), own | dict(settings), weights)
+    return _folder(path, folder, revision, FILES if weights else TEXT_FILES), dict(settings)
 
 
-def _folder(path: str, folder: Path, revision: str | None) -> Path:
+def _folder(path: str, folder: Path, revision: str | None, files: list[str]) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
@@ -54,7 +58,7 @@ def _folder(path: str, folder: Path, revision: str | None) -> Path:
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=COPIES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files, ignore_patterns=COPIES))
     except GatedRepoError:
         problem = "its owner must let you in: ask on its page, then set HF_TOKEN"
     except RepositoryNotFoundError:

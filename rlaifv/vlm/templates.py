@@ -25,17 +25,23 @@ def set_template(
 ) -> None:
     """Give variables of a chat template these values, and begin a chat that has no system turn with this one.
 
-    Setting the same twice changes nothing. Raises ValueError for a variable that the template does not read.
+    Setting the same twice changes nothing. Raises ValueError where there is no template, and for a variable that it
+    does not read.
     """
-    template, opening = templated.chat_template, ""
-    for name, value in variables.items():
+    template = templated.chat_template
+    if template is None:
+        raise ValueError("it has no chat template: give the version of it that is made for chats (Instruct, Chat, it)")
+    for name in variables:
         if not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ValueError(f"its chat template reads no {name!r}")
-        opening += f"{{%- set {name} = {literal(value)} %}}\n"
-    if system:
-        opening += SYSTEM_TURN.format(text=literal(system))
+            raise ValueError(f"the chat template reads no variable {name!r}")
+    opening = with_variables(SYSTEM_TURN.format(text=literal(system)) if system else "", variables)
     if not template.startswith(opening):
         templated.chat_template = opening + template
+
+
+def with_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """A template whose variables have these values, whatever a caller gives them."""
+    return "".join(f"{{%- set {name} = {literal(value)} %}}\n" for name, value in variables.items()) + template
 
 
 def literal(value: Any) -> str:
