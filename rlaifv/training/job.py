@@ -94,7 +94,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         for unfinished in ("trainer", "adapter"):
             remove(run / unfinished)
     except FloatingPointError:
-        publish(run, out)
+        publish(run, out, unfinished=True)
         raise
     finally:
         lock.release()

@@ -92,6 +92,8 @@ def load_vlm(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    # cuDNN plans for 1.5 to 2.7 s for every new shape of a batch (H200), and is no faster than the other kernels then
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.eval().requires_grad_(False)
     processor = load_processor(folder) if multimodal else None
     tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
