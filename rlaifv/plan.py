@@ -310,7 +310,8 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
     checkpoints = train.epochs * train.checkpoints_per_epoch
     written = checkpoints * model.parameters * (2 if train.dtype == "bfloat16" else 4)
     trained, _ = learning(model, params)
-    saving = (written + checkpoints * 12 * trained) / WRITE  # each with what a killed run goes on from
+    states_written = checkpoints // train.resume_every  # what a killed run goes on from
+    saving = (written + states_written * 12 * trained) / WRITE
     computing = max(flops / (machine.flops * UTILIZATION) / processes, launches * machine.launch)
     way = ways_to_train(params, machine)
     return Need(

@@ -23,7 +23,8 @@ def published(params: TrainParams) -> list[str]:
 
 
 class WriteCheckpoints(TrainerCallback):
-    """Writes checkpoint k after k/n of all steps, and then lets the Trainer write one that it can go on from.
+    """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
+    can go on from.
 
     `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path.
     """
@@ -36,7 +37,7 @@ class WriteCheckpoints(TrainerCallback):
         for k, part in enumerate(parts, start=1):
             if max(1, round(k * state.max_steps / len(parts))) == state.global_step:
                 self._write(part)
-                control.should_save = True
+                control.should_save = k % self.params.resume_every == 0
         return control
 
     def on_save(self, args, state, control, **kwargs):

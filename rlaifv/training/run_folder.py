@@ -109,12 +109,15 @@ def read_finished(run: Path, promised: Collection[str]) -> dict | None:
     return None
 
 
-def publish(run: Path, out: Path) -> None:
+def publish(run: Path, out: Path, *, unfinished: bool = False) -> None:
     """Replace what `out` holds of an earlier run by what this one has published, hard-linked where that is possible.
 
-    Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written.
+    Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written; of an unfinished
+    run such a part is left out.
     """
     parts = read_published(run)
+    if unfinished:
+        parts = {name: files for name, files in parts.items() if not broken(run, {name: files})}
     if problem := broken(run, parts):
         raise RuntimeError(f"nothing is published from {run}: {problem}")
     out.mkdir(parents=True, exist_ok=True)
