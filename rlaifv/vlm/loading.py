@@ -1,7 +1,12 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import (
@@ -20,6 +25,8 @@ from rlaifv import ROOT
 from rlaifv.records import ModelRecord
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
 from rlaifv.vlm.processors import load_processor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,30 @@ def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
     if vlm.fingerprint != model.fingerprint:
         raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
     return vlm
+
+
+@contextmanager
+def loaded(load: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """A model for the time of a `with`: `load` is called when it is first asked for, and afterwards its memory is free
+    for the next one.
+
+        with loaded(partial(load_model, record)) as policy:
+            answer(policy(), ...)    # give no name to what policy() returns: a name would keep it
+    """
+    model = cache(load)
+    try:
+        yield model
+    finally:
+        model.cache_clear()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what models that nobody uses any more still hold: they are parts of cycles, and PyTorch keeps their
+    GPU memory for itself."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
