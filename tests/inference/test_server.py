@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import io
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,11 @@ from rlaifv.inference.server import (
     open_served,
 )
 from rlaifv.inference.yes_no import judge_many, load_labeler, look
-from rlaifv.params import ModelParams, ServerParams
+from rlaifv.params import FeedbackParams, ModelParams, ServerParams
+from rlaifv.records import Claim, Judgement, read_records
 from rlaifv.steps import models
+from rlaifv.steps.feedback import feedback
+from rlaifv.store import Store
 from rlaifv.vlm.images import open_image
 
 QUESTIONS = [f"Is it red, {i}? Please answer yes or no." for i in range(10)]
@@ -108,6 +113,18 @@ def test_the_first_question_of_an_image_goes_alone_and_other_images_fill_the_gap
     assert len(cold) == len(set(cold)) == 6, "one question an image finds no prefix"
     assert seen(path)["most"] == 4, "and no more are in flight than allowed"
     assert [len(row) for row in answers] == [10] * 6 and len(asked(path)) == 60
+
+
+def test_feedback_by_a_server_rejects_what_cannot_be_read_and_judges_the_rest(serve, tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.jpg")
+    claims = [Claim(f"{c}/0", c, "It is red.", "Is it red?") for c in ("a#0", "b#0")]
+    images, out = {"a#0": "red.jpg", "b#0": "gone.jpg"}, tmp_path / "judgements.jsonl"
+    store, load = Store("feedback", {}, tmp_path / "scratch"), partial(open_served, serve("well"), PARAMS)
+    params = FeedbackParams(suffix="Yes or no?", batch_size=2, min_answer_mass=0.5, max_reject_rate=0.5)
+    assert feedback(load, claims, images, tmp_path, params, store, out) == (1, 1, 2)
+    (judgement,) = read_records(out, Judgement)
+    assert judgement.claim_id == "a#0/0" and judgement.accepted
+    assert json.loads((tmp_path / "labeler.json").read_text())["labeler"] == "some/model"
 
 
 def test_a_busy_server_is_asked_again(serve, red):
