@@ -124,6 +124,15 @@ class ModelParams(Section):
     system: Name | None  # a system turn before every question; null is what the template itself says
 
 
+class ServerParams(Section):
+    """How a model behind a server is asked (a labeler, a benchmark's judge); no answer depends on it."""
+
+    concurrency: Count = 16  # requests in flight
+    timeout: Positive = 120.0  # seconds for one try
+    tries: Count = 6  # of one request, when it times out or the server is busy, broken or not there
+    key_variable: Name = "OPENAI_API_KEY"  # the environment variable with the key; local servers need none
+
+
 class WorldParams(Section):
     """The embedded world: how many scenes each split has, and the seed that draws them."""
 
@@ -299,6 +308,7 @@ class Params(Section):
     policy: ModelParams
     labeler: ModelParams
     divider: ModelParams
+    server: ServerParams
     world: WorldParams
     prepare: PrepareParams
     generate: GenerateParams
@@ -431,6 +441,8 @@ def _problems(params: Params) -> Iterator[str]:
     names, reference = params.iterations, params.self_feedback.reference
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
+    if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
+        yield "server.key_variable: expected the name of an environment variable, never the key itself"
     for name, item in names.items():
         if item.prev not in ("0", *names):
             yield f"iterations.{name}.prev: no iteration {item.prev!r} to start from"

@@ -517,6 +517,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         params = load_params(options.params)
+        if options.check and params.benchmarks:
+            from rlaifv.benchmarks.suite import check_inputs  # here, for it takes seconds to import
+
+            if missing := check_inputs(params):
+                sys.exit("\n".join(missing))
         if options.check and small(params):
             return
         machine = machine_here(options.gpu, options.gpus)

@@ -8,6 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from rlaifv.evaluation.bootstrap import compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
-from rlaifv.inference.yes_no import judge_many
+from rlaifv.inference.server import ServedLabeler
+from rlaifv.inference.yes_no import judge_many, look
 from rlaifv.params import EvaluateParams
 from rlaifv.records import RATES, Instruction, Reject, batched, read_jsonl, read_records
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, loaded
 
 CHAIR_RATES = dict(zip(RATES, ("chair_s_refine", "chair_i", "recall"), strict=True))
 """Our names of the rates → CHAIR's."""
@@ -130,7 +132,7 @@ def paired_test(
     }
 
 
-def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
+def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
     """The model's p_yes and p_no for every yes/no question of the split."""
     by_image: dict[str, list[Question]] = defaultdict(list)
     for question in split.questions:
@@ -138,7 +140,7 @@ def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> li
     rows = []
     for chunk in batched(sorted(by_image.items()), batch_size):
         items = [
-            (open_image(split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
+            (look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
         ]
         for (_, group), answers in zip(chunk, judge_many(vlm, items), strict=True):
             rows += [
@@ -183,7 +185,8 @@ def evaluate_checkpoints(
     """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
 
     def measure_one(folder: Path) -> tuple[list[dict], list[Reject]]:
-        metrics, _ = measure(load(folder), split, params, suffix)
+        with loaded(partial(load, folder)) as policy:
+            metrics, _ = measure(policy(), split, params, suffix)
         return [{"checkpoint": folder.name, **metrics}], []
 
     store.run(checkpoints, measure_one)

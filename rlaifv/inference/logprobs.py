@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rlaifv.inference.memory import Budget
+from rlaifv.inference.memory import budget_for, token_bytes
 from rlaifv.inference.plain_rows import Reduce, Results, Tree, plant, project, run_copied, run_plain
 from rlaifv.inference.prefix_cache import buffer_cache, feed, prefill, rewind
 from rlaifv.vlm.chat_format import EncodedPrompt
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Largest accepted difference between shared and plain log-probs, in nats, weighted by the plain probabilities."""
 
-_budgets: WeakKeyDictionary = WeakKeyDictionary()
 _verdicts: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -121,9 +120,9 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
 @torch.inference_mode()
 def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce) -> Results:
     """Log-probs of all wanted places by (tree index, branch), several trees of like images per forward pass."""
-    # to start with, what keeps a GPU busy, or a CPU's caches warm
-    guess = Budget(vlm.name, 16384 if vlm.device.type == "cuda" else 1024, "tokens", least=16)
-    budget = _budgets.setdefault(vlm.model, guess)
+    # what keeps a GPU busy, or a CPU's caches warm
+    wanted = 16384 if vlm.device.type == "cuda" else 1024
+    budget = budget_for(vlm, "branches", wanted, "tokens", token_bytes(vlm), least=16)
 
     def capacity() -> int:
         return min(row_capacity(vlm), budget.size) if budget.halved else row_capacity(vlm)

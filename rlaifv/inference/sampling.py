@@ -11,6 +11,7 @@ prompt's keys are read once a step for all n samples instead of n times, and not
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import prefix_path
-from rlaifv.inference.memory import Budget
+from rlaifv.inference.memory import budget_for, sampling_bytes
 from rlaifv.inference.prefix_cache import buffer_cache, feed, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
@@ -109,8 +110,15 @@ def sample_encoded(
     """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
+    steps, most = decoding.max_new_tokens, max(map(len, streams))
     if not (shared if shared is not None else prefix_path(vlm, encoded) == "packed"):
-        return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
+        found = []
+        for e, u in zip(encoded, streams, strict=True):
+            each = sampling_bytes(vlm, 0, 1, len(e.prompt_ids) + steps)  # each has the prompt to itself
+            budget = budget_for(vlm, f"plain samples of {steps} tokens", len(u), "samples", each)
+            drawn = budget.batches(range(len(u)), partial(sample_part, vlm, e, u, decoding))
+            found.append([generation for _, part in drawn for generation in part])
+        return found
 
     def kind(i: int) -> tuple:
         return inputs_shape(encoded[i].inputs), len(streams[i])
@@ -121,7 +129,9 @@ def sample_encoded(
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
     order = sorted(range(len(encoded)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
     results: dict[int, list[Generation]] = {}
-    for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
+    each = sampling_bytes(vlm, max(len(e.prompt_ids) for e in encoded), most, steps)
+    budget = budget_for(vlm, f"{most} samples of {steps} tokens", len(encoded), "prompts", each)
+    for batch, samples in budget.batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
     return [results[i] for i in range(len(encoded))]
 
@@ -310,6 +320,13 @@ def sample_plain(
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations
+
+
+def sample_part(
+    vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decoding: Decoding, part: list[int]
+) -> list[Generation]:
+    """`sample_plain` of some of a prompt's samples."""
+    return sample_plain(vlm, encoded, uniforms[part], decoding)
 
 
 def uniforms(seed: int, name: str, sample: int, count: int) -> np.ndarray:

@@ -25,6 +25,7 @@ def summarize(
     base, last = results["0"].test, list(results)[-1]
     final = {"iteration": int(last), **results[last].test}
     reduction = 1 - final["response_hallucination"] / base["response_hallucination"]
+    on_gpu = [t["peak_gpu_gb"] for t in timings if "peak_gpu_gb" in t]
     exam = labeler or {"n": 0}
     return {
         "base": base,
@@ -40,6 +41,7 @@ def summarize(
         "labeler_accuracy": {"overall": exam.get("accuracy"), **exam.get("per_type", {}), "n": exam["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
+        **({"peak_gpu_gb": max(on_gpu)} if on_gpu else {}),
     }
 
 

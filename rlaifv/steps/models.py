@@ -4,18 +4,20 @@ import dataclasses
 from pathlib import Path
 
 from rlaifv.inference.server import is_served, open_served
-from rlaifv.params import ModelParams, Params
+from rlaifv.params import ModelParams, Params, ServerParams
 from rlaifv.records import ModelRecord, to_json, write_atomic
+from rlaifv.store import SCRATCH
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.loading import check_model
 
 ROLES = ("policy", "labeler", "divider")
 
 
-def describe(model: ModelParams) -> ModelRecord:
-    """A model of the parameter file with its fingerprint. FileNotFoundError when there is no such checkpoint."""
+def describe(model: ModelParams, server: ServerParams) -> ModelRecord:
+    """A model of the parameter file with its fingerprint. FileNotFoundError when there is no such checkpoint; of a
+    served one, errors of `open_served`."""
     if is_served(model.path):
-        return as_record(model, open_served(model.path).fingerprint)
+        return as_record(model, open_served(model.path, server, SCRATCH).fingerprint)
     settings = as_record(model).settings
     return as_record(model, fingerprint_checkpoint(model.path, model.revision, settings))
 
@@ -25,8 +27,8 @@ def as_record(model: ModelParams, fingerprint: str = "") -> ModelRecord:
 
 
 def describe_models(params: Params) -> dict[str, ModelRecord]:
-    """Role → who plays it by the parameter file; nothing needs to have run for it."""
-    return {role: describe(getattr(params, role)) for role in ROLES}
+    """Role → who plays it by the parameter file; no stage needs to have run for it."""
+    return {role: describe(getattr(params, role), params.server) for role in ROLES}
 
 
 def write_models(params: Params, out: Path) -> dict[str, ModelRecord]:

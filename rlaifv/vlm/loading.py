@@ -1,11 +1,14 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
+import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -30,6 +33,8 @@ from rlaifv.vlm.processors import load_processor
 from rlaifv.vlm.templates import set_template
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +254,30 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError("load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@contextmanager
+def loaded(load: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """A model for the time of a `with`: `load` is called when it is first asked for, and afterwards its memory is free
+    for the next one.
+
+        with loaded(partial(load_model, record)) as policy:
+            answer(policy(), ...)    # give no name to what policy() returns: a name would keep it
+    """
+    model = cache(load)
+    try:
+        yield model
+    finally:
+        model.cache_clear()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what models that nobody uses any more still hold: they are parts of cycles, and PyTorch keeps their
+    GPU memory for itself."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def end_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

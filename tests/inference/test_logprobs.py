@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaifv.inference import logprobs as prefix
+from rlaifv.inference import memory
 from rlaifv.inference import plain_rows as rows
 from rlaifv.inference import prefix_cache as prefill
 from rlaifv.inference.logprobs import continuation_logprobs, next_token_logprobs, pack, prefix_path
@@ -218,7 +219,7 @@ def test_running_out_of_memory_halves_the_tokens_per_forward_pass_and_goes_on(mo
     first_try = len(sizes)
     next_token_logprobs(vlm, encoded, shared=True)
     assert max(sizes[first_try:]) <= 2, "what was learned is kept"
-    prefix._budgets.pop(vlm.model)
+    memory._fitted.pop(vlm.model)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory(models, monkeypatch):

@@ -97,6 +97,7 @@ def test_without_benchmarks_there_is_no_section():
 
 def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_rates():
     summary = summarize(results(), [{"minutes": 1.5, "peak_memory_gb": 2.0}], 0.01, EXAM)
+    assert (summary["peak_memory_gb"], "peak_gpu_gb" in summary) == (2.0, False)
     assert list(summary["iterations"]) == ["1"], "DVC compares what is in dicts, not in lists"
     assert summary["final"]["iteration"] == 1 and summary["relative_reduction"] == pytest.approx(0.75)
     assert summary["paired_test"]["response_hallucination"]["p_value"] == 0.0005
@@ -107,6 +108,12 @@ def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_r
         "mean_words": 50,
     }
     json.dumps(summary)
+
+
+def test_the_most_of_a_gpu_is_told_where_stages_used_one():
+    stages = [{"minutes": 1.0, "peak_memory_gb": 2.0, "peak_gpu_gb": gb} for gb in (61.5, 7.0)]
+    summary = summarize(results(), [*stages, {"minutes": 1.0, "peak_memory_gb": 3.0}], 0.01, EXAM)
+    assert summary["peak_gpu_gb"] == 61.5
 
 
 def test_the_paired_test_is_one_line_under_the_table():
