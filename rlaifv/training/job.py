@@ -29,7 +29,7 @@ from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
 from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout
-from rlaifv.training.pair_data import PairData, read_pairs
+from rlaifv.training.pair_data import PairData, pair_files
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
@@ -77,10 +77,9 @@ def train(
     if bool(params.keep_checkpoints) != (dev is not None):
         raise ValueError("train.keep_checkpoints chooses on dev: give both or none of them")
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
-    read_pairs(pairs)  # pairs that cannot be read stop here
     made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
+        "data": digest_files(*pair_files(pairs)),
         "source": stage_sources("train"),
     }
     asked = dev and dataclasses.asdict(dev)
@@ -99,7 +98,7 @@ def train(
         if result is None:
             raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
         publish(run, out)
-        for unfinished in ("trainer", "adapter"):
+        for unfinished in ("trainer", "adapter", "pairs"):
             remove(run / unfinished)
     except FloatingPointError:
         publish(run, out)
@@ -146,7 +145,7 @@ def run_job(job: dict) -> None:
     library_quirks.be_quiet()
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
-    data = PairData(vlm, Path(job["pairs"]), params.max_length)
+    data = PairData(vlm, Path(job["pairs"]), params.max_length, run / "pairs")
     for reject in data.rejects:
         log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
     if not data.pairs:
@@ -169,7 +168,7 @@ def run_job(job: dict) -> None:
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
         "layout": layout,
     }
-    store = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
+    store = ReferenceStore(run.parent, made_of, data.pairs.ids)
     state, reference = PartialState(), store.load()
     reused = reference is not None
     if not reused:
