@@ -30,7 +30,8 @@ def published(params: TrainParams) -> list[str]:
 
 
 class WriteCheckpoints(TrainerCallback):
-    """Writes checkpoint k after k/n of all steps, and then lets the Trainer write one that it can go on from.
+    """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
+    can go on from.
 
     `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path. With
     `dev` a checkpoint is scored at once. Weights that are not among the best go only when a state is saved: what a
@@ -49,7 +50,7 @@ class WriteCheckpoints(TrainerCallback):
                 if self.dev:
                     with whole_models(self.trainer):
                         score_checkpoint(self.run, part, self.dev)
-                control.should_save = True
+                control.should_save = k % self.params.resume_every == 0
         return control
 
     def on_save(self, args, state, control, **kwargs):

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import torch
 import transformers
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
@@ -16,16 +17,13 @@ def classes_to_shard(model: PreTrainedModel) -> list[str]:
     return sorted({type(module).__name__ for module in model.modules()} & set(model._no_split_modules or ()))
 
 
-def keep_float32_under_fsdp(trainer: Trainer) -> None:
+def gather_in_bfloat16(trainer: Trainer) -> None:
     """accelerate 1.15's FSDP policy for bfloat16 also rounds log-probs (-120 to 0.5 nats) and sums gradients in
-    bfloat16. Without it nothing computes in bfloat16: `autocast_under_fsdp` does that."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-
-def autocast_under_fsdp(trainer: Trainer) -> contextlib.AbstractContextManager:
-    """accelerate 1.15 wraps a model's forward in autocast, but not a model that FSDP shards."""
-    return trainer.accelerator.autocast() if trainer.is_fsdp_enabled else contextlib.nullcontext()
+    bfloat16. Here weights alone are in bfloat16 while they compute; `policy.computing` sees to the rest, as it does for
+    the reference."""
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def adapters_in_float32() -> bool:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlaifv.params import TrainParams
 from rlaifv.training.pair_data import EncodedPair, PairData
+from rlaifv.training.policy import computing
 from rlaifv.training.vision_features import ImageInputs, KeptFeatures, vision_tower
 from rlaifv.vlm.collate import stack_inputs
 from rlaifv.vlm.loading import VLM
@@ -61,8 +62,9 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     """Lay out B pairs.
 
     Returns `answers` [2B, A], the answers' token ids, chosen ones first; `answer_mask` bool [2B, A], the tokens that
-    are trained; `tokens`, the tokens of two plain rows per pair (what throughput counts); and `rows`, what the model
-    reads:
+    are trained; `places`, where these are in the flattened [2B * A], of chosen answers [C] and of rejected ones [D] (a
+    GPU that looked for them would be waited for); `tokens`, the tokens of two plain rows per pair (what throughput
+    counts); and `rows`, what the model reads:
 
     - `input_ids` [R, n], right-padded; R = B packed, 2B plain
     - `branch` [R, n] int8: SHARED, 1 for a row's first answer, 2 for its second, or PADDING
@@ -76,17 +78,19 @@ def build_batch(pairs: Sequence[EncodedPair], pad_token_id: int, *, packed: bool
     about = [*pairs] * len(sides)  # the pair of each row
     rows = [lay_out(p, [getattr(p, side) for side in of_row]) for of_row in sides for p in pairs]
     n = max(len(row.ids) for row in rows)
-    places = [(i, row.predictors[number]) for number in range(1 + packed) for i, row in enumerate(rows)]
-    trained = [np.arange(len(ids)) >= start for ids, start in answers]
+    predictors = [i * n + row.predictors[number] for number in range(1 + packed) for i, row in enumerate(rows)]
+    trained = padded([np.arange(len(ids)) >= start for ids, start in answers], False)
+    places, chosen = trained.flatten().nonzero()[:, 0], int(trained[: len(pairs)].sum())
     return {
         "answers": padded([ids for ids, _ in answers], pad_token_id),
-        "answer_mask": padded(trained, False),
+        "answer_mask": trained,
+        "places": (places[:chosen], places[chosen:]),
         "tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
         "rows": {
             "input_ids": padded([row.ids for row in rows], pad_token_id),
             "branch": padded([row.branch for row in rows], PADDING),
             "position_ids": padded([row.positions for row in rows], 0) if packed else None,
-            "predictors": padded([i * n + predictors for i, predictors in places], 0),
+            "predictors": padded(predictors, 0),
             "images": [pair.image for pair in about],
             "token_types": {
                 key: padded([np.pad(pair.token_types[key], (0, n - len(pair.prompt))) for pair in about], 0)
@@ -169,11 +173,12 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
     """
     by_length = data.pairs.row_lengths.argsort(kind="stable")
     sample = [data.pairs[by_length[0]], data.pairs[by_length[-1]]]
+    log.info("train: looking how pairs go through %s, on %s: seconds on a GPU, minutes on a CPU", vlm.name, vlm.device)
     ways = [ImageInputs(data)]
     tower = vision_tower(vlm.model)
     if tower is not None and params.feature_cache_gb and not any(p.requires_grad for p in tower.parameters()):
         ways.insert(0, KeptFeatures(data, tower))
-    with torch.no_grad(), torch.autocast(vlm.device.type, torch.bfloat16, enabled=params.dtype == "bfloat16"):
+    with torch.no_grad(), computing(params.dtype, vlm.device):
         answers = [(p, p.chosen) for p in sample] + [(p, p.rejected) for p in sample]
         expected = [own_logps(vlm, data, pair, answer) for pair, answer in answers]
         for packed in (True, False) if params.packed else (False,):
@@ -189,6 +194,11 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
                     log.info("train: pairs go through %s %s", vlm.name, name)
                     return name
     raise RuntimeError(f"{vlm.name} gives other log-probs in batches than row by row: it cannot be trained on")
+
+
+def image_source(layout: str, data: PairData, model: PreTrainedModel) -> ImageInputs | KeptFeatures:
+    """Where images come from in a layout that `choose_layout` has named."""
+    return KeptFeatures(data, vision_tower(model)) if layout.endswith("features kept") else ImageInputs(data)
 
 
 def own_logps(vlm: VLM, data: PairData, pair: EncodedPair, answer: np.ndarray) -> torch.Tensor:

@@ -45,7 +45,7 @@ def make_trainer(folder: Path, params: TrainParams = PARAMS, change: float = 0.1
     scorer = PairScorer(vlm.model)
     layout = choose_layout(scorer, vlm, data, params)
     collate = PairCollator(data, vlm.tokenizer.pad_token_id, packed=params.packed, segment_weight=params.segment_weight)
-    reference = reference_logps(scorer, collate, 4, torch.device("cpu"), bfloat16=False)
+    reference = reference_logps(scorer, collate, 4, torch.device("cpu"), "float32")
     trainer = PairTrainer(scorer, collate, reference, params, training_arguments(params, folder / "trainer", seed=0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
