@@ -72,7 +72,7 @@ def checkout(tmp_path, monkeypatch):
     ("file", "changed"),
     [
         ("vlm/chat_format.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
-        ("inference/sampling.py", {"generate", "divide", "feedback", "evaluate", "test", "benchmarks"}),
+        ("inference/sampling.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
         ("training/dpo.py", {"train"}),
         ("steps/divide.py", {"divide", "test"}),
     ],

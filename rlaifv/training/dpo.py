@@ -134,7 +134,7 @@ def reference_logps(
     once. Every process computes its share. Raises FloatingPointError, with pair ids, where one is not finite.
     """
     state, pairs = PartialState(), collate.data.pairs
-    order = sorted(range(len(pairs)), key=lambda i: -pairs[i].row_length)
+    order = (-pairs.row_lengths).argsort(kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: list[tuple[int, list[float]]] = []
     for numbers in progress(batches[state.process_index :: state.num_processes], "reference log-probs"):
@@ -142,7 +142,7 @@ def reference_logps(
         with computing(dtype, device):
             found += zip(numbers, answer_logps(scorer(batch), batch).T.tolist(), strict=True)
     logps = np.array([both for _, both in sorted(gather_object(found))], np.float32).T
-    if bad := [pair.pair_id for pair, finite in zip(pairs, np.isfinite(logps).all(0), strict=True) if not finite]:
+    if bad := [pair_id for pair_id, finite in zip(pairs.ids, np.isfinite(logps).all(0), strict=True) if not finite]:
         raise FloatingPointError(f"the reference log-probs of {len(bad)} pairs are not finite: {', '.join(bad[:5])}")
     return logps
 
@@ -257,8 +257,9 @@ class PairTrainer(Trainer):
         self._last_log: tuple[float, int, int] | None = None  # time, step, tokens
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
-        lengths = [pair.row_length for pair in self.pairs]
-        return EpochOrder(lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
+        return EpochOrder(
+            self.pairs.row_lengths.tolist(), self.params.batch_size, self.args.seed, lambda: self.state.global_step
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Called when the weights have just been spread, before a state is loaded: each process makes its own part of

@@ -26,10 +26,11 @@ from rlaifv.params import TrainParams, check_train
 from rlaifv.records import write_atomic
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
-from rlaifv.training.checkpoints import WriteCheckpoints, published
+from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
+from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout, image_source
-from rlaifv.training.pair_data import PairData, read_pairs
+from rlaifv.training.pair_data import PairData, pair_files
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, sharded, whole_device
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
@@ -58,8 +59,13 @@ class TrainResult:
     peak_gpu_gb: float | None
 
 
-def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int) -> TrainResult:
+def train(
+    policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int, dev: Dev | None = None
+) -> TrainResult:
     """Train `policy` on the pairs in `pairs` and write `out/checkpoint-<k>`, k = 1..n, and `out/log.csv`.
+
+    With `params.keep_checkpoints` each is scored on `dev` into `out/checkpoint-<k>.json` when it is written, and only
+    the best of them are kept.
 
     `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Work lives in `scratch/train-<h>`,
     h a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes. A
@@ -71,16 +77,20 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
+    if bool(params.keep_checkpoints) != (dev is not None):
+        raise ValueError("train.keep_checkpoints chooses on dev: give both or none of them")
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
-    read_pairs(pairs)  # pairs that cannot be read stop here
     made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
+        "data": digest_files(*pair_files(pairs)),
         "source": stage_sources("train"),
     }
+    asked = dev and dataclasses.asdict(dev)
     identity = {**made_of, "params": {**settings, "collapse_nats": None, "resume_every": None}, "seed": seed}
+    identity["dev"] = dev and [asked, dev.data()]
     run = (scratch / f"train-{digest(identity)}").resolve()
     job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
+    job["dev"] = asked
     lock = lock_folder(run, "train")
     try:
         write_atomic(run / "job.json", json.dumps(job, indent=2))
@@ -91,7 +101,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         if result is None:
             raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
         publish(run, out)
-        for unfinished in ("trainer", "adapter"):
+        for unfinished in ("trainer", "adapter", "pairs"):
             remove(run / unfinished)
     except FloatingPointError:
         publish(run, out, unfinished=True)
@@ -99,7 +109,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     finally:
         lock.release()
     return TrainResult(
-        checkpoints=[str(out / Path(part).name) for part in published(params)[:-1]],
+        checkpoints=[str(out / Path(part).name) for part in checkpoints(params) if (run / part).is_dir()],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
         log=str(out / "log.csv"),
         **result,
@@ -140,7 +150,7 @@ def run_job(job: dict) -> None:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
-    data = PairData(vlm, Path(job["pairs"]), params.max_length)
+    data = PairData(vlm, Path(job["pairs"]), params.max_length, run / "pairs")
     for reject in data.rejects:
         log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
     if not data.pairs:
@@ -165,7 +175,7 @@ def run_job(job: dict) -> None:
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
         "layout": layout,
     }
-    store = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
+    store = ReferenceStore(run.parent, made_of, data.pairs.ids)
     reference = store.load()
     reused = reference is not None
     if not reused:
@@ -186,14 +196,15 @@ def run_job(job: dict) -> None:
     trainer = PairTrainer(scorer, collate, reference, params, arguments)
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
-    trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
+    writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
+    trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     peaks = gather_object([torch.cuda.max_memory_allocated(own_device()) / 1e9 if torch.cuda.is_available() else 0])
     if not state.is_main_process:
         return
     history = trainer.state.log_history
     write_log(history, run / "published" / "log.csv")
-    record_whole(run, "published/log.csv")
+    record_whole(run, "published/log.csv", instead_of=writer.surplus())
     result = {
         "steps": trainer.state.global_step,
         "pairs": len(data.pairs),

@@ -171,8 +171,8 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
     with the model's own forward, a row at a time, on the shortest and the longest pair; one that fails is named in a
     warning and not used. Returns the way's name; raises RuntimeError when even plain rows fail.
     """
-    by_length = sorted(data.pairs, key=lambda pair: pair.row_length)
-    sample = [by_length[0], by_length[-1]]
+    by_length = data.pairs.row_lengths.argsort(kind="stable")
+    sample = [data.pairs[by_length[0]], data.pairs[by_length[-1]]]
     log.info("train: looking how pairs go through %s, on %s: seconds on a GPU, minutes on a CPU", vlm.name, vlm.device)
     ways = [ImageInputs(data)]
     tower = vision_tower(vlm.model)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,7 +218,8 @@ def test_trained_tokens_are_exactly_the_answer_and_the_end_token(folder):
     vlm = load_vlm(str(folder / "model"), device="cpu")
     data = PairData(vlm, folder / "pairs.parquet")
     batch = build_batch(data.pairs, vlm.tokenizer.pad_token_id, packed=True)
-    answers = [*data.table["chosen"].to_pylist(), *data.table["rejected"].to_pylist()]
+    table = pq.read_table(folder / "pairs.parquet")
+    answers = [*table["chosen"].to_pylist(), *table["rejected"].to_pylist()]
     for ids, mask, answer in zip(batch["answers"], batch["answer_mask"], answers, strict=True):
         assert vlm.tokenizer.decode(ids[mask]) == answer + " </s>"
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from rlaifv import ROOT
 from rlaifv.training.dpo import EpochOrder, Watch
 from rlaifv.training.job import TrainResult, train
-from rlaifv.training.pair_data import PairData, read_pairs
+from rlaifv.training.pair_data import PairData, pair_files
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.vlm.loading import load_vlm
 
@@ -159,10 +159,10 @@ def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folde
     (tmp_path / "parts").mkdir()
     pq.write_table(table.slice(0, 6), tmp_path / "parts" / "a.parquet")
     pq.write_table(table.slice(6), tmp_path / "parts" / "b.parquet")
-    assert len(read_pairs(tmp_path / "parts")) == 13
+    assert [file.name for file in pair_files(tmp_path / "parts")] == ["a.parquet", "b.parquet"]
     pq.write_table(table.drop_columns(["chosen"]), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet has no column chosen"):
-        read_pairs(tmp_path / "c.parquet")
+        pair_files(tmp_path / "c.parquet")
 
 
 def test_lora_is_merged_into_a_checkpoint_that_loads_with_from_pretrained_alone(folder, uninterrupted):
