@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rlaifv.records import Reject
+from rlaifv.records import Reject, json_object
 from rlaifv.store import progress
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import decode_image
@@ -84,7 +84,9 @@ class PairData:
         groups: dict[tuple[bytes, str], list[int]] = {}
         texts = zip(*(self.table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
         for row, (question, chosen, rejected) in enumerate(texts):
-            if not chosen or not rejected:
+            if not question:
+                self._reject(row, "the question is empty")
+            elif not chosen or not rejected:
                 self._reject(row, f"the {'rejected' if chosen else 'chosen'} answer is empty")
             elif chosen == rejected:
                 self._reject(row, "chosen and rejected are the same answer")
@@ -159,8 +161,19 @@ def read_pairs(path: Path) -> pa.Table:
     tables = []
     for file in files:
         names = pq.read_schema(file).names
-        if missing := [name for name in COLUMNS if name not in names]:
+        if missing := [name for name in COLUMNS if name not in names and (name == "image" or "text" not in names)]:
             raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-        columns = [name for name in (*COLUMNS, "idx") if name in names]
-        tables.append(pq.read_table(file, columns=columns, memory_map=True))
+        columns = [name for name in (*COLUMNS, "idx", "text") if name in names]
+        tables.append(unpack_text(pq.read_table(file, columns=columns, memory_map=True)))
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def unpack_text(table: pa.Table) -> pa.Table:
+    """The table with question, chosen and rejected as columns, which older releases keep as JSON in `text`."""
+    if "text" not in table.column_names:
+        return table
+    rows = [json_object(text) for text in table["text"].to_pylist()]
+    for name in COLUMNS[1:]:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array([row.get(name) for row in rows], pa.string()))
+    return table.drop_columns("text")
