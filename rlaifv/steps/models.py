@@ -1,5 +1,6 @@
 """Models: who plays policy, labeler and divider in a run, written down once so that every stage depends on it."""
 
+import dataclasses
 from pathlib import Path
 
 from rlaifv.inference.server import is_served, open_served
@@ -12,9 +13,11 @@ ROLES = ("policy", "labeler", "divider")
 
 def describe(model: ModelParams) -> ModelRecord:
     """A model of the parameter file with its fingerprint. FileNotFoundError when there is no such checkpoint."""
-    served = is_served(model.path)
-    mark = open_served(model.path).fingerprint if served else fingerprint_checkpoint(model.path, model.revision)
-    return ModelRecord(model.path, model.revision, model.dtype, model.device, mark)
+    record = ModelRecord(fingerprint="", **dataclasses.asdict(model))
+    if is_served(model.path):
+        return dataclasses.replace(record, fingerprint=open_served(model.path).fingerprint)
+    mark = fingerprint_checkpoint(model.path, model.revision, record.settings)
+    return dataclasses.replace(record, fingerprint=mark)
 
 
 def describe_models(params: Params) -> dict[str, ModelRecord]:

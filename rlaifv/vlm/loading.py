@@ -1,7 +1,10 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -9,17 +12,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
-from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
+from rlaifv.vlm.checkpoint import find_checkpoint, fingerprint_checkpoint
 from rlaifv.vlm.processors import load_processor
+from rlaifv.vlm.templates import set_template
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,18 @@ def load_vlm(
     dtype: str | None = "float32",
     device: str = "auto",
     adapter: str | None = None,
-    quantization: QuantizationConfigMixin | None = None,
+    load_in_4bit: bool = False,
+    settings: Mapping[str, Any] = {},
     must_see: bool = False,
 ) -> VLM:
     """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
 
     A VLM is loaded with its processor, a plain language model with its tokenizer only. `device` is "auto" (all
     visible accelerators, else CPU), "cpu", "cuda" or "cuda:K"; `dtype` None is bfloat16 on an accelerator and float32
-    on a CPU. `quantization` is how transformers should shrink the weights while it loads them. Only safetensors are
-    read and no remote code runs. With `must_see`, a model without images is a ValueError before its weights are read.
+    on a CPU. `settings` are those of `ModelRecord.settings`. Only safetensors are read and no remote code runs. With
+    `must_see`, a model without images is a ValueError before its weights are read.
     """
-    folder = resolve_checkpoint(path, revision)
+    folder, settings = find_checkpoint(path, revision, settings)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -79,9 +84,11 @@ def load_vlm(
         raise ValueError(f"{path} is a {config.model_type} model that sees no images: give a vision-language model")
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    dtype = getattr(torch, dtype or ("bfloat16" if use_cuda else "float32"))
+    quantization = four_bits(dtype) if load_in_4bit else None
     model = auto.from_pretrained(
         folder,
-        dtype=getattr(torch, dtype or ("bfloat16" if use_cuda else "float32")),
+        dtype=dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
@@ -93,11 +100,12 @@ def load_vlm(
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.eval().requires_grad_(False)
-    processor = load_processor(folder) if multimodal else None
+    processor = load_processor(folder, settings.get("processor", {})) if multimodal else None
     tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
+    set_template(processor or tokenizer, settings.get("template", {}), settings.get("system"))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    fingerprint = fingerprint_checkpoint(str(folder))
+    fingerprint = fingerprint_checkpoint(str(folder), settings=settings)
     if adapter is not None:
         fingerprint += "+" + fingerprint_checkpoint(adapter)
     return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))
@@ -113,10 +121,24 @@ def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
         if not folder.is_dir():
             raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
         return load_vlm(str(folder), dtype=model.dtype, device=model.device)
-    vlm = load_vlm(model.path, revision=model.revision, dtype=model.dtype, device=model.device)
+    vlm = load_vlm(
+        model.path,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        load_in_4bit=model.load_in_4bit,
+        settings=model.settings,
+    )
     if vlm.fingerprint != model.fingerprint:
         raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
     return vlm
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers shrinks weights to 4 bits while it loads them: QLoRA's nf4, computed in `dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError("load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
