@@ -216,6 +216,10 @@ class TrainParams(Section):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 30 % more time
     max_length: Count | None = None  # longest row in tokens, longer ones are rejected; null is the model's own limit
     checkpoints_per_epoch: Count = 4  # a checkpoint every 1/n epoch (paper 4)
+    # null keeps all; with a number each is scored on dev when it is written, and only so many best keep their weights
+    keep_checkpoints: Count | None = None
+    # what a killed run goes on from (of a 7B 84 GB) is written with every n-th checkpoint; steps since are done again
+    resume_every: Count = 1
     packed: bool = True  # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
     feature_cache_gb: NotNegative = 8.0

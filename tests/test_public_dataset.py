@@ -80,7 +80,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def test_from_files_of_pairs_to_the_report_in_one_command(checkout):
-    said = run(checkout, "dvc", "repro", timeout=600)
+    said = run(checkout, "dvc", "repro", timeout=1800)
     for notebook in FEEDBACK:
         assert f"{notebook}: nothing to do: the pairs come from pairs.source = data/public" in said
     iteration = checkout / "data" / "iterations" / "1"
