@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
+
 from rlaifv import ROOT
 from rlaifv.inference.server import is_served
 from rlaifv.params import ModelParams, Params, ParamsError, SplitParams, load_params, read_yaml
@@ -536,7 +537,11 @@ def measured(timings: Path, policy: str) -> dict[str, dict[str, float]]:
             found.setdefault(name, []).append(row)
     return {
         name: {"minutes": statistics.mean(row["minutes"] for row in rows)}
-        | ({"peak_gpu_gb": max(peaks)} if (peaks := [row["peak_gpu_gb"] for row in rows if "peak_gpu_gb" in row]) else {})
+        | (
+            {"peak_gpu_gb": max(peaks)}
+            if (peaks := [row["peak_gpu_gb"] for row in rows if "peak_gpu_gb" in row])
+            else {}
+        )
         for name, rows in found.items()
     }
 

@@ -74,6 +74,7 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
 
     executed = RUNS / parameters.get("iteration", "") / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
+    executed.unlink(missing_ok=True)  # DVC may have linked it to its cache
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     logging.getLogger("papermill.translators").setLevel(logging.ERROR)

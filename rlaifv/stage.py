@@ -46,8 +46,9 @@ class Paths:
 
     @property
     def trained(self) -> list[Path]:
-        """The folders of its trained checkpoints, first to last; iteration 0 has the base model alone."""
-        folders = self.checkpoints.glob("checkpoint-*")
+        """The folders of its trained checkpoints, first to last (of one that was not kept only its row on dev is left,
+        beside its folder); iteration 0 has the base model alone."""
+        folders = {path.with_suffix("") for path in self.checkpoints.glob("checkpoint-*")}
         return sorted(folders, key=lambda p: int(p.name.split("-")[1])) if self.iteration != "0" else [self.policy]
 
 

@@ -193,6 +193,15 @@ def check_rejects(stage: str, rejects: Sequence[Reject], n_inputs: int, max_reje
         )
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for the same bytes, or a copy on another file system. What is written later must replace such a
+    file, never write into it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Iterate with a tqdm bar in JupyterLab, or a log line every few seconds (rate, time left) in a batch run."""
     if "JPY_SESSION_NAME" in os.environ:

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import copy_repository, run
 
-from rlaifv import ROOT
 from rlaifv.records import read_jsonl
 from rlaifv.run import FEEDBACK
 

@@ -4,6 +4,7 @@ The numbers are those of CHAIR and its Object HalBench variant (rlaifv.evaluatio
 embedded world and real COCO.
 """
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -164,11 +165,27 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
+def ask(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[list[dict], list[dict]]:
+    """What one model says on one split: `model_answers` and `answer_questions`."""
+    return model_answers(vlm, split, params), answer_questions(vlm, split, suffix, params.batch_size)
+
+
+def share(split: Split, number: int, of: int) -> Split:
+    """One of `of` shares of a split: together they are all of it, and an image's yes/no questions are in one."""
+    images = set(sorted({question.image_path for question in split.questions})[number::of])
+    questions = [question for question in split.questions if question.image_path in images]
+    return dataclasses.replace(split, instructions=split.instructions[number::of], questions=questions)
+
+
+def score(answers: Sequence[dict[str, str]], asked: Sequence[dict[str, object]], split: Split) -> dict[str, object]:
+    """All metrics of what `ask` returned."""
+    return {**hallucination(answers, split), "yes_no": yes_no_metrics(asked)}
+
+
 def measure(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
     """All metrics of one model on one split, and its answers."""
-    answers = model_answers(vlm, split, params)
-    yes_no = yes_no_metrics(answer_questions(vlm, split, suffix, params.batch_size))
-    return {**hallucination(answers, split), "yes_no": yes_no}, answers
+    answers, asked = ask(vlm, split, params, suffix)
+    return score(answers, asked, split), answers
 
 
 def evaluate_checkpoints(
@@ -180,9 +197,13 @@ def evaluate_checkpoints(
     load: Callable[[Path], VLM],
     out: Path,
 ) -> list[dict]:
-    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
+    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM.
+
+    One that was scored when it was written (`training.dev_scores`) has its row beside it, and maybe no weights now."""
 
     def measure_one(folder: Path) -> tuple[list[dict], list[Reject]]:
+        if (scored := folder.with_suffix(".json")).is_file():
+            return [json.loads(scored.read_text())], []
         metrics, _ = measure(load(folder), split, params, suffix)
         return [{"checkpoint": folder.name, **metrics}], []
 

@@ -12,13 +12,13 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlaifv.records import Instruction, read_jsonl, write_jsonl
 from rlaifv.steps.public_pairs import public_rows
+from rlaifv.store import link_or_copy
 
 KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 """What a picture's file begins with → the ending of its name."""
@@ -100,24 +100,15 @@ def from_coco(
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: unpack COCO's {split}.zip into {coco}")
             path = Path("coco") / image["file_name"]
-            link(file, image_root / path)
+            if not (image_root / path).exists():
+                (image_root / path).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, image_root / path)
             prompt = prompts[int(digest(f"prompt/{image['id']}".encode()), 16) % len(prompts)]
             rows.append(Instruction(str(image["id"]), str(path), prompt, source=split))
         written[name] = coco / f"instructions_{name}.jsonl"
         write_jsonl(written[name], rows)
         start += size
     return written
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy on another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -110,6 +110,8 @@ def prepare(params: PrepareParams, seed: int, root: Path, out: Path) -> dict[str
         all_rejects += rejects
         for kind in ANNOTATIONS if split else ():
             if source := getattr(split, kind):
-                shutil.copyfile(root / source, annotations(out, name, kind))
+                copy = annotations(out, name, kind)
+                copy.unlink(missing_ok=True)  # DVC may have linked it to its cache
+                shutil.copyfile(root / source, copy)
     write_jsonl(out / "rejects.jsonl", all_rejects)
     return counts

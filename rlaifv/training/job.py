@@ -25,7 +25,8 @@ from rlaifv.params import TrainParams, check_train
 from rlaifv.records import write_atomic
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
-from rlaifv.training.checkpoints import WriteCheckpoints, published
+from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
+from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout
 from rlaifv.training.pair_data import PairData, read_pairs
@@ -55,8 +56,13 @@ class TrainResult:
     tokens_per_second: float | None
 
 
-def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int) -> TrainResult:
+def train(
+    policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int, dev: Dev | None = None
+) -> TrainResult:
     """Train `policy` on the pairs in `pairs` and write `out/checkpoint-<k>`, k = 1..n, and `out/log.csv`.
+
+    With `params.keep_checkpoints` each is scored on `dev` into `out/checkpoint-<k>.json` when it is written, and only
+    the best of them are kept.
 
     `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Work lives in `scratch/train-<h>`,
     h a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes. A
@@ -68,6 +74,8 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
+    if bool(params.keep_checkpoints) != (dev is not None):
+        raise ValueError("train.keep_checkpoints chooses on dev: give both or none of them")
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
     read_pairs(pairs)  # pairs that cannot be read stop here
     made_of = {
@@ -75,9 +83,12 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
         "source": stage_sources("train"),
     }
+    asked = dev and dataclasses.asdict(dev)
     identity = {**made_of, "params": {**settings, "collapse_nats": None}, "seed": seed}
+    identity["dev"] = dev and [asked, dev.data()]
     run = (scratch / f"train-{digest(identity)}").resolve()
     job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
+    job["dev"] = asked
     lock = lock_folder(run, "train")
     try:
         write_atomic(run / "job.json", json.dumps(job, indent=2))
@@ -96,7 +107,7 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     finally:
         lock.release()
     return TrainResult(
-        checkpoints=[str(out / Path(part).name) for part in published(params)[:-1]],
+        checkpoints=[str(out / Path(part).name) for part in checkpoints(params) if (run / part).is_dir()],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
         log=str(out / "log.csv"),
         **result,
@@ -182,13 +193,14 @@ def run_job(job: dict) -> None:
     trainer = PairTrainer(scorer, collate, reference, params, arguments)
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
-    trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
+    writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
+    trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not state.is_main_process:
         return
     history = trainer.state.log_history
     write_log(history, run / "published" / "log.csv")
-    record_whole(run, "published/log.csv")
+    record_whole(run, "published/log.csv", instead_of=writer.surplus())
     result = {
         "steps": trainer.state.global_step,
         "pairs": len(data.pairs),

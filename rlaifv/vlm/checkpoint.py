@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from rlaifv import ROOT
-from rlaifv.records import SETTINGS, ModelRecord
+from rlaifv.fingerprint import LARGE
+from rlaifv.fingerprint import digest as value_digest
+from rlaifv.records import SETTINGS, ModelRecord, write_atomic
+from rlaifv.store import SCRATCH
 
 POINTER = "pointer.json"
 """A folder that holds this file stands for another checkpoint and how it is used: `{"path": ..., "revision": ...}`, and
@@ -18,6 +23,9 @@ of `ModelRecord.settings` what is set."""
 
 FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
 """What is fetched of a repository, and what a fingerprint covers."""
+
+KNOWN = SCRATCH / "fingerprints"
+"""Fingerprints of large checkpoints, each under what was seen of its files: `add_files`."""
 
 COPIES = ["consolidated*.safetensors", "original/*"]
 """The same weights once more, in a layout that transformers does not read."""
@@ -71,8 +79,7 @@ def _folder(path: str, folder: Path, revision: str | None, files: Sequence[str])
 def write_pointer(folder: Path, model: ModelRecord) -> None:
     """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
     pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint} | model.settings
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / POINTER).write_text(json.dumps(pointer) + "\n")
+    write_atomic(folder / POINTER, json.dumps(pointer) + "\n")
 
 
 def fingerprint_checkpoint(path: str, revision: str | None = None, settings: Mapping[str, Any] = {}) -> str:
@@ -85,9 +92,39 @@ def fingerprint_checkpoint(path: str, revision: str | None = None, settings: Map
     if folder.parent.name == "snapshots":  # the hub's cache names the folder after the commit, which ties all bytes
         digest.update(f"{folder.parents[1].name}@{folder.name}".encode())
         return digest.hexdigest()
-    for file in sorted(folder.iterdir()):
-        if any(file.match(pattern) for pattern in FILES):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
+    return add_files(digest, sorted(file for file in folder.iterdir() if any(map(file.match, FILES))))
+
+
+def add_files(digest: "hashlib._Hash", files: Sequence[Path]) -> str:
+    """The digest, in hex, once the files' names and bytes are added to it.
+
+    Large files are read once: the result is remembered, and trusted for as long as each of them has the name, size,
+    time of change and inode that it had then (what DVC trusts, too). A changed byte is seen unless all of these are put
+    back. Files that changed in the last two seconds are not remembered: a clock may not tell their next change apart.
+    """
+    seen = file_states(files)
+    if sum(state[1] for state in seen) < LARGE:
+        return read_files(digest, files)
+    known = KNOWN / value_digest([digest.hexdigest(), seen])
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{known}.lock"):  # the processes of a run ask at the same time: one of them reads
+        if known.is_file():
+            return known.read_text()
+        found = read_files(digest, files)
+        if file_states(files) == seen and time.time_ns() - max(state[2] for state in seen) > 2e9:
+            write_atomic(known, found)
+        return found
+
+
+def file_states(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    """Name, bytes, time of change (ns) and inode of each file."""
+    return [(file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files for stat in [file.stat()]]
+
+
+def read_files(digest: "hashlib._Hash", files: Sequence[Path]) -> str:
+    """The digest, in hex, with all names and bytes, whatever is remembered of them."""
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ TOWER = {
     "vocab_size": 32000,
 }
 
+
 def qwen3_vl(text: dict, vision: dict) -> dict:
     """A dense Qwen3-VL of a size; what all sizes share stands here."""
     rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
