@@ -44,13 +44,10 @@ DISTINCT = 0.5
 """Share of an image's questions that no other answer to it has asked already: each is asked once."""
 
 FOUR_BIT = 0.5 + 4 / 64
-"""Bytes of a parameter in 4 bits: nf4 with a float32 scale for every 64. Embeddings and output layer stay as they are."""
+"""Bytes of a parameter in 4 bits: nf4 with a float32 scale for every 64. Embeddings and output layer stay whole."""
 
 PUBLIC_PAIRS = 83_000
 """Of the public dataset, where its files are not there yet."""
-
-COPIES = 2
-"""Of every checkpoint on disk: in data/ and in DVC's cache (1 with `dvc config cache.type hardlink`)."""
 
 DIVIDED = 1.4
 """Tokens of a list of claims, or of questions, for one token of the answer."""
@@ -376,7 +373,7 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
         seconds=start(model) + computing + saving,
         gpu=states(model, params, processes) + activations(model, params, longest, answers) + RUNTIME,
         host=main_memory(model, params, processes),
-        disk=COPIES * kept * size,
+        disk=kept * size,
         fixes={"gpu": way, "host": way, "disk": "train.keep_checkpoints, train.checkpoints_per_epoch or train.epochs"},
     )
 
@@ -483,11 +480,10 @@ class Plan:
         return statistics.median(ratios) if ratios else 1.0
 
     def compared(self) -> list[dict]:
-        """A row for every stage that has run: `stage`; minutes, `estimate` and as they were; `gpu_estimate` in GB and
-        `peak_gpu_gb`, None where it ran on no GPU."""
+        """A row for every stage that has run: `stage`, its `estimate` in minutes and what they were (`minutes`),
+        `gpu_estimate` in GB and what that was (`peak_gpu_gb`, 0 where it ran on no GPU)."""
         return [
-            {"peak_gpu_gb": None, **self.measured[n.stage]}
-            | {"stage": n.stage, "estimate": n.seconds / 60, "gpu_estimate": n.gpu / GB}
+            {"stage": n.stage, "estimate": n.seconds / 60, "gpu_estimate": n.gpu / GB, **self.measured[n.stage]}
             for n in self.needs
             if n.stage in self.measured
         ]
@@ -528,20 +524,18 @@ def make_plan(
 
 
 def measured(timings: Path, policy: str) -> dict[str, dict[str, float]]:
-    """Stage → its `minutes` with this policy, the mean over the iterations that were trained, and its `peak_gpu_gb`,
-    the largest, where it ran on a GPU."""
+    """Stage → its `minutes` with this policy, the mean over the iterations that were trained, and its largest
+    `peak_gpu_gb`, 0 where it ran on no GPU."""
     found: dict[str, list[dict]] = {}
     for row in read_timings(timings):
         name, _, iteration = row["stage"].partition("@")
         if iteration != "0" and row.get("policy") == policy:
             found.setdefault(name, []).append(row)
     return {
-        name: {"minutes": statistics.mean(row["minutes"] for row in rows)}
-        | (
-            {"peak_gpu_gb": max(peaks)}
-            if (peaks := [row["peak_gpu_gb"] for row in rows if "peak_gpu_gb" in row])
-            else {}
-        )
+        name: {
+            "minutes": statistics.mean(row["minutes"] for row in rows),
+            "peak_gpu_gb": max(row.get("peak_gpu_gb", 0.0) for row in rows),
+        }
         for name, rows in found.items()
     }
 
