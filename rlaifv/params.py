@@ -188,8 +188,11 @@ class FeedbackParams(Section):
 
 
 class PairsParams(Section):
+    """Preferences of the policy's own answers, or from a parquet file or folder in the public dataset's columns."""
+
     min_gap: Count
     max_per_instruction: Count
+    source: Name | None = None  # a path: no feedback is run, the only iteration trains on these pairs as they are
 
 
 class TrainParams(Section):
@@ -452,6 +455,8 @@ def _problems(params: Params) -> Iterator[str]:
             yield f"iterations.{name}.prev: {item.prev!r} is not before {name!r}"
     if reference not in (None, "0", *names):
         yield f'self_feedback.reference: no iteration {reference!r}; "0" is the base model'
+    if params.pairs.source and len(names) > 1:
+        yield f"pairs.source gives the pairs of one iteration: leave one of the {len(names)} under iterations"
     config = params.train.accelerate_config
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import FoldedScalarString
 
 from rlaifv import ROOT
 from rlaifv.params import NAMED, ParamsError, load_params, read_content
@@ -66,10 +67,12 @@ def _with_values(default: str, profile: str) -> str:
 def _set(whole: dict, overlay: dict) -> None:
     """What params.merge does, in place: the comments stay."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and key not in NAMED:
+        if isinstance(value, dict) and key in whole and key not in NAMED:
             _set(whole[key], value)
         elif key not in NAMED:
             whole[key] = value
+            if isinstance(value, FoldedScalarString):  # nothing can stand behind a text of several lines
+                whole.ca.items.pop(key, None)
 
 
 def write_profile(name: str, target: Path = ROOT / "params.yaml", force: bool = False) -> None:

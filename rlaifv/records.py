@@ -112,6 +112,15 @@ def to_json(row: Any) -> str:
     return json.dumps(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row, ensure_ascii=False)
 
 
+def json_object(text: Any) -> dict[str, Any]:
+    """The object that a text holds as JSON; {} where it holds none."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write the whole file or nothing: a reader never sees half of it, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)

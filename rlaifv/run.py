@@ -9,13 +9,18 @@ a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same comm
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 from rlaifv import ROOT
+from rlaifv.fingerprint import stage_definition
 from rlaifv.params import ParamsError, load_params
 from rlaifv.stage import RUNS
+
+FEEDBACK = ("20_generate", "30_divide", "40_feedback")
+"""The notebooks that make preferences; with `pairs.source` somebody else has made them."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,11 +34,26 @@ def main(arguments: list[str]) -> int:
         print(f"no notebook {name!r}; there are: {known}", file=sys.stderr)
         return 2
     try:
-        load_params(parameters.get("params_file", "params.yaml"))
+        params = load_params(parameters.get("params_file", "params.yaml"))
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
+    if params.pairs.source and name in FEEDBACK:
+        print(f"{name}: nothing to do: the pairs come from pairs.source = {params.pairs.source}")
+        return leave_out(notebook, parameters)
     return execute(notebook, parameters)
+
+
+def leave_out(notebook: Path, parameters: dict[str, str]) -> int:
+    """Leave empty what the stage would have written, which DVC wants to see: folders, and its notebook as it is."""
+    for out in stage_definition(notebook.stem.partition("_")[2])["outs"]:
+        path = ROOT / out.replace("${key}", parameters["iteration"])
+        if path.suffix == ".ipynb":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(notebook, path)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+    return 0
 
 
 class Stopped(BaseException):

@@ -28,7 +28,10 @@ def in_checkout(folder: Path, name: str = "mine", text: str = "") -> Path:
 
 
 def test_the_shipped_profiles():
-    assert PROFILES == ["default", "four-iterations", "llava15-7b", "llava15-7b-lora", "one-large-iteration", "self"]
+    names = (
+        "default four-iterations llava15-7b llava15-7b-lora one-large-iteration public-dataset qwen3vl-4b self self-8b"
+    )
+    assert names.split() == PROFILES
 
 
 @pytest.mark.parametrize("name", PROFILES)

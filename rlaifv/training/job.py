@@ -24,13 +24,14 @@ from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import write_atomic
+from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
 from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout, image_source
-from rlaifv.training.pair_data import PairData, pair_files
+from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, sharded, whole_device
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
@@ -82,7 +83,7 @@ def train(
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
     made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "data": digest_files(*pair_files(pairs)),
+        "data": digest_files(*parquet_files(pairs)),
         "source": stage_sources("train"),
     }
     asked = dev and dataclasses.asdict(dev)

@@ -17,18 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 
 from rlaifv.records import Reject, read_jsonl, write_jsonl
+from rlaifv.steps.public_pairs import PAIR, parquet_files, public_rows
 from rlaifv.store import progress
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import decode_image
 from rlaifv.vlm.loading import VLM
-
-COLUMNS = ("image", "question", "chosen", "rejected")
-"""The columns that training needs; `idx` and `ds_name` name the row where they exist."""
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What some processors say about each prompt token (Gemma3, Qwen-VL); an answer's tokens have type 0."""
@@ -91,7 +88,7 @@ class PairData:
     They lie in Arrow files in `folder`, which the first process of a run writes and every process maps into memory:
     none holds or tokenizes them when it starts, and a run that goes on finds them there. Without a folder they lie in a
     temporary one. `max_length` is the longest row (prompt, image tokens, answer and end token) in tokens; None is the
-    model's own limit. Raises what `pair_files` does.
+    model's own limit. Raises what `parquet_files` does.
     """
 
     def __init__(self, vlm: VLM, path: Path, max_length: int | None = None, folder: Path | None = None):
@@ -190,7 +187,9 @@ def by_prompt(
     numbers: dict[bytes, int] = {}
     groups: dict[tuple[int, str], list[Answers]] = {}
     for answers, question, image in read_rows(path):
-        if not answers.chosen or not answers.rejected:
+        if not question:
+            rejects.append(Reject(answers.pair_id, "train", "the question is empty"))
+        elif not answers.chosen or not answers.rejected:
             empty = "rejected" if answers.chosen else "chosen"
             rejects.append(Reject(answers.pair_id, "train", f"the {empty} answer is empty"))
         elif answers.chosen == answers.rejected:
@@ -250,29 +249,10 @@ def encode_prompt(
 def read_rows(path: Path) -> Iterator[tuple[Answers, str, bytes]]:
     """Both answers, the question and the image's bytes of every row, a few rows in memory at a time. A pair's id is the
     row's number and, where there is one, the dataset's own index: `row:idx`."""
-    row = 0
-    for file in pair_files(path):
-        parquet = pq.ParquetFile(file, memory_map=True)
-        columns = [name for name in (*COLUMNS, "idx") if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_size=64, columns=columns):
-            for cells in batch.to_pylist():
-                pair_id = f"{row}:{cells['idx']}" if "idx" in cells else str(row)
-                answers = Answers(row, pair_id, cells["chosen"], cells["rejected"])
-                yield answers, cells["question"], (cells["image"] or {}).get("bytes") or b""
-                row += 1
-
-
-def pair_files(path: Path) -> list[Path]:
-    """The parquet file of pairs, or those of a folder of them (the public RLAIF-V dataset's) in order of name. Raises
-    FileNotFoundError where there is none, ValueError naming a column that is missing."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise FileNotFoundError(f"no parquet file of preference pairs at {path}")
-    for file in files:
-        names = pq.read_schema(file).names
-        if missing := [name for name in COLUMNS if name not in names]:
-            raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
-    return files
+    for row, cells in enumerate(public_rows(parquet_files(path), ("image", *PAIR, "idx"))):
+        pair_id = str(row) if cells["idx"] is None else f"{row}:{cells['idx']}"
+        answers = Answers(row, pair_id, cells["chosen"], cells["rejected"])
+        yield answers, cells["question"], (cells["image"] or {}).get("bytes") or b""
 
 
 @contextmanager

@@ -32,33 +32,32 @@ COPIES = ["consolidated*.safetensors", "original/*"]
 """The same weights once more, in a layout that transformers does not read."""
 
 
-def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
+def resolve_checkpoint(path: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
     """The folder of a checkpoint: absolute, behind its `pointer.json`; of a hub id, its snapshot in the hub's cache.
 
-    A hub id is fetched at `revision` (None: main) where the cache lacks it; offline (HF_HUB_OFFLINE=1), the cache is
-    what there is.
+    Of a hub id, `files` are fetched at `revision` (None: main) where the cache lacks them; offline
+    (HF_HUB_OFFLINE=1), the cache is what there is.
 
     Raises:
         FileNotFoundError: `path` is neither a checkpoint's folder nor an `owner/name` that the hub gives out, said in
             one line with the way out.
     """
-    return find_checkpoint(path, revision)[0]
+    return find_checkpoint(path, revision, files=files)[0]
 
 
 def find_checkpoint(
-    path: str, revision: str | None = None, settings: Mapping[str, Any] = {}, weights: bool = True
+    path: str, revision: str | None = None, settings: Mapping[str, Any] = {}, files: Sequence[str] = FILES
 ) -> tuple[Path, dict]:
-    """`resolve_checkpoint`, and with which settings it is used: those given, then those of its `pointer.json`. Without
-    `weights`, a hub's are not fetched."""
+    """`resolve_checkpoint`, and with which settings it is used: those given, then those of its `pointer.json`."""
     folder = Path(path) if Path(path).is_absolute() else ROOT / path
     if (folder / POINTER).is_file():
         pointer = json.loads((folder / POINTER).read_text())
         own = {name: pointer[name] for name in SETTINGS if name in pointer}
-        return find_checkpoint(pointer["path"], pointer.get("revision"), own | dict(settings), weights)
-    return _folder(path, folder, revision, FILES if weights else TEXT_FILES), dict(settings)
+        return find_checkpoint(pointer["path"], pointer.get("revision"), own | dict(settings), files)
+    return _folder(path, folder, revision, files), dict(settings)
 
 
-def _folder(path: str, folder: Path, revision: str | None, files: list[str]) -> Path:
+def _folder(path: str, folder: Path, revision: str | None, files: Sequence[str]) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")

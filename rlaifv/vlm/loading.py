@@ -28,7 +28,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
 from rlaifv.vlm.chat_format import Reader, prompt_text, shows_images, thinks_first
-from rlaifv.vlm.checkpoint import find_checkpoint, fingerprint_checkpoint
+from rlaifv.vlm.checkpoint import TEXT_FILES, find_checkpoint, fingerprint_checkpoint
 from rlaifv.vlm.processors import load_processor
 from rlaifv.vlm.templates import set_template
 
@@ -117,7 +117,7 @@ def load_reader(path: str, revision: str | None = None, settings: Mapping[str, A
     Weights are neither fetched nor read. Raises FileNotFoundError for what is no checkpoint and ValueError for one
     without chat template and for settings that it does not have; in one line.
     """
-    folder, settings = find_checkpoint(path, revision, settings, weights=False)
+    folder, settings = find_checkpoint(path, revision, settings, files=TEXT_FILES)
     return read(folder, read_config(folder, path), path, settings)
 
 
@@ -127,7 +127,7 @@ def check_model(model: ModelRecord, role: str) -> None:
     Raises FileNotFoundError or ValueError, one line with the way out: policy and labeler must see images, all must
     answer without thinking aloud, and "auto" must find a GPU for a large one.
     """
-    folder, settings = find_checkpoint(model.path, model.revision, model.settings, weights=False)
+    folder, settings = find_checkpoint(model.path, model.revision, model.settings, files=TEXT_FILES)
     config, who = read_config(folder, model.path), f"{role} {model.path}"
     if role != "divider":
         refuse_blind(config, who)

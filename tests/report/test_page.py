@@ -73,7 +73,7 @@ def shown(found: dict[str, Result], **more) -> str:
 
 
 def page(summary: dict, **more) -> str:
-    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", **more}
+    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", "plan": "", **more}
     return render("report.html", summary=summary, **given)
 
 

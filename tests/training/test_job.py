@@ -17,9 +17,10 @@ from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlaifv import ROOT
+from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.training.dpo import EpochOrder, Watch
 from rlaifv.training.job import TrainResult, train
-from rlaifv.training.pair_data import PairData, pair_files
+from rlaifv.training.pair_data import PairData
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.vlm.loading import load_vlm
 
@@ -159,10 +160,10 @@ def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folde
     (tmp_path / "parts").mkdir()
     pq.write_table(table.slice(0, 6), tmp_path / "parts" / "a.parquet")
     pq.write_table(table.slice(6), tmp_path / "parts" / "b.parquet")
-    assert [file.name for file in pair_files(tmp_path / "parts")] == ["a.parquet", "b.parquet"]
+    assert [file.name for file in parquet_files(tmp_path / "parts")] == ["a.parquet", "b.parquet"]
     pq.write_table(table.drop_columns(["chosen"]), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet has no column chosen"):
-        pair_files(tmp_path / "c.parquet")
+        parquet_files(tmp_path / "c.parquet")
 
 
 def test_lora_is_merged_into_a_checkpoint_that_loads_with_from_pretrained_alone(folder, uninterrupted):
