@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
-	python -m rlaifv.profile $(NAME) $(if $(FORCE),--force)
+	python -m rlaifv.profiles.choose $(NAME) $(if $(FORCE),--force)
 
 plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
 	python -m rlaifv.plan $(ARGS)
