@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15
 
 plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
 	python -m rlaifv.plan $(ARGS)
+
+rehearsal: $(READY) ## every stage of a profile in minutes, with small random models: make rehearsal PROFILE=llava15-7b
+	python -m rlaifv.profiles.rehearsal $(PROFILE) $(ARGS)
 
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	python -m rlaifv.plan --check

@@ -133,6 +133,8 @@ def launch(job: Path, params: TrainParams) -> None:
 def run_job(job: dict) -> None:
     """One process of a run: load, freeze, lay out, reference, train (or go on), write `finished.json`."""
     library_quirks.be_quiet()
+    if sharded() and not torch.cuda.is_available():
+        library_quirks.shard_on_cpus()
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
     data = PairData(vlm, Path(job["pairs"]), params.max_length)
@@ -180,8 +182,6 @@ def run_job(job: dict) -> None:
         log.info("train: resuming from %s", last.name)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     trainer = PairTrainer(scorer, collate, reference, params, arguments)
-    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not state.is_main_process:
