@@ -7,11 +7,20 @@ and what was expected. This file imports nothing heavy, so that the check really
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
@@ -102,12 +111,17 @@ class Section:
 
 
 class ModelParams(Section):
-    """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision."""
+    """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision, and how it is used."""
 
     path: Name
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    load_in_4bit: bool  # nf4 weights (needs bitsandbytes and a GPU)
+    # settings of its image processor and variables of its chat template, in place of its own
+    processor: dict[Name, JsonValue] = field(hash=False)
+    template: dict[Name, JsonValue] = field(hash=False)
+    system: Name | None  # a system turn before every question; null is what the template itself says
 
 
 class WorldParams(Section):
@@ -413,6 +427,8 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
+    if params.policy.load_in_4bit:
+        yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     for name, item in names.items():
         if item.prev not in ("0", *names):
             yield f"iterations.{name}.prev: no iteration {item.prev!r} to start from"

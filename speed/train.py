@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -87,7 +88,7 @@ def with_processor(vlm: VLM) -> VLM:
         image_token="<image>",
         chat_template=TEMPLATE,
     )
-    return VLM(vlm.model, tokenizer, processor, vlm.name, vlm.fingerprint, [2])
+    return replace(vlm, tokenizer=tokenizer, processor=processor)
 
 
 def make_rows(pairs: int, answer: int) -> list[dict]:

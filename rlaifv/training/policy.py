@@ -3,11 +3,10 @@
 import logging
 import os
 import re
-from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlaifv.params import TrainParams
 from rlaifv.training import library_quirks
@@ -29,12 +28,7 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
     if not params.load_in_4bit:
         return load_vlm(policy, dtype=dtype, device="cpu")
-    if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(
-            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
-        )
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    vlm = load_vlm(policy, dtype=dtype, device=own_device(), quantization=four_bits)
+    vlm = load_vlm(policy, dtype=dtype, device=own_device(), load_in_4bit=True)
     library_quirks.keep_4bit_kernels_with_gradients(vlm.model)
     return vlm
 

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from rlaifv import ROOT
-from rlaifv.records import ModelRecord
+from rlaifv.records import SETTINGS, ModelRecord
 
 POINTER = "pointer.json"
-"""A folder that holds this file stands for another checkpoint: `{"path": ..., "revision": ...}`."""
+"""A folder that holds this file stands for another checkpoint and how it is used: `{"path": ..., "revision": ...}`, and
+of `ModelRecord.settings` what is set."""
 
-FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+FILES = [*TEXT_FILES, "*.safetensors"]
 """What is fetched of a repository, and what a fingerprint covers."""
 
 COPIES = ["consolidated*.safetensors", "original/*"]
@@ -30,10 +34,23 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
         FileNotFoundError: `path` is neither a checkpoint's folder nor an `owner/name` that the hub gives out, said in
             one line with the way out.
     """
+    return find_checkpoint(path, revision)[0]
+
+
+def find_checkpoint(
+    path: str, revision: str | None = None, settings: Mapping[str, Any] = {}, weights: bool = True
+) -> tuple[Path, dict]:
+    """`resolve_checkpoint`, and with which settings it is used: those given, then those of its `pointer.json`. Without
+    `weights`, a hub's are not fetched."""
     folder = Path(path) if Path(path).is_absolute() else ROOT / path
     if (folder / POINTER).is_file():
         pointer = json.loads((folder / POINTER).read_text())
-        return resolve_checkpoint(pointer["path"], pointer.get("revision"))
+        own = {name: pointer[name] for name in SETTINGS if name in pointer}
+        return find_checkpoint(pointer["path"], pointer.get("revision"), own | dict(settings), weights)
+    return _folder(path, folder, revision, FILES if weights else TEXT_FILES), dict(settings)
+
+
+def _folder(path: str, folder: Path, revision: str | None, files: list[str]) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder but holds no config.json: it is not a checkpoint")
@@ -41,7 +58,7 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
     if path.count("/") != 1 or path.startswith((".", "/")) or (ROOT / path.split("/")[0]).is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: give a folder or a hub id such as owner/name")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=COPIES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files, ignore_patterns=COPIES))
     except GatedRepoError:
         problem = "its owner must let you in: ask on its page, then set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -55,15 +72,18 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
 
 def write_pointer(folder: Path, model: ModelRecord) -> None:
     """Make `folder` stand for a checkpoint elsewhere; the fingerprint ties what depends on it to its bytes."""
-    pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint}
+    pointer = {"path": model.path, "revision": model.revision, "fingerprint": model.fingerprint} | model.settings
     folder.mkdir(parents=True, exist_ok=True)
     (folder / POINTER).write_text(json.dumps(pointer) + "\n")
 
 
-def fingerprint_checkpoint(path: str, revision: str | None = None) -> str:
-    """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one."""
-    folder = resolve_checkpoint(path, revision)
+def fingerprint_checkpoint(path: str, revision: str | None = None, settings: Mapping[str, Any] = {}) -> str:
+    """16 hex digits that change with any byte of a local checkpoint, or with the commit of a hub one, and with the
+    settings it is used with."""
+    folder, settings = find_checkpoint(path, revision, settings)
     digest = hashlib.blake2b(digest_size=8)
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     if folder.parent.name == "snapshots":  # the hub's cache names the folder after the commit, which ties all bytes
         digest.update(f"{folder.parents[1].name}@{folder.name}".encode())
         return digest.hexdigest()

@@ -143,7 +143,14 @@ def clip_settings(size: int = 24) -> dict:
 
 def vlm_of(model, tokenizer, processor, name: str) -> VLM:
     model.eval().requires_grad_(False)
-    return VLM(model, tokenizer, processor, name, f"{name}-fingerprint", end_token_ids(model, tokenizer))
+    return VLM(
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        name=name,
+        fingerprint=f"{name}-fingerprint",
+        eos_token_ids=end_token_ids(model.generation_config, tokenizer),
+    )
 
 
 def llava() -> VLM:
