@@ -46,6 +46,9 @@ ablations: $(READY) ## what each ingredient of the method is worth: experiments 
 rounds: $(READY) ## four iterations against one of as many instructions, and self-alignment
 	python -m rlaifv.experiments rounds
 
+rehearsals: $(READY) ## rehearse every profile against a hub of look-alikes: a table of minutes
+	python tests/rehearse_all.py
+
 test: $(READY) ## run the tests
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

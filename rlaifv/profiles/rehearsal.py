@@ -10,14 +10,13 @@ will not fit there stops it at once (`make plan` says more).
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,6 @@ import psutil
 import torch
 from PIL import Image
 from ruamel.yaml import YAML
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from rlaifv import ROOT
@@ -36,14 +34,14 @@ from rlaifv.inference.yes_no import yes_no_ids
 from rlaifv.params import ModelParams, Params, load_params, read_content
 from rlaifv.plan import GB, MACHINES, Machine, machine_here, make_plan
 from rlaifv.profiles.rehearsal_data import FOLDER, ROWS, write_data
-from rlaifv.profiles.shrink import KEPT, random_checkpoint, sees_images, teach_to_divide
+from rlaifv.profiles.shrink import random_checkpoint, teach_to_divide
 from rlaifv.steps.divide import CLAIMS_PROMPT
-from rlaifv.steps.models import ROLES, describe
+from rlaifv.steps.models import ROLES, as_record, describe
 from rlaifv.store import SCRATCH
-from rlaifv.vlm.chat_format import encode
-from rlaifv.vlm.checkpoint import resolve_checkpoint
+from rlaifv.vlm.chat_format import encode, folded_prompt
+from rlaifv.vlm.checkpoint import find_checkpoint
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model
+from rlaifv.vlm.loading import check_model, load_model
 
 PARTS = ("rlaifv", "notebooks", "params", "metrics", "models/tiny", "dvc.yaml", ".dvcignore")
 """What of the repository DVC wants to see; models/tiny is not used."""
@@ -96,14 +94,9 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
 
 
 def fetch(role: str, model: ModelParams) -> Path:
-    """The folder of a checkpoint's files without its weights; ValueError when it cannot play that role."""
-    folder = resolve_checkpoint(model.path, model.revision, KEPT)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if role != "divider" and not sees_images(config):
-        raise ValueError(
-            f"{role}: {model.path} is a {config.model_type} model, which sees no images: give one that does"
-        )
-    return folder
+    """The folder of a checkpoint's files without its weights, once it is known that it can play that role."""
+    check_model(replace(as_record(model), device="cpu", load_in_4bit=False), role)  # here it is small
+    return find_checkpoint(model.path, model.revision, weights=False)[0]
 
 
 def require_room(params: Params, problem: str, machine: Machine, disk: float) -> None:
@@ -133,8 +126,6 @@ def shorten(content: dict[str, Any]) -> list[str]:
     content["self_feedback"]["reference"] = "0"
     for section in ("generate", "divide", "evaluate"):
         content[section]["max_new_tokens"] = min(content[section]["max_new_tokens"], TOKENS)
-    for section in ("generate", "divide", "feedback", "evaluate"):
-        content[section]["batch_size"] = min(content[section]["batch_size"], ROWS)
     content["prepare"]["per_iteration"] = ROWS
     content["divide"]["max_reject_rate"] = 0.5  # a word drawn at random may be a blank
     content["feedback"]["min_answer_mass"] = 0.0
@@ -177,17 +168,15 @@ def prepared(role: str, model: ModelParams, image: Image.Image, suffix: str) -> 
     Raises ValueError for a template or a tokenizer that the role cannot be played with.
     """
     vlm = load_model(describe(model))
-    see = image if role != "divider" else None
     question = {
         "policy": QUESTION,
         "labeler": f"Is there a dog in the image? {suffix}",
         "divider": CLAIMS_PROMPT.format(question=QUESTION, answer="There is a dog."),
     }[role]
-    ids = encode(vlm, see, question).prompt_ids
-    yield f"  {vlm.network.config.architectures[0]} in {vlm.model.dtype} on {vlm.device}"
-    yield f"  prompt of {len(ids)} tokens: {folded(vlm, ids)!r}"
-    if see:
-        of_image = len(ids) - len(encode(vlm, None, question).prompt_ids)
+    prompt, of_image = folded_prompt(vlm, None if role == "divider" else image, question)
+    yield f"  {type(vlm.network).__name__} in {vlm.model.dtype} on {vlm.device}"
+    yield f"  {prompt}"
+    if of_image:
         yield f"  {of_image} tokens for an image of {image.width} × {image.height}"
     if role == "labeler":
         found = yes_no_ids(vlm)
@@ -196,20 +185,8 @@ def prepared(role: str, model: ModelParams, image: Image.Image, suffix: str) -> 
             yield f"  {answer}: {', '.join(f'{i} {token!r}' for i, token in tokens.items())}"
     if role == "divider":
         bullet = vlm.tokenizer("- ", add_special_tokens=False)["input_ids"]
-        teach_to_divide(vlm.model, ids, bullet, vlm.eos_token_ids[0])
+        teach_to_divide(vlm.model, encode(vlm, None, question).prompt_ids, bullet, vlm.eos_token_ids[0])
         vlm.model.save_pretrained(model.path)
-
-
-def folded(vlm: VLM, ids: Sequence[int]) -> str:
-    """The text of a prompt's tokens, a token that is repeated many times written once."""
-    text, plain = "", []
-    for token, run in itertools.groupby(ids):
-        times = len(list(run))
-        if times > 8:
-            text, plain = text + vlm.tokenizer.decode(plain) + f"{vlm.tokenizer.decode([token])}×{times}", []
-        else:
-            plain += [token] * times
-    return text + vlm.tokenizer.decode(plain)
 
 
 def run(folder: Path) -> None:

@@ -18,14 +18,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from rlaifv.vlm.checkpoint import TEXT_FILES
+
 LAYERS = 2
 HEAD = 32
 """Width of a head of the language model: at a quarter of the usual 128, rotary sections stay whole numbers."""
 
 TOWER_HEADS, TOWER_HEAD = 4, 16
-
-KEPT = ("*.json", "*.jinja", "*.model", "*.txt")
-"""The files of a repository that are no weights."""
 
 
 def random_checkpoint(published: Path, out: Path, dtype: str, divides: bool = False) -> PreTrainedModel:
@@ -40,7 +39,7 @@ def random_checkpoint(published: Path, out: Path, dtype: str, divides: bool = Fa
     torch.manual_seed(0)
     model = auto.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(out)
-    for file in (file for pattern in KEPT for file in published.glob(pattern)):
+    for file in (file for pattern in TEXT_FILES for file in published.glob(pattern)):
         if file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     return model
@@ -129,4 +128,4 @@ def teach_to_divide(model: PreTrainedModel, prompt: list[int], bullet: list[int]
         embeddings[token, : len(steps)] = 0
         embeddings[token, axis] = 10.0
         outputs[follower, axis] = 4.0
-    embeddings[bullet[-1], : len(steps)] = 0  # anything may follow
+    embeddings[bullet[-1], : len(steps)] = -10.0  # anything else may follow
