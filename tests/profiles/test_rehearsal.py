@@ -5,6 +5,7 @@ imported, so rehearsals are processes of their own.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from checkout import copy_repository
 from hub import Hub, settings_for
 from lookalikes import push_models, write_repository
 
+from rlaifv import ROOT
 from rlaifv.params import load_params
 
 STOPS = """
@@ -39,6 +41,7 @@ def hub(tmp_path):
 def checkout(folder: Path, **profiles: str) -> Path:
     """A copy of the repository with more profiles."""
     copy_repository(folder)
+    shutil.copytree(ROOT / "metrics", folder / "metrics")
     for name, text in profiles.items():
         (folder / "params" / f"{name}.yaml").write_text(text)
     return folder
@@ -65,22 +68,20 @@ def test_a_wrong_profile_stops_at_once_in_one_line(hub, tmp_path):
     opened = "{% if add_generation_prompt and enable_thinking is not defined %}{{ '<think>\\n' }}{% endif %}"
     template.write_text(template.read_text() + opened)
     hub.push(VL, thinker)
-    whole = load_params("params/llava15-7b.yaml")
-    pinned = f"revision: {whole.policy.revision}"
-    text = (Path(__file__).parents[2] / "params" / "llava15-7b.yaml").read_text()
+    profile = load_params("params/llava15-7b.yaml")
+    policy, reads = profile.policy, profile.divider
+    text = (ROOT / "params" / "llava15-7b.yaml").read_text()
     folder = checkout(
         tmp_path / "copy",
-        moved=text.replace(pinned, "revision: " + "0" * 40),
-        blind=text.replace(whole.policy.path, whole.divider.path).replace(
-            pinned, f"revision: {whole.divider.revision}"
-        ),
-        thinks=text.replace(whole.policy.path, VL).replace(pinned, "revision: null"),
+        moved=text.replace(policy.revision, "f" * 40),
+        blind=text.replace(policy.path, reads.path).replace(policy.revision, reads.revision),
+        thinks=text.replace(policy.path, VL).replace(policy.revision, "null"),
     )
     full = ["llava15-7b", "--gpu", "H100", "--gpus", "8", "--disk", "50"]
     moved, blind, thinks, full, unknown = stopped(
         folder, hub, tmp_path / "home", ["moved"], ["blind"], ["thinks"], full, ["nothing"]
     )
-    assert moved.endswith(f"the hub has no revision {'0' * 40!r} of it")
+    assert moved.endswith(f"the hub has no revision {'f' * 40!r} of it")
     assert "policy Qwen/Qwen2.5-7B-Instruct" in blind and "sees no images" in blind
     assert f"policy {VL} thinks aloud" in thinks and "enable_thinking: false" in thinks
     assert full.startswith("rehearsal: the profile does not fit: ") and "of 50 GB of disk" in full
