@@ -12,7 +12,7 @@ from published import CONFIGS, write_config
 
 from rlaifv import ROOT, plan
 from rlaifv.params import load_params
-from rlaifv.profile import render
+from rlaifv.profiles.choose import render
 
 GB = 1e9
 

@@ -147,6 +147,8 @@ def launch(job: Path, params: TrainParams) -> None:
 def run_job(job: dict) -> None:
     """One process of a run: load, freeze, lay out, reference, train (or go on), write `finished.json`."""
     library_quirks.be_quiet()
+    if sharded() and not torch.cuda.is_available():
+        library_quirks.shard_on_cpus()
     # the others wait where the first process works alone: half an hour would be too short for that
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params = Path(job["run"]), TrainParams(**job["params"])

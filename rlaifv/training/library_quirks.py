@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -75,3 +77,28 @@ def be_quiet() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
     transformers.utils.logging.disable_progress_bar()
+
+
+def shard_on_cpus() -> None:
+    """accelerate 1.15 looks for FSDP and DeepSpeed on GPUs only, and trains whole copies on CPUs without a word. This
+    makes it spread weights over processes on CPUs too, by gloo: a rehearsal of what GPUs will do."""
+    original = AcceleratorState.__init__
+
+    def shard(
+        self, mixed_precision=None, cpu=False, dynamo_plugin=None, deepspeed_plugin=None, fsdp_plugin=None, **rest
+    ):
+        new = not AcceleratorState._shared_state
+        original(self, mixed_precision, cpu, dynamo_plugin, deepspeed_plugin, fsdp_plugin, **rest)
+        if not new:
+            return
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        elif deepspeed_plugin is not None:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
+            deepspeed_plugin.set_mixed_precision(mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = shard

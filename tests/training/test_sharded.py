@@ -1,6 +1,6 @@
 """Weights spread over processes (FSDP2, DeepSpeed ZeRO) or kept in 4 bits train what one process trains, on CPUs here.
 
-accelerate itself shards on GPUs only: `sharded_cpus/sitecustomize.py` makes it do so over gloo.
+accelerate itself shards on GPUs only: `library_quirks.shard_on_cpus` makes it do so over gloo.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ __all__ = ["folder"]  # a fixture: pytest finds it by its name in this module
 
 @pytest.fixture
 def on_cpus(monkeypatch):
-    paths = [str(ROOT / "tests" / "helpers" / "sharded_cpus"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "tests" / "helpers" / "killed_run"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
@@ -91,12 +91,6 @@ def test_deepspeed_in_two_processes_trains_what_one_does_also_after_a_kill(folde
     config = ROOT / "params" / "accelerate" / f"{stage}.yaml"
     name = f"{stage}-lora" if lora else stage
     assert_killed_and_resumed_run_equals_one_process(folder, name, config, monkeypatch, **lora)
-
-
-def test_without_gpus_a_run_that_would_not_be_sharded_says_so(folder, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch` sets for fsdp2.yaml
-    with pytest.raises(RuntimeError, match=r"over GPUs only: set train\.accelerate_config to null"):
-        run(folder, "unsharded")
 
 
 def test_lora_on_a_4_bit_base_trains_from_it_and_goes_on_to_the_same_bytes_after_a_kill(folder, on_cpus):

@@ -8,7 +8,7 @@ import pytest
 
 from rlaifv import ROOT
 from rlaifv.params import IterationParams, ParamsError, load_params, merge, read_yaml
-from rlaifv.profile import main, render, write_profile
+from rlaifv.profiles.choose import main, render, write_profile
 from rlaifv.stage import Stage
 
 PROFILES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))

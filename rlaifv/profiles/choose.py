@@ -1,6 +1,6 @@
 """Profiles: write params.yaml, whole and checked, from a profile in params/ (`make profile NAME=llava15-7b`).
 
-    python -m rlaifv.profile NAME [--force]
+    python -m rlaifv.profiles.choose NAME [--force]
 
 A profile holds only what differs from params/default.yaml; params.yaml is that default, comments and all, with the
 profile's values set. A params.yaml that somebody has edited is not overwritten.
@@ -96,7 +96,9 @@ def _is_unedited(text: str, folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; a wrong profile and an edited params.yaml end it with one line and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m rlaifv.profile", description="Write params.yaml from a profile")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaifv.profiles.choose", description="Write params.yaml from a profile"
+    )
     parser.add_argument("name", nargs="?", default="", help="a file of params/, without .yaml")
     parser.add_argument("--force", action="store_true", help="overwrite a params.yaml that was edited")
     options = parser.parse_args(arguments)
