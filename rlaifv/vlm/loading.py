@@ -100,6 +100,8 @@ def load_vlm(
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     # cuDNN plans for 1.5 to 2.7 s for every new shape of a batch (H200), and is no faster than the other kernels then
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if "image_grid_pinpoints" in settings.get("processor", {}):  # LLaVA-NeXT's model cuts its tiles apart by them
+        model.config.image_grid_pinpoints = reader.processor.image_processor.image_grid_pinpoints
     model.eval().requires_grad_(False)
     devices = ", ".join(dict.fromkeys(str(weight.device) for weight in model.parameters()))
     kept = f"{'4 bits and ' if load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from architectures import build, build_tokenizer, template
+from architectures import build, build_tokenizer, picture, template
 
-from rlaifv.vlm.chat_format import prompt_text
+from rlaifv.vlm.chat_format import folded_prompt, prompt_text
 from rlaifv.vlm.loading import VLM
 
 
@@ -26,3 +26,26 @@ def test_an_answer_ends_with_the_token_that_ends_a_turn_when_the_model_stops_the
     stops_there, does_not = chat("<end_of_turn>", ["<end_of_turn>"]), chat("<end_of_turn>", [])
     assert prompt_text(stops_there, "Why?", answer="A dog.").endswith("A dog.<end_of_turn>")
     assert prompt_text(does_not, "Why?", answer="A dog.").endswith("A dog.</s>")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "image_tokens"),
+    [
+        ("llava", "USER: <image>×9⏎Is there a cat? ASSISTANT:", 9),
+        ("qwen3-vl", "user⏎<|vision_start|><|image_pad|>×48<|vision_end|>Is there a cat?⏎assistant⏎", 48),
+        (
+            "idefics3",
+            "User:<fake_token_around_image><row_1_col_1><image>×4<fake_token_around_image><row_1_col_2><image>×4⏎"
+            "<fake_token_around_image><row_2_col_1><image>×4<fake_token_around_image><row_2_col_2><image>×4⏎⏎"
+            "<fake_token_around_image><global-img><image>×4<fake_token_around_image>Is there a cat?"
+            "<end_of_utterance>⏎Assistant:",
+            20,
+        ),
+    ],
+)
+def test_a_folded_prompt_is_what_the_model_gets_on_one_line(name, prompt, image_tokens):
+    assert folded_prompt(build(name), picture(64, 48), "Is there a cat?") == (prompt, image_tokens)
+
+
+def test_a_prompt_without_an_image_has_nothing_folded():
+    assert folded_prompt(build("llama"), None, "Is there\na cat?") == ("USER: Is there⏎a cat? ASSISTANT:", 0)
