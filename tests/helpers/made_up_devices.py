@@ -22,8 +22,8 @@ class MadeUpDevices(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == torch.Tensor.device.__get__:
             return where(args[0])
-        if func is torch.device:
-            return func(*args)
+        if func in (torch.device, torch.Tensor.__deepcopy__):
+            return func(*args)  # a tensor's copy carries the name too
         leaves = tree_leaves((args, kwargs or {}))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         named = [torch.device(x) for x in [*leaves, (kwargs or {}).get("device")] if is_device(x)]
