@@ -60,9 +60,11 @@ def plant(index: int, encoded: EncodedPrompt) -> Tree:
 def project(vlm: VLM, hidden: torch.Tensor, target: torch.Tensor, reduce: Reduce) -> torch.Tensor:
     """Vocabulary projection in slices, so that long answers do not need all their logits at once."""
     size = max(1, HEAD_ELEMENTS // vlm.network.get_output_embeddings().weight.shape[0])
-    target = target.to(hidden.device)
-    slices = [slice(k, k + size) for k in range(0, len(hidden), size)]
-    return torch.cat([reduce(logits_of(vlm, hidden[part]), target[part]).cpu() for part in slices])
+    values = []
+    for k in range(0, len(hidden), size):
+        logits = logits_of(vlm, hidden[k : k + size])
+        values.append(reduce(logits, target[k : k + size].to(logits.device)).cpu())
+    return torch.cat(values)
 
 
 @torch.inference_mode()

@@ -30,6 +30,9 @@ from rlaifv.vlm.loading import VLM
 COMPACT_EVERY = 8
 """Steps between looks at which samples are done (a look makes a GPU wait)."""
 
+NUCLEUS = 1024
+"""Likeliest tokens among which top-p looks first."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -155,13 +158,35 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
         scores = scores.gather(-1, ids)
     probs = scores.double().softmax(-1)
     if decoding.top_p < 1:
-        ascending, order = probs.sort(-1)
-        dropped = ascending.cumsum(-1) <= 1 - decoding.top_p
-        dropped[:, -1] = False
-        probs = probs.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
+        probs = probs.masked_fill(unlikely(probs, decoding.top_p), 0.0)
     cdf = probs.cumsum(-1)
     chosen = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.shape[-1] - 1)
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
+
+
+def unlikely(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Which tokens top-p drops: the least likely ones, lower ids first, as long as they add up to 1 - top_p at most.
+
+    Args:
+        probs: (rows, V) float64.
+
+    Returns:
+        (rows, V) bool. Sorting a vocabulary of 150,000 takes longer than the rest of a step, so it is sorted only where
+        the `NUCLEUS` likeliest tokens do not settle it beyond rounding.
+    """
+    if probs.shape[-1] > NUCLEUS:
+        ids = probs.topk(NUCLEUS, dim=-1).indices.sort(-1).values
+        likely = probs.gather(-1, ids)
+        ascending, order = likely.sort(dim=-1, stable=True)
+        below = (probs.sum(-1, keepdim=True) - likely.sum(-1, keepdim=True)) + ascending.cumsum(-1)
+        dropped = below <= 1 - top_p
+        # tokens as likely as the last of these may stand outside: all of them must go
+        if (((below - (1 - top_p)).abs() > 1e-9) & (dropped | (ascending > ascending[:, :1]))).all():
+            return torch.ones_like(probs, dtype=torch.bool).scatter(-1, ids.gather(-1, order), dropped)
+    ascending, order = probs.sort(dim=-1, stable=True)
+    dropped = ascending.cumsum(-1) <= 1 - top_p
+    dropped[:, -1] = False
+    return torch.zeros_like(dropped).scatter(-1, order, dropped)
 
 
 class Decode:
