@@ -600,7 +600,7 @@ def main(arguments: list[str] | None = None) -> None:
             from rlaifv.benchmarks.suite import check_inputs  # here, for it takes seconds to import
 
             if missing := check_inputs(params):
-                sys.exit("\n".join(missing))
+                sys.exit("\n".join([*missing, "`benchmarks: {}` in the parameter file runs without any"]))
         if options.check and small(params):
             return
         machine = machine_here(options.gpu, options.gpus)

@@ -130,6 +130,17 @@ def test_small_models_are_not_planned_before_a_run(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_benchmarks_without_their_files_stop_a_run_before_its_first_stage(monkeypatch, tmp_path):
+    params = dataclasses.replace(load_params(), benchmarks=load_params("params/llava15-7b.yaml").benchmarks)
+    monkeypatch.setattr(plan, "load_params", lambda path: params)
+    monkeypatch.setattr("rlaifv.benchmarks.suite.ROOT", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--check"])
+    first, *_, last = str(stop.value).splitlines()
+    assert first.startswith("benchmarks.pope_random.questions: no data/benchmarks/pope/") and "fetch" in first
+    assert last == "`benchmarks: {}` in the parameter file runs without any"
+
+
 def test_what_was_written_already_is_not_asked_of_the_disk_again(profile, tmp_path, monkeypatch):
     paths = type("Paths", (), {"__init__": lambda self, name: setattr(self, "checkpoints", tmp_path / name)})
     monkeypatch.setattr(plan, "Paths", paths)

@@ -108,7 +108,7 @@ def budget_for(vlm: VLM, use: str, wanted: int, unit: str, each: float, least: i
     if use not in known:
         known[use] = recall(vlm, use)
         if known[use]:
-            log.info("%s, %s: at most %d %s, for more did not fit before", vlm.name, use, known[use], unit)
+            log.info("%s, %s: at most %d %s, more did not fit before (%s)", vlm.name, use, known[use], unit, HALVINGS)
     free = free_memory_for(vlm)
     room = wanted if free is None else max(least, rounded(int(USABLE * free / each)))
     size = min(wanted, room, known[use] or wanted)
@@ -130,8 +130,8 @@ def free_memory_for(vlm: VLM) -> int | None:
     """Bytes that are free for a model's work: of a model on several GPUs, as many times the least of them; None on a
     CPU, whose memory is not planned with."""
     placed = getattr(vlm.network, "hf_device_map", None) or {"": vlm.device}
-    devices = {torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in placed.values()}
-    devices = {device for device in devices if device.type == "cuda"}
+    devices = {torch.device("cuda", place) if isinstance(place, int) else place for place in placed.values()}
+    devices = {torch.device(place) for place in devices if str(place).startswith("cuda")}
     if not devices:
         return None
     free = [

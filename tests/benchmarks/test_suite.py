@@ -272,7 +272,7 @@ def test_what_benchmarks_will_lack_is_said_at_the_start_of_a_run_a_line_each(tmp
     ]
     assert len(lines) == len(expected), lines
     for line, pattern in zip(lines, expected, strict=True):
-        assert re.match(pattern, line) and line.endswith("`benchmarks: {}` leaves all benchmarks out"), line
+        assert re.match(pattern, line), line
     assert seen(there)["seen"] == 0, "no question is asked"
 
 

@@ -104,7 +104,7 @@ def test_a_batch_starts_from_what_the_free_memory_has_room_for_and_never_exceeds
 
 def test_a_model_on_several_gpus_has_as_many_times_the_least_free_of_them(gpu, monkeypatch):
     vlm = llama_7b()
-    vlm.network.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    vlm.network.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu", "embed": "disk"}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((20 + 10 * device.index) * GB, 80 * GB))
     assert memory.free_memory_for(vlm) == 2 * 25 * GB
 
@@ -127,7 +127,7 @@ def test_a_halving_is_known_at_the_next_start_for_this_model_this_use_and_this_g
     caplog.clear()
     restarted = budget_for(llama_7b(), *wanted)
     assert (restarted.size, restarted.halved) == (4, True)
-    assert "at most 4 prompts, for more did not fit before" in caplog.text
+    assert "at most 4 prompts, more did not fit before" in caplog.text
     assert budget_for(llama_7b("another"), *wanted).size == 16
     assert budget_for(llama_7b(), "10 samples of 128 tokens", *wanted[1:]).size == 16
     gpu.name = "H200"

@@ -107,9 +107,10 @@ def test_the_first_question_of_an_image_goes_alone_and_other_images_fill_the_gap
         for n in range(6)
     ]
     labeler = open_served(path, ServerParams(concurrency=4))
-    before = len(seen(path)["cold"])
+    before = seen(path)
     answers = judge_served(labeler, items)
-    cold = seen(path)["cold"][before:]
+    cold, images = (seen(path)[name][len(before[name]) :] for name in ("cold", "images"))
+    assert len({image for _, image in images[:20]}) == 4, "an image is done with before another begins"
     assert len(cold) == len(set(cold)) == 6, "one question an image finds no prefix"
     assert seen(path)["most"] == 4, "and no more are in flight than allowed"
     assert [len(row) for row in answers] == [10] * 6 and len(asked(path)) == 60
