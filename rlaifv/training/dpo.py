@@ -75,7 +75,7 @@ class PairScorer(torch.nn.Module):
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """`logps`, `entropy`, `mean_logit` (nats) and `is_top1` of every answer token, [2B, A] each; 0 where
         `answer_mask` is. Only the hidden states that predict an answer token are projected onto the vocabulary."""
-        rows, places, network = batch["rows"], torch.cat(batch["places"]), self.network
+        rows, mask, network = batch["rows"], batch["answer_mask"], self.network
         backbone, branch = network.base_model, rows["branch"]
         with self.images.serve(backbone, rows["images"], branch.device) as image_inputs:
             inputs = {**rows["token_types"], **image_inputs}
@@ -85,9 +85,9 @@ class PairScorer(torch.nn.Module):
                 inputs["attention_mask"] = packed_masks(rows, network.get_decoder().config)
                 inputs["position_ids"] = packed_positions(rows, backbone, image_inputs)
             hidden = backbone(input_ids=rows["input_ids"], **inputs, use_cache=False).last_hidden_state
+        places = torch.cat(batch["places"])
         hidden = hidden.flatten(0, 1)[rows["predictors"].flatten()[places]]
-        answers = batch["answers"]
-        targets = answers.flatten()[places]
+        targets = batch["answers"].flatten()[places]
         part = max(1, LOGITS_AT_ONCE // network.config.get_text_config().vocab_size)
         if len(targets) <= part:
             scores = self._score_tokens(hidden, targets)
@@ -95,8 +95,7 @@ class PairScorer(torch.nn.Module):
             pieces = zip(hidden.split(part), targets.split(part), strict=True)
             done = [checkpoint(self._score_tokens, *piece, use_reentrant=False) for piece in pieces]
             scores = {key: torch.cat([piece[key] for piece in done]) for key in done[0]}
-        nothing = {key: value.new_zeros(answers.numel()) for key, value in scores.items()}
-        return {key: nothing[key].scatter(0, places, scores[key]).view_as(answers) for key in scores}
+        return {key: value.new_zeros(mask.shape).masked_scatter(mask, value) for key, value in scores.items()}
 
     def _score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """From hidden states [T, H] to what `forward` says of the `targets` [T]; [T] each."""
