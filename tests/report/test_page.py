@@ -13,7 +13,7 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, findings_html
-from rlaifv.report.page import benchmarks_html, recall_lost, summarize
+from rlaifv.report.page import benchmarks_html, plan_html, recall_lost, summarize
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
@@ -145,6 +145,27 @@ def test_what_is_written_is_what_the_report_reads(tmp_path):
     assert [row["rate"] for row in published.rates_table(read.benchmarks)] == list(
         published.HEADLINES["object_halbench"]
     )
+
+
+# ---- the plan
+
+
+def took(stage: str, estimate: float, minutes: float, peak: float = 0.0) -> dict:
+    return {"stage": stage, "estimate": estimate, "minutes": minutes, "gpu_estimate": 70.0, "peak_gpu_gb": peak}
+
+
+def test_the_plan_stands_beside_what_stages_took_and_by_how_much_it_was_off():
+    rows = [took("generate", 10, 12), took("divide", 20, 20), took("train", 10, 15)]
+    html = " ".join(plan_html(rows, "H100").split())
+    assert "1.20 times its estimate in the median" in html and "GPU GB" not in html
+    assert "<td>train</td><td>10.0</td><td>15.0</td> <td>+50 %</td><td>+25 %</td>" in html
+    assert "<td>divide</td><td>20.0</td><td>20.0</td> <td>+0 %</td><td>-17 %</td>" in html
+
+
+def test_memory_of_a_gpu_is_compared_where_a_stage_used_one():
+    html = " ".join(plan_html([took("train", 10, 10, 66.6), took("test", 1, 1)], "H100").split())
+    assert "<td>70.0</td> <td>66.6</td>" in html and "<td>70.0</td> <td></td>" in html
+    assert plan_html([], "H100") == ""
 
 
 # ---- texts and pictures that are not harmless
