@@ -85,7 +85,7 @@ def load_vlm(
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
-        device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else quantization and {"": "cpu"},
+        device_map=device_map_for(folder, device) if use_cuda else quantization and {"": "cpu"},
         quantization_config=quantization,
     )
     if adapter is not None:
@@ -117,6 +117,17 @@ def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
     if vlm.fingerprint != model.fingerprint:
         raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
     return vlm
+
+
+def device_map_for(folder: Path, device: str) -> int | str:
+    """Where a model goes on accelerators: "auto" is the one with the most free memory where its safetensors take at
+    most nine tenths of that (as stored, whatever dtype they are loaded in), else all of them."""
+    if device != "auto":
+        return 0 if device == "cuda" else device
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    roomiest = max(range(len(free)), key=free.__getitem__)
+    return roomiest if size <= 0.9 * free[roomiest] else "auto"
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
