@@ -127,6 +127,11 @@ def test_a_value_that_would_stop_or_spoil_a_later_stage_is_refused_at_once(tmp_p
         load_params(profile(tmp_path, change))
 
 
+def test_pairs_of_somebody_else_are_for_one_iteration(tmp_path):
+    with pytest.raises(ParamsError, match=r"pairs\.source gives the pairs of one iteration: leave one of the 2 under"):
+        load_params(profile(tmp_path, lambda c: c["pairs"].update(source="data/public")))
+
+
 @pytest.mark.parametrize("name", ["007", "01", "٢", "0", "-1", "1.0", ""])
 def test_iterations_are_named_1_2_and_so_on_and_in_no_other_spelling(tmp_path, name):
     path = profile(tmp_path, lambda c: c["iterations"].update({name: {"prev": "0"}}))
