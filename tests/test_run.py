@@ -101,6 +101,7 @@ def test_a_stage_of_feedback_is_left_out_where_the_pairs_are_there(tmp_path, mon
         assert run.main(["20_generate", "iteration=1", "prev=0", f"params_file={profile}"]) == 0
     said = "20_generate: nothing to do: the pairs come from pairs.source = data/public"
     assert capsys.readouterr().out.splitlines() == [said] * 2
-    assert list((tmp_path / "data/iterations/1/candidates").iterdir()) == []
+    (left,) = (tmp_path / "data/iterations/1/candidates").iterdir()
+    assert left.read_text() == said.removeprefix("20_generate: ") + "\n"
     assert nbformat.read(tmp_path / "runs/1/20_generate.ipynb", 4).cells[0].outputs == []
     assert run.main(["50_pairs", "iteration=1", "prev=0", f"params_file={profile}"]) == 1, "the pairs stage runs"
