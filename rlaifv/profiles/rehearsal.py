@@ -131,6 +131,7 @@ def shorten(content: dict[str, Any]) -> list[str]:
         content[section]["max_new_tokens"] = min(content[section]["max_new_tokens"], TOKENS)
     content["prepare"]["per_iteration"] = ROWS
     content["generate"]["samples"] = min(content["generate"]["samples"], SAMPLES)
+    content["pairs"]["max_per_instruction"] = 1
     content["divide"]["max_reject_rate"] = 0.5  # a word drawn at random may be a blank
     content["feedback"]["min_answer_mass"] = 0.0
     content["ablation"]["coin_share"] = 1.0  # a random labeler says the same of all claims, which makes no pairs

@@ -25,7 +25,7 @@ def summarize(
     iterations = {name: result.test for name, result in results.items() if name != "0"}
     base, last = results["0"].test, list(results)[-1]
     final = {"iteration": int(last), **results[last].test}
-    reduction = 1 - final["response_hallucination"] / base["response_hallucination"]
+    before = base["response_hallucination"]
     on_gpu = [t["peak_gpu_gb"] for t in timings if "peak_gpu_gb" in t]
     exam = labeler or {"n": 0}
     return {
@@ -38,7 +38,7 @@ def summarize(
             name: {s["model"]: {rate: s["metrics"][rate] for rate in _rates(s)} for s in scored}
             for name, scored in _by_benchmark(results).items()
         },
-        "relative_reduction": reduction if base["response_hallucination"] else 0.0,
+        "relative_reduction": 1 - final["response_hallucination"] / before if before else 0.0,
         "labeler_accuracy": {"overall": exam.get("accuracy"), **exam.get("per_type", {}), "n": exam["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),

@@ -3,6 +3,7 @@ whatever a text holds, it stays a text."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -93,6 +94,12 @@ def test_a_score_of_the_papers_judge_and_protocol_is_marked_comparable():
 def test_without_benchmarks_there_is_no_section():
     assert benchmarks_html(results(benchmarks=False)) == ""
     assert summarize(results(benchmarks=False), [], 0.01, None)["benchmarks"] == {}
+
+
+def test_a_base_that_imagines_nothing_leaves_nothing_to_reduce():
+    found = results()
+    found["0"] = replace(found["0"], test={**RATES, "response_hallucination": 0.0})
+    assert summarize(found, [], 0.01, EXAM)["relative_reduction"] == 0.0
 
 
 def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_rates():
