@@ -39,7 +39,7 @@ from rlaifv.steps.divide import CLAIMS_PROMPT
 from rlaifv.steps.models import ROLES, as_record, describe
 from rlaifv.store import SCRATCH
 from rlaifv.vlm.chat_format import encode, folded_prompt
-from rlaifv.vlm.checkpoint import find_checkpoint
+from rlaifv.vlm.checkpoint import TEXT_FILES, find_checkpoint
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import check_model, load_model
 
@@ -99,7 +99,7 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
 def fetch(role: str, model: ModelParams) -> Path:
     """The folder of a checkpoint's files without its weights, once it is known that it can play that role."""
     check_model(replace(as_record(model), device="cpu", load_in_4bit=False), role)  # here it is small
-    return find_checkpoint(model.path, model.revision, weights=False)[0]
+    return find_checkpoint(model.path, model.revision, files=TEXT_FILES)[0]
 
 
 def require_room(params: Params, problem: str, machine: Machine, disk: float) -> None:
