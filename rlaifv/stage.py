@@ -19,7 +19,7 @@ import psutil
 from rlaifv import ROOT
 from rlaifv.fingerprint import LARGE, digest, digest_files, stage_definition, stage_sources
 from rlaifv.params import Params, load_params
-from rlaifv.records import ModelRecord, write_atomic
+from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.store import SCRATCH, Store, sweep
 
 DATA = ROOT / "data"
@@ -140,7 +140,7 @@ class Stage:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
         record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
         record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
-        write_atomic(RUNS / "timings" / f"{self.label}.json", json.dumps(record) + "\n")
+        write_atomic(RUNS / "timings" / f"{self.label}.json", to_json(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
         print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores; {versions}")
