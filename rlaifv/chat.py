@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
                 chat.ask(question, Aloud(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True))
             else:
                 print(chat.ask_best(question, options.best_of)[0], flush=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"chat: {error}")
     except KeyboardInterrupt:
         print()
