@@ -14,7 +14,7 @@ from rlaifv import ROOT
 from rlaifv.inference.logprobs import next_token_logprobs
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler, is_served, judge_served, open_served
 from rlaifv.records import ModelRecord
-from rlaifv.vlm.chat_format import encode_questions, prompt_text, special_tokens_needed
+from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed
 from rlaifv.vlm.loading import VLM, load_model
 
 PROBE = "Is this a question? Please answer yes or no."
@@ -93,6 +93,31 @@ def judge_many(
         answer_of = dict(zip(asked, zip(p_yes, p_no, strict=True), strict=True))
         answers.append([answer_of[question] for question in questions])
     return answers
+
+
+def judge_fit(
+    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
+) -> list[list[tuple[float, float] | UnfitText]]:
+    """`judge_many`, with the reason in place of the answer to a question that cannot be put to this model."""
+    try:
+        return judge_many(vlm, items)
+    except UnfitText:  # seldom, so only now is each question tried alone
+        reasons = [[unfit(vlm, image, question) for question in questions] for image, questions in items]
+    fit = [
+        (image, [question for question, reason in zip(questions, row, strict=True) if not reason])
+        for (image, questions), row in zip(items, reasons, strict=True)
+    ]
+    judged = map(iter, judge_many(vlm, fit))
+    return [[reason or next(answers) for reason in row] for row, answers in zip(reasons, judged, strict=True)]
+
+
+def unfit(vlm: VLM, image: Image.Image, question: str) -> UnfitText | None:
+    """Why a question cannot be put to this model; None if it can."""
+    try:
+        encode_questions(vlm, image, [question])
+    except UnfitText as error:
+        return error
+    return None
 
 
 def judge(vlm: VLM, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:
