@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,10 +22,13 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
-	python -m rlaifv.profile $(NAME) $(if $(FORCE),--force)
+	python -m rlaifv.profiles.choose $(NAME) $(if $(FORCE),--force)
 
 plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
 	python -m rlaifv.plan $(ARGS)
+
+rehearsal: $(READY) ## every stage of a profile in minutes, with small random models: make rehearsal PROFILE=llava15-7b
+	python -m rlaifv.profiles.rehearsal $(PROFILE) $(ARGS)
 
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	python -m rlaifv.plan --check
@@ -42,6 +45,9 @@ ablations: $(READY) ## what each ingredient of the method is worth: experiments 
 
 rounds: $(READY) ## four iterations against one of as many instructions, and self-alignment
 	python -m rlaifv.experiments rounds
+
+rehearsals: $(READY) ## rehearse every profile against a hub of look-alikes: a table of minutes
+	python tests/rehearse_all.py
 
 test: $(READY) ## run the tests
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

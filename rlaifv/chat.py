@@ -24,7 +24,7 @@ from rlaifv.inference.logprobs import continuation_logprobs
 from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, sample_plain, uniforms
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
 from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
-from rlaifv.vlm.images import decode_image, open_image
+from rlaifv.vlm.images import decode_image, open_image, refused, upright_rgb
 from rlaifv.vlm.loading import VLM, load_vlm
 
 BASE_MODEL = "models/tiny/policy"
@@ -45,7 +45,9 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     Raises FileNotFoundError for a path without a file, ValueError for what is no image; both name it.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        if problem := refused(source):
+            raise ValueError(f"the image {problem}")
+        return upright_rgb(source)
     if isinstance(source, bytes):
         return decode_image(source, "given as bytes")
     path = Path(source).expanduser()

@@ -104,7 +104,7 @@ def write_folder(
 ) -> None:
     """The model of the last iteration of `chain` and the pairs of all of them, with their cards."""
     model, dataset = out / "model", out / "dataset"
-    shutil.copytree(Paths(chain[-1]).policy, model)
+    shutil.copytree(Paths(chain[-1]).policy, model, copy_function=shutil.copyfile)  # DVC's may be read-only
     if params_file.with_name("default.yaml").is_file():  # a profile: with the default that it changes
         with (model / "training_params.yaml").open("w", encoding="utf-8") as stream:
             YAML().dump(read_content(params_file.resolve()), stream)

@@ -7,11 +7,20 @@ and what was expected. This file imports nothing heavy, so that the check really
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
@@ -105,12 +114,26 @@ class Section:
 
 
 class ModelParams(Section):
-    """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision."""
+    """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision, and how it is used."""
 
     path: Name
     revision: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    load_in_4bit: bool  # nf4 weights (needs bitsandbytes and a GPU)
+    # settings of its image processor and variables of its chat template, in place of its own
+    processor: dict[Name, JsonValue] = field(hash=False)
+    template: dict[Name, JsonValue] = field(hash=False)
+    system: Name | None  # a system turn before every question; null is what the template itself says
+
+
+class ServerParams(Section):
+    """How a model behind a server is asked (a labeler, a benchmark's judge); no answer depends on it."""
+
+    concurrency: Count = 16  # requests in flight
+    timeout: Positive = 120.0  # seconds for one try
+    tries: Count = 6  # of one request, when it times out or the server is busy, broken or not there
+    key_variable: Name = "OPENAI_API_KEY"  # the environment variable with the key; local servers need none
 
 
 class WorldParams(Section):
@@ -168,8 +191,11 @@ class FeedbackParams(Section):
 
 
 class PairsParams(Section):
+    """Preferences of the policy's own answers, or from a parquet file or folder in the public dataset's columns."""
+
     min_gap: Count
     max_per_instruction: Count
+    source: Name | None = None  # a path: no feedback is run, the only iteration trains on these pairs as they are
 
 
 class TrainParams(Section):
@@ -202,6 +228,10 @@ class TrainParams(Section):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 30 % more time
     max_length: Count | None = None  # longest row in tokens, longer ones are rejected; null is the model's own limit
     checkpoints_per_epoch: Count = 4  # a checkpoint every 1/n epoch (paper 4)
+    # null keeps all; with a number each is scored on dev when it is written, and only so many best keep their weights
+    keep_checkpoints: Count | None = None
+    # what a killed run goes on from (of a 7B 84 GB) is written with every n-th checkpoint; steps since are done again
+    resume_every: Count = 1
     packed: bool = True  # one row per pair; false is two rows as in TRL (an architecture that cannot is found out)
     # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
     feature_cache_gb: NotNegative = 8.0
@@ -286,6 +316,7 @@ class Params(Section):
     policy: ModelParams
     labeler: ModelParams
     divider: ModelParams
+    server: ServerParams
     world: WorldParams
     prepare: PrepareParams
     generate: GenerateParams
@@ -417,6 +448,10 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
+    if params.policy.load_in_4bit:
+        yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
+    if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
+        yield "server.key_variable: expected the name of an environment variable, never the key itself"
     for name, item in names.items():
         if item.prev not in ("0", *names):
             yield f"iterations.{name}.prev: no iteration {item.prev!r} to start from"
@@ -424,6 +459,8 @@ def _problems(params: Params) -> Iterator[str]:
             yield f"iterations.{name}.prev: {item.prev!r} is not before {name!r}"
     if reference not in (None, "0", *names):
         yield f'self_feedback.reference: no iteration {reference!r}; "0" is the base model'
+    if params.pairs.source and len(names) > 1:
+        yield f"pairs.source gives the pairs of one iteration: leave one of the {len(names)} under iterations"
     config = params.train.accelerate_config
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"

@@ -8,6 +8,7 @@ beside the estimate, and the rest is scaled by what they say (the median ratio).
 """
 
 import argparse
+import math
 import shutil
 import statistics
 import sys
@@ -16,11 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
-from huggingface_hub import hf_hub_download
 
 from rlaifv import ROOT
 from rlaifv.inference.server import is_served
-from rlaifv.params import ModelParams, Params, ParamsError, load_params, read_yaml
+from rlaifv.params import ModelParams, Params, ParamsError, SplitParams, load_params, read_yaml
 from rlaifv.results import read_timings
 from rlaifv.stage import RUNS, Paths
 from rlaifv.vlm.checkpoint import resolve_checkpoint
@@ -43,8 +43,11 @@ QUESTION = 23
 DISTINCT = 0.5
 """Share of an image's questions that no other answer to it has asked already: each is asked once."""
 
-COPIES = 2
-"""Of every checkpoint on disk: in data/ and in DVC's cache (1 with `dvc config cache.type hardlink`)."""
+FOUR_BIT = 0.5 + 4 / 64
+"""Bytes of a parameter in 4 bits: nf4 with a float32 scale for every 64. Embeddings and output layer stay whole."""
+
+PUBLIC_PAIRS = 83_000
+"""Of the public dataset, where its files are not there yet."""
 
 DIVIDED = 1.4
 """Tokens of a list of claims, or of questions, for one token of the answer."""
@@ -74,6 +77,9 @@ READ = 1.0 * GB
 
 RUNTIME = 2.0 * GB
 """CUDA's context, cuBLAS's workspace and what the allocator cannot give back."""
+
+PROCESS = 0.5 * GB
+"""Main memory of a process that has imported PyTorch and transformers."""
 
 CLOSE = 0.92
 """From this share of the memory on, it is close."""
@@ -106,8 +112,8 @@ MACHINES = {
 @dataclass(frozen=True)
 class Model:
     """What counts of a checkpoint: parameters in all, of the vision tower, and those that one text token meets; layers;
-    bytes of keys and values a token; tokens an image, width of the tower's features; vocabulary; bytes of a parameter
-    when it is loaded."""
+    bytes of keys and values a token; tokens of an image, and of the largest that may come; width of the tower's
+    features; vocabulary; bytes of a parameter in its files, and of the whole model when it is loaded."""
 
     path: str
     parameters: int
@@ -117,38 +123,29 @@ class Model:
     hidden: int
     cache: int
     image: int
+    largest: int
     feature: int
     vocabulary: int
     width: int
+    bytes: float
 
     @property
-    def bytes(self) -> float:
+    def stored(self) -> float:
+        """Bytes that are read from disk."""
         return self.parameters * self.width
 
 
-def read_config(model: ModelParams):
-    """The configuration of a model, of a hub id without its weights. Raises FileNotFoundError in one line."""
-    from transformers import AutoConfig
-
-    path = model.path
-    if path.count("/") != 1 or (ROOT / path.split("/")[0]).is_dir():  # no hub id
-        folder = resolve_checkpoint(path)
-    else:
-        try:
-            folder = Path(hf_hub_download(path, "config.json", revision=model.revision)).parent
-        except Exception as error:  # of the client's many; all mean that there is no configuration
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FileNotFoundError(f"no configuration of {path!r}: {reason}") from None
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
 def measure(model: ModelParams) -> Model:
-    """Build the model without memory (torch's meta device) and count."""
+    """Build the model without memory (torch's meta device) and count; of a hub model its configuration is fetched.
+
+    Raises FileNotFoundError in one line where that cannot be had.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config = read_config(model)
+    folder = resolve_checkpoint(model.path, model.revision, files=["config.json"])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with torch.device("meta"):
         built = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
@@ -161,9 +158,13 @@ def measure(model: ModelParams) -> Model:
     total = sum(p.numel() for p in built.parameters())
     embedding = built.get_input_embeddings().weight
     head = built.get_output_embeddings().weight
-    idle = vision + (0 if head is embedding else embedding.numel()) + int(experts * (1 - used / of))
+    table = 0 if head is embedding else embedding.numel()
+    idle = vision + table + int(experts * (1 - used / of))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(torch, model.dtype).itemsize
+    whole = table + head.numel()  # what 4 bits leave as it is
+    image, largest = image_tokens(config, model.processor) if sees else (0, 0)
     return Model(
         path=model.path,
         parameters=total,
@@ -171,26 +172,34 @@ def measure(model: ModelParams) -> Model:
         active=total - idle,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        cache=2 * text.num_hidden_layers * heads * size * getattr(torch, model.dtype).itemsize,
-        image=image_tokens(config) if sees else 0,
+        cache=2 * text.num_hidden_layers * heads * size * width,
+        image=image,
+        largest=largest,
         feature=config.vision_config.hidden_size if sees else 0,
         vocabulary=text.vocab_size,
-        width=getattr(torch, model.dtype).itemsize,
+        width=width,
+        bytes=FOUR_BIT * (total - whole) + width * whole if model.load_in_4bit else width * total,
     )
 
 
-def image_tokens(config) -> int:
-    """Tokens of one image: what the configuration says, or of a photo of `PHOTO` pixels where that decides."""
+def image_tokens(config, processor: Mapping) -> tuple[int, int]:
+    """Tokens of one image, and of the largest that may come: what the configuration says. Where the image's own size
+    decides, those of a photo of `PHOTO` pixels, and of as many pixels as the setting `processor` lets in."""
     vision = config.vision_config
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     if getattr(vision, "spatial_merge_size", None):
         side = patch * vision.spatial_merge_size
-        return (PHOTO[0] // side) * (PHOTO[1] // side)
+        photo = (PHOTO[0] // side) * (PHOTO[1] // side)
+        pixels = processor.get("max_pixels") or processor.get("size", {}).get("longest_edge")
+        most = pixels // side**2 if pixels else photo
+        return min(photo, most), most
     size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    base = (size // patch) ** 2
+    tokens = (size // patch) ** 2
     if getattr(config, "image_grid_pinpoints", None):
-        return 5 * base  # the whole picture and four tiles
-    return getattr(config, "mm_tokens_per_image", None) or getattr(config, "image_seq_length", None) or base
+        tokens *= 5  # the whole picture and four tiles
+    else:
+        tokens = getattr(config, "mm_tokens_per_image", None) or getattr(config, "image_seq_length", None) or tokens
+    return tokens, tokens
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ def forward(model: Model, machine: Machine, tokens: float, passes: float, kept: 
 
 
 def start(model: Model, times: int = 1) -> float:
-    return START + times * model.bytes / READ
+    return START + times * model.stored / READ
 
 
 def asked(model: Model, machine: Machine, images: float, rows: int, batch: int, new: int) -> tuple[float, float]:
@@ -239,54 +248,93 @@ def cached(model: Model, rows: float, tokens: float) -> float:
 def stages(params: Params, models: Mapping[str, Model | None], machine: Machine) -> Iterator[Need]:
     """What every stage of one iteration takes, in the pipeline's order; None is a served model, which takes nothing."""
     policy, labeler, divider = (models[role] for role in ("policy", "labeler", "divider"))
-    instructions, samples = params.prepare.per_iteration, params.generate.samples
-    answer = ANSWER * params.generate.max_new_tokens
 
-    def inference(name: str, model: Model, tokens: float, seconds: float, memory: float) -> Need:
-        section = "evaluate" if name == "test" else name
-        way = f"{section}.batch_size, or take a smaller model" + (" or a served one" if name == "feedback" else "")
+    def need(name: str, model: Model, tokens: float, seconds: float, memory: float, way: str) -> Need:
         if model.bytes + RUNTIME > machine.memory:  # too large for one card: spread over all
             memory /= machine.gpus
-        flops = 2 * model.active * tokens
-        return Need(name, tokens, flops, seconds, memory, model.bytes, fixes={"gpu": way, "host": way})
+        fixes = {"gpu": way, "host": way}
+        return Need(name, tokens, 2 * model.active * tokens, seconds, memory, PROCESS + model.stored, fixes=fixes)
 
-    tokens, seconds = asked(
-        policy, machine, instructions, samples, params.generate.batch_size, params.generate.max_new_tokens
-    )
-    longest = policy.image + PROMPT + samples * LONGEST * params.generate.max_new_tokens
-    memory = cached(policy, params.generate.batch_size, longest)
-    yield inference("generate", policy, tokens, start(policy) + seconds, memory)
+    def smaller(role: str, model: Model) -> str:
+        four = "" if model.bytes < model.stored else f"{role}.load_in_4bit: true, or "
+        return f"{four}{role}, for a smaller one or a served one"
 
-    if divider:
-        texts, batch, listed = instructions * samples, params.divide.batch_size, DIVIDED * answer
-        passes = 2 * -(-texts // batch) * listed
-        tokens = texts * (2 * PROMPT + 4 * listed)
-        memory = cached(divider, batch, PROMPT + answer + listed)
-        seconds = start(divider) + forward(divider, machine, tokens, passes, batch * (PROMPT + answer + listed))
-        yield inference("divide", divider, tokens, seconds, memory)
-
-    if labeler:
-        tokens = instructions * (labeler.image + PROMPT + DISTINCT * samples * CLAIMS * QUESTION)
-        batch = params.feedback.batch_size
-        memory = cached(labeler, batch, labeler.image + PROMPT + 2048)
-        seconds = start(labeler) + forward(labeler, machine, tokens, 2 * instructions / batch)
-        yield inference("feedback", labeler, tokens, seconds, memory)
+    if not params.pairs.source:
+        tokens, seconds, memory = generating(params, policy, machine)
+        yield need("generate", policy, tokens, seconds, memory, "generate.batch_size, or policy, for a smaller one")
+        texts = params.prepare.per_iteration * params.generate.samples
+        if divider:
+            tokens, seconds, memory = dividing(params, divider, machine, texts)
+            way = f"divide.batch_size, or {smaller('divider', divider)}"
+            yield need("divide", divider, tokens, seconds, memory, way)
+        if labeler:
+            tokens, seconds, memory = judging(params, labeler, machine, texts)
+            way = f"feedback.batch_size, or {smaller('labeler', labeler)}"
+            yield need("feedback", labeler, tokens, seconds, memory, way)
 
     yield training(params, policy, machine)
 
-    train = params.train
-    kept = train.epochs * train.checkpoints_per_epoch
-    for name, split, times in (("evaluate", params.prepare.dev, kept), ("test", params.prepare.test, 1)):
-        scenes = getattr(params.world, "dev" if name == "evaluate" else "test")
-        count, new = rows_of(split.instructions, scenes), params.evaluate.max_new_tokens
-        tokens, seconds = asked(policy, machine, count, 1, params.evaluate.batch_size, new)
-        if split.questions:
-            questions = rows_of(split.questions, 4 * scenes)
-            tokens += count * policy.image + questions * QUESTION
-            seconds += forward(policy, machine, questions * QUESTION, 2 * count / params.evaluate.batch_size)
-        memory = cached(policy, params.evaluate.batch_size, policy.image + PROMPT + LONGEST * new)
-        took = start(policy, times) + times * seconds
-        yield inference(name, policy, times * tokens, took, memory)
+    kept = params.train.epochs * params.train.checkpoints_per_epoch
+    way = "evaluate.batch_size, or policy, for a smaller one"
+    tokens, seconds, memory = answering(params, policy, machine, params.prepare.dev, params.world.dev)
+    yield need("evaluate", policy, kept * tokens, start(policy, kept) + kept * seconds, memory, way)
+
+    tokens, seconds, memory = answering(params, policy, machine, params.prepare.test, params.world.test)
+    largest, seconds = policy, seconds + start(policy)
+    for role, model in (("divider", divider), ("labeler", labeler)):  # its first answers, claim by claim
+        if model:
+            work = dividing if role == "divider" else judging
+            _, took, needed = work(params, model, machine, params.report.gallery)
+            seconds += took - START
+            if needed > memory:
+                largest, memory, way = model, needed, smaller(role, model)
+    yield need("test", largest, tokens, seconds, memory, way)
+
+
+Work = tuple[float, float, float]
+"""Tokens, seconds and bytes on a GPU."""
+
+
+def generating(params: Params, policy: Model, machine: Machine) -> Work:
+    """`samples` answers to each of an iteration's instructions."""
+    section = params.generate
+    tokens, seconds = asked(
+        policy, machine, params.prepare.per_iteration, section.samples, section.batch_size, section.max_new_tokens
+    )
+    longest = policy.largest + PROMPT + section.samples * LONGEST * section.max_new_tokens
+    return tokens, start(policy) + seconds, cached(policy, section.batch_size, longest)
+
+
+def dividing(params: Params, divider: Model, machine: Machine, texts: int) -> Work:
+    """So many answers into claims and these into questions."""
+    answer, batch = ANSWER * params.generate.max_new_tokens, min(params.divide.batch_size, texts)
+    listed = DIVIDED * answer
+    passes = 2 * -(-texts // batch) * listed
+    tokens = texts * (2 * PROMPT + 4 * listed)
+    seconds = forward(divider, machine, tokens, passes, batch * (PROMPT + answer + listed))
+    return tokens, start(divider) + seconds, cached(divider, batch, PROMPT + answer + listed)
+
+
+def judging(params: Params, labeler: Model, machine: Machine, texts: int) -> Work:
+    """The claims of so many answers, `samples` to an image."""
+    images = -(-texts // params.generate.samples)
+    batch = min(params.feedback.batch_size, images)
+    tokens = images * (labeler.image + PROMPT) + DISTINCT * texts * CLAIMS * QUESTION
+    seconds = start(labeler) + forward(labeler, machine, tokens, 2 * images / batch)
+    return tokens, seconds, cached(labeler, batch, labeler.largest + PROMPT + 2048)
+
+
+def answering(params: Params, policy: Model, machine: Machine, split: SplitParams, scenes: int) -> Work:
+    """One answer to each instruction of a split, and its yes/no questions, of which the embedded world has 4 a scene;
+    without reading the model."""
+    section, count = params.evaluate, rows_of(split.instructions, scenes)
+    tokens, seconds = asked(policy, machine, count, 1, section.batch_size, section.max_new_tokens)
+    if split.questions:
+        questions = rows_of(split.questions, 4 * scenes)
+        tokens += count * policy.image + questions * QUESTION
+        seconds += forward(policy, machine, questions * QUESTION, 2 * count / section.batch_size)
+    longest = policy.largest + PROMPT + LONGEST * section.max_new_tokens
+    return tokens, seconds, cached(policy, section.batch_size, longest)
 
 
 def rows_of(path: str, scenes: int) -> int:
@@ -300,17 +348,22 @@ def rows_of(path: str, scenes: int) -> int:
 def training(params: Params, model: Model, machine: Machine) -> Need:
     """Preference training: forward and backward, again forward where activations are recomputed, the reference's
     pass, and what is written."""
-    train, answers = params.train, 2 * ANSWER * params.generate.max_new_tokens
-    pairs, row = params.prepare.per_iteration, model.image + PROMPT + answers
+    train, public = params.train, params.pairs.source
+    answers = 2 * ANSWER * (params.evaluate if public else params.generate).max_new_tokens
+    pairs = pairs_in(ROOT / public) if public else params.prepare.per_iteration
+    row, longest = (image + PROMPT + answers for image in (model.image, model.largest))
     processes = min(train.processes, machine.gpus)
     # in units of a forward pass: the backward of all weights takes two, of what flows through frozen ones one
     passes = 3 + train.gradient_checkpointing - (train.lora_r > 0)
     flops = 2 * model.active * pairs * row * (train.epochs * passes + 1)
     launches = train.epochs * pairs / train.micro_batch_size / processes * passes * model.layers
     checkpoints = train.epochs * train.checkpoints_per_epoch
-    written = checkpoints * model.parameters * (2 if train.dtype == "bfloat16" else 4)
+    size = model.parameters * (2 if train.dtype == "bfloat16" else 4)
+    written = checkpoints * size
     trained, _ = learning(model, params)
-    saving = (written + checkpoints * 12 * trained) / WRITE  # each with what a killed run goes on from
+    states_written = checkpoints // train.resume_every * 12 * trained  # what a killed run goes on from
+    saving = (written + states_written) / WRITE
+    kept = min(checkpoints, train.keep_checkpoints + 1) if train.keep_checkpoints else checkpoints
     computing = max(flops / (machine.flops * UTILIZATION) / processes, launches * machine.launch)
     way = ways_to_train(params, machine)
     return Need(
@@ -318,11 +371,19 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
         tokens=train.epochs * pairs * row,
         flops=flops,
         seconds=start(model) + computing + saving,
-        gpu=states(model, params, processes) + activations(model, params, row, answers) + RUNTIME,
+        gpu=states(model, params, processes) + activations(model, params, longest, answers) + RUNTIME,
         host=main_memory(model, params, processes),
-        disk=COPIES * written,
-        fixes={"gpu": way, "host": way, "disk": "train.checkpoints_per_epoch or train.epochs"},
+        disk=kept * size,
+        fixes={"gpu": way, "host": way, "disk": "train.keep_checkpoints, train.checkpoints_per_epoch or train.epochs"},
     )
+
+
+def pairs_in(source: Path) -> int:
+    """Pairs in a parquet file or a folder of them; `PUBLIC_PAIRS` where there are none yet."""
+    import pyarrow.parquet as pq
+
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    return sum(pq.read_metadata(file).num_rows for file in files if file.is_file()) or PUBLIC_PAIRS
 
 
 def learning(model: Model, params: Params) -> tuple[float, float]:
@@ -337,7 +398,7 @@ def states(model: Model, params: Params, processes: int) -> float:
     copies that autocast makes of weights and what the kind of sharding spreads."""
     train = params.train
     learn, rest = learning(model, params)
-    frozen = rest * (0.55 if train.load_in_4bit else 2 if train.dtype == "bfloat16" else 4)
+    frozen = rest * (FOUR_BIT if train.load_in_4bit else 2 if train.dtype == "bfloat16" else 4)
     copies = learn * (2 if train.dtype == "bfloat16" and not train.lora_r else 0)
     match sharding_of(train.accelerate_config):
         case "fsdp2":
@@ -362,9 +423,10 @@ def main_memory(model: Model, params: Params, processes: int) -> float:
     train, (learn, _) = params.train, learning(model, params)
     sharding = sharding_of(train.accelerate_config)
     loading = processes * model.parameters * (2 if train.lora_r or processes > 1 else 6)
-    kept = params.prepare.per_iteration * model.image * model.feature * model.width
+    images = pairs_in(ROOT / params.pairs.source) if params.pairs.source else params.prepare.per_iteration
+    kept = images * model.image * model.feature * model.width
     features = 0 if sharding else min(train.feature_cache_gb * GB, kept)
-    return loading + features + (8 * learn if sharding == "zero3" else 0)
+    return processes * PROCESS + loading + features + (8 * learn if sharding == "zero3" else 0)
 
 
 def ways_to_train(params: Params, machine: Machine) -> str:
@@ -401,7 +463,7 @@ def sharding_of(config: str | None) -> str:
 @dataclass(frozen=True)
 class Plan:
     """The needs of one iteration beside what there is; `ahead` of its iterations have no checkpoints yet; `measured`
-    are the minutes of stages that have run."""
+    is what the stages that have run took, as `measured` says it."""
 
     needs: list[Need]
     machine: Machine
@@ -409,13 +471,22 @@ class Plan:
     disk: float
     iterations: int
     ahead: int
-    measured: Mapping[str, float]
+    measured: Mapping[str, Mapping[str, float]]
 
     @property
     def scale(self) -> float:
         """Measured over estimated time, the median of the finished stages; 1 where nothing has run."""
-        ratios = [60 * self.measured[n.stage] / n.seconds for n in self.needs if n.stage in self.measured]
+        ratios = [row["minutes"] / row["estimate"] for row in self.compared()]
         return statistics.median(ratios) if ratios else 1.0
+
+    def compared(self) -> list[dict]:
+        """A row for every stage that has run: `stage`, its `estimate` in minutes and what they were (`minutes`),
+        `gpu_estimate` in GB and what that was (`peak_gpu_gb`, 0 where it ran on no GPU)."""
+        return [
+            {"stage": n.stage, "estimate": n.seconds / 60, "gpu_estimate": n.gpu / GB, **self.measured[n.stage]}
+            for n in self.needs
+            if n.stage in self.measured
+        ]
 
     def shortages(self) -> tuple[list[str], list[str]]:
         """What does not fit, and what is close, one line each with the way out."""
@@ -433,9 +504,11 @@ class Plan:
         return short, close
 
 
-def make_plan(params: Params, machine: Machine, disk: float, host: float, timings: Path | None = None) -> Plan:
+def make_plan(
+    params: Params, machine: Machine, disk: float = math.inf, host: float = math.inf, timings: Path | None = None
+) -> Plan:
     """The plan of a run on a machine with `disk` and `host` bytes free; `timings` is where the stages that have run
-    here noted their minutes (None: it is another machine).
+    here noted what they took (None: it is another machine).
 
     Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
     """
@@ -445,19 +518,26 @@ def make_plan(params: Params, machine: Machine, disk: float, host: float, timing
         if not is_served(model.path) and model not in known:
             known[model] = measure(model)
     needs = list(stages(params, {role: known.get(model) for role, model in roles.items()}, machine))
-    measured = measured_minutes(timings, params.policy.path) if timings else {}
+    found = measured(timings, params.policy.path) if timings else {}
     ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
-    return Plan(needs, machine, host, disk, len(params.iterations), ahead, measured)
+    return Plan(needs, machine, host, disk, len(params.iterations), ahead, found)
 
 
-def measured_minutes(folder: Path, policy: str) -> dict[str, float]:
-    """Stage → its minutes with this policy, the mean over the iterations that were trained."""
-    found: dict[str, list[float]] = {}
-    for row in read_timings(folder):
+def measured(timings: Path, policy: str) -> dict[str, dict[str, float]]:
+    """Stage → its `minutes` with this policy, the mean over the iterations that were trained, and its largest
+    `peak_gpu_gb`, 0 where it ran on no GPU."""
+    found: dict[str, list[dict]] = {}
+    for row in read_timings(timings):
         name, _, iteration = row["stage"].partition("@")
         if iteration != "0" and row.get("policy") == policy:
-            found.setdefault(name, []).append(row["minutes"])
-    return {name: statistics.mean(minutes) for name, minutes in found.items()}
+            found.setdefault(name, []).append(row)
+    return {
+        name: {
+            "minutes": statistics.mean(row["minutes"] for row in rows),
+            "peak_gpu_gb": max(row.get("peak_gpu_gb", 0.0) for row in rows),
+        }
+        for name, rows in found.items()
+    }
 
 
 def table(plan: Plan) -> str:
@@ -468,7 +548,7 @@ def table(plan: Plan) -> str:
     for n in plan.needs:
         hours, took = plan.scale * n.seconds / 3600, plan.measured.get(n.stage)
         row = f"{n.stage:10}{n.tokens / 1e6:10.1f}M{n.flops / 1e12:11,.0f}{n.gpu / GB:11.1f}{n.host / GB:11.1f}"
-        lines.append(row + f"{n.disk / GB:11.1f}{hours:11.3f}" + (f"{took / 60:11.3f}" if took else ""))
+        lines.append(row + f"{n.disk / GB:11.1f}{hours:11.3f}" + (f"{took['minutes'] / 60:11.3f}" if took else ""))
     hours = plan.scale * sum(n.seconds for n in plan.needs) / 3600
     written = plan.iterations * sum(n.disk for n in plan.needs) / GB
     lines.append(
@@ -516,6 +596,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         params = load_params(options.params)
+        if options.check and params.benchmarks:
+            from rlaifv.benchmarks.suite import check_inputs  # here, for it takes seconds to import
+
+            if missing := check_inputs(params):
+                sys.exit("\n".join([*missing, "`benchmarks: {}` in the parameter file runs without any"]))
         if options.check and small(params):
             return
         machine = machine_here(options.gpu, options.gpus)

@@ -10,7 +10,7 @@ import math
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,16 +71,32 @@ class Judgement:
             raise ValueError(f"claim {self.claim_id} is {verdict} although p_yes is {self.p_yes} and p_no {self.p_no}")
 
 
+SETTINGS = ("processor", "template", "system")
+"""The settings of a model that change what it is shown."""
+
+
 @dataclass(frozen=True)
 class ModelRecord:
-    """Who plays a role in a run (policy, labeler or divider), as the stage `models` found it. `fingerprint` changes
-    with any byte of a checkpoint, with the commit of a hub model, or with a server's address and model name."""
+    """Who plays a role in a run (policy, labeler or divider), as the stage `models` found it.
+
+    `fingerprint` changes with any byte of a checkpoint, with the commit of a hub model, with `settings`, or with a
+    server's address and model name. `processor`, `template` and `system` are those of `ModelParams`.
+    """
 
     path: str
     revision: str | None
     dtype: str
     device: str
     fingerprint: str
+    load_in_4bit: bool = False
+    processor: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of `SETTINGS` that are set."""
+        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,15 @@ def not_finite(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(content, list | tuple):
         for index, value in enumerate(content):
             yield from not_finite(value, f"{place}[{index}]")
+
+
+def json_object(text: Any) -> dict[str, Any]:
+    """The object that a text holds as JSON; {} where it holds none."""
+    try:
+        found = parse_json(text)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_atomic(path: Path, text: str) -> None:

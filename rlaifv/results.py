@@ -72,5 +72,6 @@ def read_result(folder: Path, *needed: str) -> Result:
 
 
 def read_timings(folder: Path) -> list[dict]:
-    """The wall minutes and peak memory that every stage noted; they lie outside `data/`, for they are never equal."""
+    """The wall minutes and peak memory that every stage noted (`peak_gpu_gb` where it used a GPU); they lie outside
+    `data/`, for they are never equal."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

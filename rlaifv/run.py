@@ -10,11 +10,13 @@ a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same comm
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 from rlaifv import ROOT
+from rlaifv.fingerprint import stage_definition
 from rlaifv.params import ParamsError, load_params
 from rlaifv.stage import RUNS
 
@@ -22,6 +24,8 @@ FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container"
 """How Python, safetensors and torch.save (whose message names only a line of its source) say that a disk, a quota or
 a limit of a file's size is full."""
 NO_ROOM = "no room to write: free some space and run the same command again, it goes on where it was; "
+FEEDBACK = ("20_generate", "30_divide", "40_feedback")
+"""The notebooks that make preferences; with `pairs.source` somebody else has made them."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,11 +39,26 @@ def main(arguments: list[str]) -> int:
         print(f"no notebook {name!r}; there are: {known}", file=sys.stderr)
         return 2
     try:
-        load_params(parameters.get("params_file", "params.yaml"))
+        params = load_params(parameters.get("params_file", "params.yaml"))
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
+    if params.pairs.source and name in FEEDBACK:
+        print(f"{name}: nothing to do: the pairs come from pairs.source = {params.pairs.source}")
+        return leave_out(notebook, parameters)
     return execute(notebook, parameters)
+
+
+def leave_out(notebook: Path, parameters: dict[str, str]) -> int:
+    """Leave empty what the stage would have written, which DVC wants to see: folders, and its notebook as it is."""
+    for out in stage_definition(notebook.stem.partition("_")[2])["outs"]:
+        path = ROOT / out.replace("${key}", parameters["iteration"])
+        if path.suffix == ".ipynb":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(notebook, path)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+    return 0
 
 
 class Stopped(BaseException):
@@ -60,6 +79,7 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
 
     executed = RUNS / parameters.get("iteration", "") / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
+    executed.unlink(missing_ok=True)  # DVC may have linked it to its cache
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     logging.getLogger("papermill.translators").setLevel(logging.ERROR)

@@ -30,6 +30,10 @@ MODELS = DATA / "models"
 EXAM = DATA / "results" / "exam" / "labeler.json"
 
 
+UNSEEN = ("server",)
+"""Parameters that no output depends on: how something is done. Unfinished work is not begun anew for them."""
+
+
 class Paths:
     """Where an iteration keeps its files; the same layout stands in dvc.yaml."""
 
@@ -46,8 +50,9 @@ class Paths:
 
     @property
     def trained(self) -> list[Path]:
-        """The folders of its trained checkpoints, first to last; iteration 0 has the base model alone."""
-        folders = self.checkpoints.glob("checkpoint-*")
+        """The folders of its trained checkpoints, first to last (of one that was not kept only its row on dev is left,
+        beside its folder); iteration 0 has the base model alone."""
+        folders = {path.with_suffix("") for path in self.checkpoints.glob("checkpoint-*")}
         return sorted(folders, key=lambda p: int(p.name.split("-")[1])) if self.iteration != "0" else [self.policy]
 
 
@@ -112,7 +117,7 @@ class Stage:
     def key(self) -> dict[str, object]:
         """All that the stage's outputs depend on, as dvc.yaml lists it: declared parameters, code, data and models."""
         definition = stage_definition(self.definition)
-        values = {key: attrgetter(key)(self._all) for key in definition["params"]}
+        values = {key: attrgetter(key)(self._all) for key in definition["params"] if key not in UNSEEN}
         deps = [self._fill(dep) for dep in definition["deps"] if not dep.startswith(("rlaifv/", "notebooks/"))]
         images = self._all.prepare.image_root
         data = {dep: digest_files(ROOT / dep, by_stat_from=0 if dep == images else LARGE) for dep in deps}
@@ -134,16 +139,31 @@ class Stage:
             raise FileNotFoundError(f"no {path.relative_to(ROOT)} yet: run the stage models (dvc repro)")
         return ModelRecord(**json.loads(path.read_text()))
 
-    def finish(self) -> None:
-        """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session."""
+    def finish(self, peak_gpu_gb: float = 0.0) -> None:
+        """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session.
+
+        `peak_gpu_gb` is the largest of a GPU by processes that the stage started; this process's own is looked up.
+        """
         minutes = (time.time() - psutil.Process().create_time()) / 60  # imports count: a user waits for them
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
         record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
+        if peak_gpu := max(peak_gpu_gb, gpu_peak()):
+            record["peak_gpu_gb"] = round(peak_gpu, 2)
         record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
         write_atomic(RUNS / "timings" / f"{self.label}.json", to_json(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
-        print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB")
+        on_gpu = f", {peak_gpu:.2f} GB on a GPU" if peak_gpu else ""
+        print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB{on_gpu}")
         print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores; {versions}")
+
+
+def gpu_peak() -> float:
+    """The most memory in GB that this process has held at once on any of its GPUs, what PyTorch kept in reserve
+    included; 0 where it used none."""
+    torch = sys.modules.get("torch")  # a stage without models does not import it
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    return max(torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())) / 2**30
 
 
 def start_logging() -> None:

@@ -152,7 +152,7 @@ class Store:
                 raise
             write_atomic(rows_path.parent / "rejects.jsonl", "".join(row + "\n" for row in rejects))
             write_atomic(rows_path, "".join(row + "\n" for row in rows))
-            write_atomic(self.folder / FINISHED, json.dumps({"rows": len(rows), "rejects": len(rejects)}) + "\n")
+            write_atomic(self.folder / FINISHED, to_json({"rows": len(rows), "rejects": len(rejects)}) + "\n")
         finally:
             self._release()
         for other in self.folder.parent.glob(f"{self.stage}-*/"):  # their keys can hardly match again
@@ -198,6 +198,15 @@ def check_rejects(stage: str, rejects: Sequence[Reject], n_inputs: int, max_reje
             f"{stage}: {len(rejects)} of {n_inputs} rows rejected, more than {stage.split('@')[0]}.max_reject_rate = "
             f"{max_reject_rate:g}; the first reason: {rejects[0].reason}"
         )
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for the same bytes, or a copy on another file system. What is written later must replace such a
+    file, never write into it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:

@@ -61,7 +61,14 @@ def build_model(size: str, device: str, dtype: str) -> VLM:
         pad_token="0",
         eos_token="2",
     )
-    return VLM(model, tokenizer, None, f"llava-{size}", "random", [2])
+    return VLM(
+        model=model,
+        tokenizer=tokenizer,
+        processor=None,
+        name=f"llava-{size}",
+        fingerprint="random",
+        eos_token_ids=[2],
+    )
 
 
 def prompt_tokens(generator: torch.Generator, text: int) -> list[int]:

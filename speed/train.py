@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -87,7 +88,7 @@ def with_processor(vlm: VLM) -> VLM:
         image_token="<image>",
         chat_template=TEMPLATE,
     )
-    return VLM(vlm.model, tokenizer, processor, vlm.name, vlm.fingerprint, [2])
+    return replace(vlm, tokenizer=tokenizer, processor=processor)
 
 
 def make_rows(pairs: int, answer: int) -> list[dict]:
@@ -145,7 +146,7 @@ def trl_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
     """TRL's arguments for our parameters; it computes its reference every step, as it does for images."""
     ours = training_arguments(params, folder, seed)
     same = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
-    same += ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "logging_steps", "use_cpu")
+    same += ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "use_cpu")
     same += ("logging_nan_inf_filter", "disable_tqdm", "seed", "dataloader_pin_memory")
     args = DPOConfig(
         output_dir=str(folder),
@@ -153,6 +154,7 @@ def trl_arguments(params: TrainParams, folder: Path, seed: int) -> DPOConfig:
         loss_type=list(params.loss_type),
         loss_weights=list(params.loss_weights) if params.loss_weights else None,
         label_smoothing=params.label_smoothing,
+        bf16=params.dtype == "bfloat16",
         activation_checkpointing=params.gradient_checkpointing,  # their new name for it; TRL reads the old one from it
         max_length=None,  # never cut an answer
         save_strategy="no",
@@ -183,8 +185,7 @@ def make_trainer(way: str, vlm: VLM, rows: list[dict], params: TrainParams, fold
     data, scorer = PairData(vlm, folder / "pairs.parquet"), PairScorer(vlm.model)
     packed = choose_layout(scorer, vlm, data, params).startswith("packed")
     collate = PairCollator(data, vlm.tokenizer.pad_token_id, packed=packed)
-    batch_size = 4 * params.micro_batch_size
-    reference = reference_logps(scorer, collate, batch_size, vlm.device, params.dtype == "bfloat16")
+    reference = reference_logps(scorer, collate, 4 * params.micro_batch_size, vlm.device, params.dtype)
     if params.lora_r:
         scorer = PairScorer(add_lora(vlm.model, params), scorer.images)
     if params.gradient_checkpointing:
@@ -197,7 +198,7 @@ def first_step(trainer: Trainer, rows: int, keep_gradients: bool, out: Path) -> 
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
     batch = trainer._prepare_inputs(batch)
-    with trainer.accelerator.autocast():  # as in a step: the Trainer has not wrapped the model yet
+    with trainer.accelerator.autocast():  # as in a step: TRL's Trainer has not wrapped the model yet
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradients = {

@@ -78,6 +78,7 @@ def test_a_number_read_as_text_is_refused_with_key_value_and_hint(tmp_path):
         (lambda c: c["train"].update(warmup_ratio=1.0), r"train\.warmup_ratio: expected a value from 0 to below 1"),
         (lambda c: c["train"].update(micro_batch_size=3), r"params\.yaml: train\.batch_size 8 is not a multiple"),
         (lambda c: c.update(train=None), r"train: expected a section, got None"),
+        (lambda c: c["server"].update(key_variable="sk-1"), r"server\.key_variable: .* never the key itself$"),
     ],
 )
 def test_a_wrong_profile_is_refused_with_the_key(tmp_path, change, message):

@@ -1,8 +1,10 @@
 """A stage is what dvc.yaml says: it reads what is declared there, and its unfinished work is known by the same list."""
 
+import json
 import shutil
 
 import pytest
+import torch
 
 import rlaifv.fingerprint
 import rlaifv.stage
@@ -70,7 +72,7 @@ def checkout(tmp_path, monkeypatch):
     ("file", "changed"),
     [
         ("vlm/chat_format.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
-        ("inference/sampling.py", {"generate", "divide", "feedback", "evaluate", "test", "benchmarks"}),
+        ("inference/sampling.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
         ("training/dpo.py", {"train"}),
         ("steps/divide.py", {"divide", "test"}),
     ],
@@ -107,4 +109,23 @@ def test_unfinished_work_is_known_by_the_models_dtype_by_the_data_and_by_the_dec
     (checkout / "params.yaml").write_text(changed)
     keys.append(Stage("feedback", str(checkout / "params.yaml"), "1", "0").key())
     assert len({str(key) for key in keys}) == 4
+    (checkout / "params.yaml").write_text(changed.replace("concurrency: 16", "concurrency: 3"))
+    assert Stage("feedback", str(checkout / "params.yaml"), "1", "0").params.server.concurrency == 3
+    keys.append(keys[-1])  # how a server is asked changes no answer
     assert Stage("feedback", str(checkout / "params.yaml"), "1", "0").key() == keys[-1]
+
+
+def test_a_stage_notes_the_most_that_it_or_a_process_of_its_own_held_of_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rlaifv.stage, "RUNS", tmp_path)
+    stage = Stage("train", "params.yaml", "1", "0")
+
+    def noted(**of_others) -> dict:
+        stage.finish(**of_others)
+        return json.loads((tmp_path / "timings" / "train@1.json").read_text())
+
+    assert "peak_gpu_gb" not in noted()
+    assert noted(peak_gpu_gb=31.25)["peak_gpu_gb"] == 31.25 and "31.25 GB on a GPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: (60 + device) * 2**30)
+    assert noted(peak_gpu_gb=31.25)["peak_gpu_gb"] == 61.0

@@ -12,6 +12,7 @@ from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
 from rlaifv.benchmarks.spec import Spec, print_table
 from rlaifv.evaluation.bootstrap import Comparison, compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
+from rlaifv.params import ServerParams
 from rlaifv.records import to_json, write_jsonl
 
 
@@ -51,13 +52,8 @@ def judge_of(options: argparse.Namespace) -> Judge:
     """The judge that the options name."""
     if options.judge_model:
         return load_judge(options.judge_model)
-    return open_judge(
-        options.judge,
-        options.base_url,
-        concurrency=options.concurrency,
-        tries=options.tries,
-        timeout=options.timeout,
-    )
+    params = ServerParams(concurrency=options.concurrency, tries=options.tries, timeout=options.timeout)
+    return open_judge(options.judge, options.base_url, params)
 
 
 def cache_of(options: argparse.Namespace, answers: str) -> Path:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused
+from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused, check_address
+from rlaifv.params import ServerParams
 
 T = TypeVar("T")
 
@@ -167,12 +168,9 @@ def prompt_label(template: str, published: bool) -> str:
 
 def open_judge(
     model: str,
-    base_url: str | None = None,
+    base_url: str | None,
+    params: ServerParams,
     *,
-    key_variable: str = "OPENAI_API_KEY",
-    concurrency: int = 8,
-    tries: int = 4,
-    timeout: float = 120.0,
     max_tokens: int = 2048,
     temperature: float | None = 0.0,
     give_up_after: int = 5,
@@ -181,16 +179,12 @@ def open_judge(
 
     Args:
         model: its name there.
-        base_url: such as http://localhost:8000/v1; default OpenAI's, or the environment's OPENAI_BASE_URL.
-        key_variable: the environment variable with the key; local servers need none. The key is stored nowhere.
-        concurrency: requests in flight.
-        tries: how often one request is sent when it times out or the server answers 429 or 5xx (with growing pauses).
-        timeout: seconds for one try.
+        base_url: such as http://localhost:8000/v1; None is OpenAI's, or the environment's OPENAI_BASE_URL.
+        params: how it is asked.
         max_tokens, temperature: of the reply; None leaves the temperature to the server.
         give_up_after: failed requests in a row after which the rest is listed without being asked.
     """
-    who = f"the judge {model} at {base_url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-    server = Server(who, model, base_url, tries, timeout, key_variable, give_up_after)
+    server = judge_server(model, base_url, params, give_up_after)
     options = {"max_tokens": max_tokens} | ({} if temperature is None else {"temperature": temperature})
 
     def ask_one(request: Request) -> str | NoReply:
@@ -203,12 +197,19 @@ def open_judge(
         return text if text and text.strip() else NoReply("an empty reply")
 
     def ask(requests: Sequence[Request]) -> Iterator[str | NoReply]:
-        with ThreadPoolExecutor(concurrency) as pool:
+        with ThreadPoolExecutor(params.concurrency) as pool:
             yield from pool.map(ask_one, requests)
         if server.refusal:
             raise ServerRefused(server.refusal)
 
     return Judge(model, ask)
+
+
+def judge_server(model: str, base_url: str | None, params: ServerParams, give_up_after: int = 1) -> Server:
+    """The server of a judge; ValueError for an address with a password in it."""
+    address = base_url or os.environ.get("OPENAI_BASE_URL", "OpenAI")
+    check_address(address, params)
+    return Server(f"the judge {model} at {address}", model, base_url, params, give_up_after)
 
 
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:

@@ -8,16 +8,16 @@ was: answers through the scratch store, a judge's replies through its cache.
 import base64
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from rlaifv import ROOT
 from rlaifv.benchmarks import published
-from rlaifv.benchmarks.judge import Judge, load_judge, open_judge
+from rlaifv.benchmarks.judge import Judge, judge_server, load_judge, open_judge
 from rlaifv.evaluation.answers import (
     ID_FIELDS,
     IMAGE_FIELDS,
@@ -31,12 +31,12 @@ from rlaifv.evaluation.scores import Scores
 from rlaifv.fingerprint import digest, digest_files
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
-from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
+from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, Params, ServerParams
 from rlaifv.records import Reject, batched, read_jsonl, write_jsonl
 from rlaifv.results import write_result
 from rlaifv.store import Store
 from rlaifv.vlm.images import decode_image, open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, free_memory, loaded
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +59,39 @@ class BenchmarkQuestion:
 
 def check_files(benchmarks: Mapping[str, BenchmarkParams]) -> None:
     """FileNotFoundError names the first path of the parameter file that does not exist, before any model is loaded."""
+    for line in missing_files(benchmarks):
+        raise FileNotFoundError(line)
+
+
+def missing_files(benchmarks: Mapping[str, BenchmarkParams]) -> Iterator[str]:
+    """A line for every path of the benchmarks that does not exist, with the way out."""
     for name, item in benchmarks.items():
         files = {"questions": item.questions, "truth": item.truth, "answers": (item.answers,)}
         files |= {"vocabulary": (item.vocabulary,), "images": (None if item.answers else item.images,)}
         files["judge.prompts"] = item.judge.prompts if item.judge else ()
         for key, paths in files.items():
             if absent := [path for path in paths if path and not (ROOT / path).exists()]:
-                raise FileNotFoundError(
+                yield (
                     f"benchmarks.{name}.{key}: no {absent[0]}; `python -m rlaifv.benchmarks.fetch` gets questions and "
                     "truths, docs/benchmarks.md says where images come from"
                 )
+
+
+def check_inputs(params: Params) -> list[str]:
+    """What the benchmarks will lack at the end of a run, found at its start: files, images, judges; a line each with
+    the way out. Nothing is loaded and no question asked."""
+    found = list(missing_files(params.benchmarks))
+    for name, item in params.benchmarks.items():
+        folder = ROOT / item.images if item.images and not item.answers else None
+        if folder and folder.is_dir() and not any(folder.iterdir()):
+            found.append(f"benchmarks.{name}.images: {item.images} is empty; docs/benchmarks.md says where images are")
+    judges = {(item.judge.name, item.judge.base_url): name for name, item in params.benchmarks.items() if item.judge}
+    for (model, address), name in judges.items():
+        if address and (problem := judge_server(model, address, params.server).problem()):
+            found.append(f"benchmarks.{name}.judge: {problem}")
+        elif address is None and not (ROOT / model).is_dir() and model.count("/") != 1:
+            found.append(f"benchmarks.{name}.judge.name: {model} is neither a folder nor a hub id; or give a base_url")
+    return found
 
 
 def answer(
@@ -91,21 +114,23 @@ def answer(
     Raises:
         ValueError: no question of a benchmark has an image that can be read.
     """
-    policy = cache(load)
-    for name, item in benchmarks.items():
-        if item.answers is not None:
-            continue
-        questions = read_questions(item)
-        asked = digest([digest_files(*(ROOT / path for path in item.questions)), [str(q.image) for q in questions]])
-        store = store_of(f"{name}-{asked}")  # the benchmark's own files are no dependency that DVC knows
-        work = partial(_answer_chunk, policy, item=item, max_new_tokens=params.max_new_tokens)
-        store.run(batched(questions, params.batch_size), work)
-        folder = out / "benchmarks" / name
-        count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
-        if not count:
-            reason = read_jsonl(folder / "rejects.jsonl")[0]["reason"]
-            raise ValueError(f"benchmarks.{name}: none of {len(questions)} questions can be asked; the first: {reason}")
-        log.info("%s: %d of %d questions answered, %d without an image", name, count, len(questions), without)
+    with loaded(load) as policy:
+        for name, item in benchmarks.items():
+            if item.answers is not None:
+                continue
+            questions = read_questions(item)
+            asked = digest([digest_files(*(ROOT / path for path in item.questions)), [str(q.image) for q in questions]])
+            store = store_of(f"{name}-{asked}")  # the benchmark's own files are no dependency that DVC knows
+            work = partial(_answer_chunk, policy, item=item, max_new_tokens=params.max_new_tokens)
+            store.run(batched(questions, params.batch_size), work)
+            folder = out / "benchmarks" / name
+            count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
+            if not count:
+                reason = read_jsonl(folder / "rejects.jsonl")[0]["reason"]
+                raise ValueError(
+                    f"benchmarks.{name}: none of {len(questions)} questions can be asked; the first: {reason}"
+                )
+            log.info("%s: %d of %d questions answered, %d without an image", name, count, len(questions), without)
 
 
 def _answer_chunk(
@@ -181,7 +206,11 @@ def _image_names(path: str) -> list[str]:
 
 
 def score(
-    benchmarks: Mapping[str, BenchmarkParams], iteration: str, out: Path, cache: Path | None = None
+    benchmarks: Mapping[str, BenchmarkParams],
+    iteration: str,
+    out: Path,
+    server: ServerParams,
+    cache: Path | None = None,
 ) -> dict[str, dict]:
     """Score the answers of every benchmark; part `benchmarks` of the result in `out`, and NAME/rows.jsonl beside it.
 
@@ -189,6 +218,7 @@ def score(
 
     Args:
         out: the iteration's results folder; `answer` wrote to its `benchmarks`.
+        server: how a served judge is asked.
         cache: folder of the judges' replies, default the repository's scratch folder.
 
     Returns:
@@ -208,7 +238,7 @@ def score(
         folder = out / "benchmarks" / name
         answers = ROOT / item.answers if item.answers is not None else folder / "answers.jsonl"
         replies = (cache or ROOT / "scratch") / "judge" / f"{name}.jsonl"
-        scores = score_file(item, answers, replies)
+        scores = score_file(item, answers, server, replies)
         without_verdict = scores.counts.get("n_without_verdict", 0)
         without_reply = without_verdict - scores.counts.get("n_unparsed", 0)
         if without_reply > MAX_WITHOUT_REPLY * (len(scores.rows) + without_verdict):
@@ -240,15 +270,16 @@ def _model_name(iteration: str) -> str:
     return "base" if iteration == "0" else f"iteration {iteration}"
 
 
-def score_file(item: BenchmarkParams, answers: Path, cache: Path) -> Scores:
+def score_file(item: BenchmarkParams, answers: Path, server: ServerParams, cache: Path) -> Scores:
     """One benchmark's scores of an answer file; what cannot be scored, unreadable rows included, is in `missing`."""
     spec = published.SPECS[item.kind]
-    scores, bad = spec.score(item, answers, judge_of(item.judge) if item.judge else None, cache)
+    scores, bad = spec.score(item, answers, judge_of(item.judge, server) if item.judge else None, cache)
+    free_memory()  # of a judge in this process
     if item.answers is None and spec.truth:  # a scorer that reads the questions lists those without an answer itself
         bad = [*bad, *({"id": r["id"], "reason": r["reason"]} for r in read_jsonl(answers.parent / "rejects.jsonl"))]
     return replace(scores, missing=[*scores.missing, *bad])
 
 
-def judge_of(params: JudgeParams) -> Judge:
+def judge_of(params: JudgeParams, server: ServerParams) -> Judge:
     """The judge at a server, or the checkpoint that judges in this process."""
-    return open_judge(params.name, params.base_url) if params.base_url else load_judge(params.name)
+    return open_judge(params.name, params.base_url, server) if params.base_url else load_judge(params.name)

@@ -1,15 +1,15 @@
 """Check finished answers claim by claim: for the report's gallery and for people who browse."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from rlaifv.inference.yes_no import judge_fit, load_labeler
-from rlaifv.params import DivideParams
+from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.params import DivideParams, ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.steps.divide import divide_answers
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import load_model
+from rlaifv.vlm.loading import load_model, loaded
 
 
 def judged_claims(
@@ -20,17 +20,21 @@ def judged_claims(
     seed: int,
     image_root: Path,
     suffix: str,
+    server: ServerParams,
 ) -> list[dict]:
     """`answers` (rows of `question`, `answer`, `image`) with why one could not be divided (`problem`) and their
     `claims`: rows of `claim`, `question`, and the labeler's `p_yes` and `p_no`. The two models are in memory one after
     the other."""
-    divisions = divide_answers(load_model(divider), [(row["question"], row["answer"]) for row in answers], params, seed)
-    items = [
-        (open_image(image_root / row["image"]), [f"{question} {suffix}" for question in division.questions])
-        for row, division in zip(answers, divisions, strict=True)
-    ]
+    with loaded(partial(load_model, divider)) as model:
+        divisions = divide_answers(model(), [(row["question"], row["answer"]) for row in answers], params, seed)
+    with loaded(partial(load_labeler, labeler, server)) as model:
+        items = [
+            (look(model(), image_root / row["image"]), [f"{question} {suffix}" for question in division.questions])
+            for row, division in zip(answers, divisions, strict=True)
+        ]
+        verdicts = judge_fit(model(), items)
     found = []
-    for row, division, judged in zip(answers, divisions, judge_fit(load_labeler(labeler), items), strict=True):
+    for row, division, judged in zip(answers, divisions, verdicts, strict=True):
         unfit = next((str(answer) for answer in judged if isinstance(answer, UnfitText)), "")
         claims = [
             {"claim": claim, "question": question, "p_yes": answer[0], "p_no": answer[1]}

@@ -4,11 +4,13 @@ The numbers are those of CHAIR and its Object HalBench variant (rlaifv.evaluatio
 embedded world and real COCO.
 """
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,14 @@ from rlaifv.evaluation.bootstrap import compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import best_answers
 from rlaifv.inference.sampling import Prompt
-from rlaifv.inference.yes_no import judge_many
+from rlaifv.inference.server import ServedLabeler
+from rlaifv.inference.yes_no import judge_many, look
 from rlaifv.params import EvaluateParams
 from rlaifv.records import RATES, Instruction, Reject, batched, read_jsonl, read_records
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, loaded
 
 CHAIR_RATES = dict(zip(RATES, ("chair_s_refine", "chair_i", "recall"), strict=True))
 """Our names of the rates → CHAIR's."""
@@ -131,7 +134,7 @@ def paired_test(
     }
 
 
-def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
+def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
     """The model's p_yes and p_no for every yes/no question of the split."""
     by_image: dict[str, list[Question]] = defaultdict(list)
     for question in split.questions:
@@ -139,7 +142,7 @@ def answer_questions(vlm: VLM, split: Split, suffix: str, batch_size: int) -> li
     rows = []
     for chunk in batched(sorted(by_image.items()), batch_size):
         items = [
-            (open_image(split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
+            (look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
         ]
         for (_, group), answers in zip(chunk, judge_many(vlm, items), strict=True):
             rows += [
@@ -168,11 +171,27 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
+def ask(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[list[dict], list[dict]]:
+    """What one model says on one split: `model_answers` and `answer_questions`."""
+    return model_answers(vlm, split, params), answer_questions(vlm, split, suffix, params.batch_size)
+
+
+def share(split: Split, number: int, of: int) -> Split:
+    """One of `of` shares of a split: together they are all of it, and an image's yes/no questions are in one."""
+    images = set(sorted({question.image_path for question in split.questions})[number::of])
+    questions = [question for question in split.questions if question.image_path in images]
+    return dataclasses.replace(split, instructions=split.instructions[number::of], questions=questions)
+
+
+def score(answers: Sequence[dict[str, str]], asked: Sequence[dict[str, object]], split: Split) -> dict[str, object]:
+    """All metrics of what `ask` returned."""
+    return {**hallucination(answers, split), "yes_no": yes_no_metrics(asked)}
+
+
 def measure(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
     """All metrics of one model on one split, and its answers."""
-    answers = model_answers(vlm, split, params)
-    yes_no = yes_no_metrics(answer_questions(vlm, split, suffix, params.batch_size))
-    return {**hallucination(answers, split), "yes_no": yes_no}, answers
+    answers, asked = ask(vlm, split, params, suffix)
+    return score(answers, asked, split), answers
 
 
 def evaluate_checkpoints(
@@ -184,10 +203,15 @@ def evaluate_checkpoints(
     load: Callable[[Path], VLM],
     out: Path,
 ) -> list[dict]:
-    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM."""
+    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM.
+
+    One that was scored when it was written (`training.dev_scores`) has its row beside it, and maybe no weights now."""
 
     def measure_one(folder: Path) -> tuple[list[dict], list[Reject]]:
-        metrics, _ = measure(load(folder), split, params, suffix)
+        if (scored := folder.with_suffix(".json")).is_file():
+            return [json.loads(scored.read_text())], []
+        with loaded(partial(load, folder)) as policy:
+            metrics, _ = measure(policy(), split, params, suffix)
         return [{"checkpoint": folder.name, **metrics}], []
 
     store.run(checkpoints, measure_one)

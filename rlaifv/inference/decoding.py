@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlaifv.inference.memory import budget_for, sampling_bytes
 from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.collate import inputs_shape
@@ -31,8 +32,14 @@ def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens:
     for place, e in enumerate(encoded):
         groups[inputs_shape(e.inputs), len(e.prompt_ids)].append(place)
     answers = [""] * len(prompts)
-    for places in groups.values():
-        found = generate(vlm, [encoded[place] for place in places], max_new_tokens, **search)
-        for place, row in zip(places, found, strict=True):
-            answers[place] = vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
+
+    def search_batch(places: list[int]) -> list[list[int]]:
+        return generate(vlm, [encoded[place] for place in places], max_new_tokens, **search)
+
+    for (_, length), places in groups.items():
+        each = sampling_bytes(vlm, 0, beams, length + max_new_tokens)  # every beam has the prompt to itself
+        budget = budget_for(vlm, f"{beams} beams of {max_new_tokens} tokens", len(places), "prompts", each)
+        for batch, found in budget.batches(places, search_batch):
+            for place, row in zip(batch, found, strict=True):
+                answers[place] = vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers

@@ -26,19 +26,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rlaifv.inference.memory import Budget
+from rlaifv.inference.memory import budget_for, token_bytes
 from rlaifv.inference.plain_rows import Reduce, Results, Tree, plant, project, run_copied, run_plain
-from rlaifv.inference.prefix_cache import buffer_cache, feed, prefill, rewind
+from rlaifv.inference.prefix_cache import buffer_cache, exact_columns, feed, prefill, rewind
+from rlaifv.inference.self_check import disagreement
 from rlaifv.vlm.chat_format import EncodedPrompt
 from rlaifv.vlm.collate import inputs_shape, pad_rows
 from rlaifv.vlm.loading import VLM
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Largest accepted difference between shared and plain log-probs, in nats, weighted by the plain probabilities."""
-
-_budgets: WeakKeyDictionary = WeakKeyDictionary()
 _verdicts: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -121,9 +118,9 @@ def run_branches(vlm: VLM, trees: list[Tree], capacity: int) -> Iterator[tuple[l
 @torch.inference_mode()
 def run_shared(vlm: VLM, trees: list[Tree], reduce: Reduce) -> Results:
     """Log-probs of all wanted places by (tree index, branch), several trees of like images per forward pass."""
-    # to start with, what keeps a GPU busy, or a CPU's caches warm
-    guess = Budget(vlm.name, 16384 if vlm.device.type == "cuda" else 1024, "tokens", least=16)
-    budget = _budgets.setdefault(vlm.model, guess)
+    # what keeps a GPU busy, or a CPU's caches warm
+    wanted = 16384 if vlm.device.type == "cuda" else 1024
+    budget = budget_for(vlm, "branches", wanted, "tokens", token_bytes(vlm), least=16)
 
     def capacity() -> int:
         return min(row_capacity(vlm), budget.size) if budget.halved else row_capacity(vlm)
@@ -152,8 +149,8 @@ PATHS: dict[str, Callable[..., Results]] = {"packed": run_shared, "copied": run_
 def prefix_path(vlm: VLM, encoded: list[EncodedPrompt]) -> str:
     """How this model's rows share their prefix: "packed", "copied" or "plain"; tried once a model on a real row.
 
-    The prompt with the most rows is asked the plain and the shared way, together with a shortened row, so that
-    branches of different lengths are packed. A model that does not agree is named in a warning.
+    The prompt with the most rows is asked the plain and the shared way (`self_check`). A model that does not agree is
+    named in a warning.
     """
     if vlm.model not in _verdicts:
         real = max(encoded, key=lambda e: len(e.rows))
@@ -171,28 +168,6 @@ def why_not_packed(vlm: VLM) -> str | None:
     layer_types = getattr(vlm.network.get_decoder().config, "layer_types", None) or []
     foreign = set(layer_types) - {"full_attention", "sliding_attention"}
     return f"its {', '.join(sorted(foreign))} layers keep no keys that a mask could hide" if foreign else None
-
-
-def disagreement(vlm: VLM, encoded: EncodedPrompt, run: Callable[..., Results]) -> str | None:
-    """None when `run` gives the log-probs of plain rows, else why it cannot or does not."""
-    shortened = [encoded.rows[0][:-1]] if len(encoded.rows[0]) > 2 else []
-    rows = [*encoded.rows[:3], *shortened]
-    tree = plant(0, EncodedPrompt(encoded.prompt_ids, rows, [len(row) for row in rows], encoded.inputs))
-    try:
-        shared = run(vlm, [tree], full_distribution)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        return f"the shared prefix raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    plain = run_plain(vlm, [tree], full_distribution)
-    difference = max(float((plain[key].exp() * (plain[key] - shared[key]).abs()).sum(-1).max()) for key in plain)
-    limit = TOLERANCE.get(vlm.network.dtype, 0.05)
-    if not difference <= limit:
-        return f"the shared prefix changes log-probs by {difference:.2g} nats (more than {limit:g})"
-    log.info("%s: shared prefix agrees with plain rows within %.1e nats", vlm.name, difference)
-    return None
-
-
-def full_distribution(logits: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1)
 
 
 def target_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -220,19 +195,22 @@ def next_token_logprobs(
 
     Args:
         encoded: one per image, its `rows` complete prompts (`chat_format.encode_questions`).
-        token_ids: ids to return, normalized over the whole vocabulary; None for all of it.
+        token_ids: ids to return, normalized over the whole vocabulary, in half precision too as exact relative to each
+            other as float32 (`prefix_cache.exact_columns`); None for all of it.
         shared: force the shared (True) or plain (False) path; None decides by `prefix_path`.
 
     Returns:
         One fp32 CPU tensor (rows, ids) for each element of `encoded`, in order; (0, ids) where there are no rows.
     """
-    ids = slice(None) if token_ids is None else torch.tensor(token_ids, device=vlm.device)
 
     def reduce(logits: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
-        return logits[:, ids] - logits.logsumexp(-1, keepdim=True)
+        asked = logits if token_ids is None else logits[:, token_ids]
+        return asked - logits.logsumexp(-1, keepdim=True)
 
     width = len(token_ids) if token_ids is not None else vlm.network.get_output_embeddings().weight.shape[0]
-    return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in run_rows(vlm, encoded, reduce, shared)]
+    with exact_columns(vlm, token_ids or []):
+        values = run_rows(vlm, encoded, reduce, shared)
+    return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in values]
 
 
 def continuation_logprobs(

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from rlaifv.inference.memory import Budget
+from rlaifv.inference.memory import budget_for, token_bytes
 from rlaifv.inference.prefix_cache import Prefilled, forget_positions, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, common_length
 from rlaifv.vlm.collate import collate_inputs, inputs_shape, pad_rows
@@ -60,9 +60,11 @@ def plant(index: int, encoded: EncodedPrompt) -> Tree:
 def project(vlm: VLM, hidden: torch.Tensor, target: torch.Tensor, reduce: Reduce) -> torch.Tensor:
     """Vocabulary projection in slices, so that long answers do not need all their logits at once."""
     size = max(1, HEAD_ELEMENTS // vlm.network.get_output_embeddings().weight.shape[0])
-    target = target.to(hidden.device)
-    slices = [slice(k, k + size) for k in range(0, len(hidden), size)]
-    return torch.cat([reduce(logits_of(vlm, hidden[part]), target[part]).cpu() for part in slices])
+    values = []
+    for k in range(0, len(hidden), size):
+        logits = logits_of(vlm, hidden[k : k + size])
+        values.append(reduce(logits, target[k : k + size].to(logits.device)).cpu())
+    return torch.cat(values)
 
 
 @torch.inference_mode()
@@ -71,7 +73,9 @@ def run_plain(vlm: VLM, trees: list[Tree], reduce: Reduce, batch: int | None = N
     jobs = [(tree, i) for tree in trees for i in range(len(tree.branches))]
     jobs.sort(key=lambda job: (repr(inputs_shape(job[0].inputs)), job[0].index))
     results: Results = {}
-    for _, values in Budget(vlm.name, batch or ROWS, "rows").batches(
+    longest = max((len(tree.prefix) + len(tree.branches[i]) for tree, i in jobs), default=0)
+    budget = budget_for(vlm, "whole rows", batch or ROWS, "rows", token_bytes(vlm) * longest + 1)
+    for _, values in budget.batches(
         jobs, lambda part: plain_batch(vlm, part, reduce), kind=lambda job: inputs_shape(job[0].inputs)
     ):
         results |= values
@@ -100,8 +104,10 @@ def plain_batch(vlm: VLM, jobs: list[tuple[Tree, int]], reduce: Reduce) -> Resul
 @torch.inference_mode()
 def run_copied(vlm: VLM, trees: list[Tree], reduce: Reduce) -> Results:
     """Log-probs of all wanted places with each prefix computed once and its cache copied for some rows at a time."""
-    results, rows = {}, Budget(vlm.name, ROWS, "rows")
+    results = {}
     for tree in trees:
+        longest = len(tree.prefix) + max(map(len, tree.branches))
+        rows = budget_for(vlm, "copied rows", ROWS, "rows", token_bytes(vlm) * longest)
         state = prefill(vlm, [tree.prefix], [tree.inputs], DynamicCache(config=vlm.network.get_decoder().config))
         for _, values in rows.batches(range(len(tree.branches)), partial(copied_batch, vlm, tree, state, reduce)):
             results |= values

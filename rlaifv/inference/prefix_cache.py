@@ -1,5 +1,7 @@
 """The forward pass over a prompt's prefix, and the masks under which its branches follow (inference.logprobs)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +126,34 @@ def logits_of(vlm: VLM, hidden: torch.Tensor) -> torch.Tensor:
     logits = vlm.network.get_output_embeddings()(hidden).float()
     cap = getattr(vlm.network.config.get_text_config(), "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@contextmanager
+def exact_columns(vlm: VLM, ids: list[int]) -> Iterator[None]:
+    """In here, the output layer of a half-precision model gives the logits of the tokens `ids` as float32 would.
+
+    bfloat16 rounds logits to a sixteenth or an eighth of a nat: enough to decide between yes and no. Those columns are
+    computed anew from the same hidden states and weights; what the model does with its logits afterwards (soft caps,
+    scales) comes after. The other columns only add up in the normalizer and stay, as does an output layer that is no
+    plain linear one.
+    """
+    head = vlm.network.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.dtype.itemsize != 2 or head.weight.is_meta:
+        yield
+        return
+
+    def replaced(head: torch.nn.Linear, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        logits, hidden = logits.float(), args[0].to(head.weight.device).float()
+        bias = head.bias[ids].float() if head.bias is not None else None
+        columns = torch.nn.functional.linear(hidden, head.weight[ids].float(), bias)
+        logits[..., ids] = columns.to(logits.device)
+        return logits
+
+    hook = head.register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def windowed(vlm: VLM) -> bool:

@@ -11,6 +11,7 @@ prompt's keys are read once a step for all n samples instead of n times, and not
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import prefix_path
-from rlaifv.inference.memory import Budget
+from rlaifv.inference.memory import budget_for, sampling_bytes
 from rlaifv.inference.prefix_cache import buffer_cache, feed, logits_of, prefill
 from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
 from rlaifv.vlm.collate import collate_inputs, inputs_shape
@@ -28,6 +29,9 @@ from rlaifv.vlm.loading import VLM
 
 COMPACT_EVERY = 8
 """Steps between looks at which samples are done (a look makes a GPU wait)."""
+
+NUCLEUS = 1024
+"""Likeliest tokens among which top-p looks first."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,15 @@ def sample_encoded(
     """`generate_batch` for prompts that are encoded already."""
     if not encoded:
         return []
+    steps, most = decoding.max_new_tokens, max(map(len, streams))
     if not (shared if shared is not None else prefix_path(vlm, encoded) == "packed"):
-        return [sample_plain(vlm, e, u, decoding) for e, u in zip(encoded, streams, strict=True)]
+        found = []
+        for e, u in zip(encoded, streams, strict=True):
+            each = sampling_bytes(vlm, 0, 1, len(e.prompt_ids) + steps)  # each has the prompt to itself
+            budget = budget_for(vlm, f"plain samples of {steps} tokens", len(u), "samples", each)
+            drawn = budget.batches(range(len(u)), partial(sample_part, vlm, e, u, decoding))
+            found.append([generation for _, part in drawn for generation in part])
+        return found
 
     def kind(i: int) -> tuple:
         return inputs_shape(encoded[i].inputs), len(streams[i])
@@ -121,7 +132,9 @@ def sample_encoded(
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
     order = sorted(range(len(encoded)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
     results: dict[int, list[Generation]] = {}
-    for batch, samples in Budget(vlm.name, len(encoded), "prompts").batches(order, sample, kind=kind):
+    each = sampling_bytes(vlm, max(len(e.prompt_ids) for e in encoded), most, steps)
+    budget = budget_for(vlm, f"{most} samples of {steps} tokens", len(encoded), "prompts", each)
+    for batch, samples in budget.batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
     return [results[i] for i in range(len(encoded))]
 
@@ -145,13 +158,35 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
         scores = scores.gather(-1, ids)
     probs = scores.double().softmax(-1)
     if decoding.top_p < 1:
-        ascending, order = probs.sort(-1)
-        dropped = ascending.cumsum(-1) <= 1 - decoding.top_p
-        dropped[:, -1] = False
-        probs = probs.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
+        probs = probs.masked_fill(unlikely(probs, decoding.top_p), 0.0)
     cdf = probs.cumsum(-1)
     chosen = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.shape[-1] - 1)
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
+
+
+def unlikely(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Which tokens top-p drops: the least likely ones, lower ids first, as long as they add up to 1 - top_p at most.
+
+    Args:
+        probs: (rows, V) float64.
+
+    Returns:
+        (rows, V) bool. Sorting a vocabulary of 150,000 takes longer than the rest of a step, so it is sorted only where
+        the `NUCLEUS` likeliest tokens do not settle it beyond rounding.
+    """
+    if probs.shape[-1] > NUCLEUS:
+        ids = probs.topk(NUCLEUS, dim=-1).indices.sort(-1).values
+        likely = probs.gather(-1, ids)
+        ascending, order = likely.sort(dim=-1, stable=True)
+        below = (probs.sum(-1, keepdim=True) - likely.sum(-1, keepdim=True)) + ascending.cumsum(-1)
+        dropped = below <= 1 - top_p
+        # tokens as likely as the last of these may stand outside: all of them must go
+        if (((below - (1 - top_p)).abs() > 1e-9) & (dropped | (ascending > ascending[:, :1]))).all():
+            return torch.ones_like(probs, dtype=torch.bool).scatter(-1, ids.gather(-1, order), dropped)
+    ascending, order = probs.sort(dim=-1, stable=True)
+    dropped = ascending.cumsum(-1) <= 1 - top_p
+    dropped[:, -1] = False
+    return torch.zeros_like(dropped).scatter(-1, order, dropped)
 
 
 class Decode:
@@ -321,6 +356,13 @@ def sample_plain(
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations
+
+
+def sample_part(
+    vlm: VLM, encoded: EncodedPrompt, uniforms: np.ndarray, decoding: Decoding, part: list[int]
+) -> list[Generation]:
+    """`sample_plain` of some of a prompt's samples."""
+    return sample_plain(vlm, encoded, uniforms[part], decoding)
 
 
 def uniforms(seed: int, name: str, sample: int, count: int) -> np.ndarray:

@@ -1,9 +1,13 @@
 """Models behind an OpenAI-compatible server (vLLM, SGLang, …): a labeler's P(yes), and what a benchmark's judge says.
 
-A labeler is named by `http://host:8000/v1#model` in place of a folder. The question goes with the image (a base64 data
-URL) to the chat endpoint, one token is asked for, and p_yes and p_no are read off its `top_logprobs`. Each answer is on
-disk as soon as it came, so a run that was stopped, or whose server died, goes on and asks nothing twice. The key comes
-from the environment and is stored nowhere.
+A labeler is named by `http://host:8000/v1#model` in place of a folder. The question goes with the image to the chat
+endpoint, one token is asked for, and p_yes and p_no are read off its `top_logprobs`. The image travels as its file's
+own bytes, and its first question goes ahead of the others, which then find the image in the server's prefix cache.
+
+Each answer is on disk as soon as it came, so a run that was stopped, or whose server died, goes on and asks nothing
+twice. A served model is known by its name and by what it answers to fixed questions (`recognize`): at another address
+it keeps its answers, and another model at the same address gets none of them. The key comes from the environment and
+is stored nowhere.
 """
 
 import base64
@@ -14,14 +18,20 @@ import logging
 import math
 import os
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import Image, ImageDraw
+
+from rlaifv.fingerprint import digest
+from rlaifv.params import ServerParams
+from rlaifv.records import T, write_atomic
+from rlaifv.vlm.images import FORMATS, is_upright, open_image
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +59,46 @@ class Server:
         who: how messages name it.
         model: its name there.
         base_url: such as http://localhost:8000/v1; None is OpenAI's, or the environment's OPENAI_BASE_URL.
-        tries: how often a request is sent when it times out, or the server answers 429 or 5xx or is not there; the
-            pauses between grow from half a second to eight.
-        timeout: seconds for one try.
-        key_variable: environment variable with the key; local servers need none.
+        params: how it is asked. A request is sent again when it times out, or the server answers 429 or 5xx or is not
+            there; the pauses between grow from half a second to eight.
+
+    Raises:
+        ValueError: the address holds a user or a password, which would get into messages and files.
     """
 
-    def __init__(
-        self,
-        who: str,
-        model: str,
-        base_url: str | None,
-        tries: int,
-        timeout: float,
-        key_variable: str,
-        give_up_after: int = 1,
-    ):
+    def __init__(self, who: str, model: str, base_url: str | None, params: ServerParams, give_up_after: int = 1):
         import openai
 
-        key = os.environ.get(key_variable) or "none"
-        self.client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=tries - 1)
-        self.who, self.model, self.tries, self.give_up_after = who, model, tries, give_up_after
+        check_address(base_url or os.environ.get("OPENAI_BASE_URL", ""), params)
+        self.key = os.environ.get(params.key_variable, "").strip()
+        again = params.tries - 1
+        self.client = openai.OpenAI(
+            api_key=self.key or "none", base_url=base_url, timeout=params.timeout, max_retries=again
+        )
+        self.who, self.model, self.tries, self.give_up_after = who, model, params.tries, give_up_after
         self.refusal, self.failures, self.last = "", 0, ""
+
+    def told(self, error: Exception) -> str:
+        """What an error of the client says, in a line without the key: some servers repeat it."""
+        text = str(getattr(error, "message", error))
+        return " ".join((text.replace(self.key, "(the key)") if self.key else text).split())[:200]
+
+    def problem(self) -> str:
+        """What keeps it from being asked, found without a question; "" where nothing does."""
+        import openai
+
+        quick = self.client.with_options(timeout=10, max_retries=0)
+        try:
+            models = [model.id for model in quick.models.list().data or []]
+        except openai.NotFoundError:  # it answers, and lists no models
+            return ""
+        except openai.APIStatusError as error:
+            return f"{self.who} answers HTTP {error.status_code}: {self.told(error)}"
+        except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+            return f"{self.who} does not answer ({self.told(error)}): start the server"
+        if models and self.model not in models:
+            return f"{self.who} serves {', '.join(models[:3])} and no such model"
+        return ""
 
     def complete(self, messages: list[dict], **options: Any) -> Any:
         """The choice of one chat completion; every way in which it can fail becomes one clear line.
@@ -89,13 +117,13 @@ class Server:
             choice = self.client.chat.completions.create(model=self.model, messages=messages, **options).choices[0]
             _ = choice.message.content  # where there is none, this is no chat completion
         except openai.APIStatusError as error:
-            reason = f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
+            reason = f"HTTP {error.status_code}: {self.told(error)}"
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
                 if error.status_code in (401, 403, 404):
                     self.refusal = f"{self.who} answers {reason}"
                 raise ServerRefused(f"{self.who} answers {reason}") from None
         except openai.OpenAIError as error:  # no connection, or no reply in time
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {self.told(error)}"
         except (AttributeError, IndexError, TypeError, ValueError):
             reason = "no chat completion: is this an OpenAI-compatible address?"
         else:
@@ -164,13 +192,22 @@ def is_served(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
+def check_address(url: str, params: ServerParams) -> None:
+    """Raise ValueError for an address with a user or a password in it."""
+    if "@" in urlsplit(url).netloc:
+        raise ValueError(
+            f"a server's address must hold no user and no password (given for {urlsplit(url).hostname}): "
+            f"put the key into the environment variable {params.key_variable}"
+        )
+
+
 @dataclass(frozen=True)
 class ServedLabeler:
     """A labeler behind a server.
 
     Attributes:
-        name, fingerprint: stored with every judgement. Nobody can fingerprint weights that are elsewhere: it covers
-            address and name only.
+        name: its name at the server.
+        fingerprint: stored with every judgement; see `recognize`.
         server: whom to ask.
         answers: [p_yes, p_no] by `answer_key`.
         concurrency: requests in flight.
@@ -183,85 +220,209 @@ class ServedLabeler:
     concurrency: int
 
 
-def open_served(path: str, folder: Path | None = None, concurrency: int = 16, tries: int = 5) -> ServedLabeler:
+def open_served(path: str, params: ServerParams, folder: Path | None = None) -> ServedLabeler:
     """The labeler of a path such as `http://127.0.0.1:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
 
     Args:
         path: address (ending in /v1) and model.
-        folder: where its answers are kept; None keeps them in memory.
-        concurrency: requests in flight.
-        tries: of `Server`.
+        params: how it is asked.
+        folder: where its answers are kept, and what it is recognized by; None keeps them in memory.
 
     Raises:
-        ValueError: the path names no model.
+        ValueError: the path names no model, or holds a password.
+        NoReply, ServerRefused: it cannot be asked.
     """
     url, _, model = path.partition("#")
+    check_address(url, params)
     if not is_served(path) or not model:
         raise ValueError(f"{path!r} is no served model: write http://HOST:PORT/v1#MODEL")
     url = url.rstrip("/")
-    name = f"{url}#{model}"
-    fingerprint = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+    server = Server(f"the labeler {url}#{model}", model, url, params)
+    try:
+        fingerprint = recognize(server, folder)
+    except NoReply as failure:
+        raise NoReply(f"{failure}: start the server and run the stage again") from None
     answers = ReplyCache(folder / f"served-{fingerprint}.jsonl" if folder else None, ("key",), list)
-    server = Server(f"the labeler {name}", model, url, tries, timeout=120.0, key_variable="OPENAI_API_KEY")
-    return ServedLabeler(name, fingerprint, server, answers, concurrency)
+    return ServedLabeler(model, fingerprint, server, answers, params.concurrency)
 
 
-def judge_served(
-    labeler: ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
-) -> list[list[tuple[float, float]]]:
-    """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question asked once, some at
-    a time; every answer is kept as it comes.
+# ---- which model it is
+
+PROBES = (
+    "What is in the picture?",
+    "Which color is the largest shape?",
+    "Is there a circle? Please answer yes or no.",
+    "Say the first word of a story about this picture.",
+    "Name an animal.",
+    "Name a number between one and a hundred.",
+)
+"""Asked about `probe_picture` to tell models apart: what comes first of such answers differs between models."""
+
+SAME = 0.1
+"""Total variation distance up to which two first-token distributions may be one model's: a server computes in bfloat16
+and in batches with other requests, which moves a log-prob by 1/8 or so and a probability by less than this."""
+
+
+def recognize(server: Server, folder: Path | None) -> str:
+    """The fingerprint of a served model: 16 hex digits, the same for the same model wherever it is served.
+
+    Nobody can read weights that are elsewhere. What a model is known by is its name and its first answer token's
+    distribution for every one of `PROBES`, kept in `folder`; it is the model of that name whose kept distributions
+    agree within `SAME`, or a new one.
+    """
+    picture = probe_picture()
+    probe = [probabilities(server, ask_first_token(server, picture, question)) for question in PROBES]
+    kept = sorted(folder.glob("served-*.json")) if folder else []
+    for file in kept:
+        known = json.loads(file.read_text())
+        if known["model"] == server.model and max(map(distance, known["probe"], probe)) <= SAME:
+            return known["fingerprint"]
+    fingerprint = digest([server.model, probe])
+    if folder:
+        known = {"fingerprint": fingerprint, "model": server.model, "probe": probe}
+        write_atomic(folder / f"served-{fingerprint}.json", json.dumps(known) + "\n")
+    return fingerprint
+
+
+def distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """Total variation distance between two distributions over tokens, of which only the likeliest are known."""
+    return sum(abs(a.get(token, 0.0) - b.get(token, 0.0)) for token in a.keys() | b.keys()) / 2
+
+
+def probe_picture() -> str:
+    """A drawing as a data URL: a large red circle and a small blue square."""
+    image = Image.new("RGB", (224, 224), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((24, 24, 152, 152), fill="red")
+    draw.rectangle((168, 168, 208, 208), fill="blue")
+    return encoded_url(image, "PNG")
+
+
+# ---- questions and answers
+
+
+def judge_served(labeler: ServedLabeler, items: Sequence[tuple[str, Sequence[str]]]) -> list[list[tuple[float, float]]]:
+    """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question about an image (a
+    `data_url`) asked once; every answer is kept as it comes.
 
     Raises:
-        NoReply: after `tries` attempts at one request; no more are started.
+        NoReply: after all tries of one request; no more are started.
         ServerRefused: a wrong key or model, or a server that gives no `top_logprobs`.
     """
-    keys, requests = [], {}
-    for image, questions in items:
-        url = data_url(image)
-        keys.append([answer_key(url, question) for question in questions])
-        requests |= {key: (url, question) for key, question in zip(keys[-1], questions, strict=True)}
+    waiting: dict[str, dict[str, str]] = defaultdict(dict)  # image → key → question
+    keys = [[answer_key(url, question) for question in questions] for url, questions in items]
+    for (url, questions), row in zip(items, keys, strict=True):
+        for key, question in zip(row, questions, strict=True):
+            if not labeler.answers.replies(key):
+                waiting[url][key] = question
 
-    def ask(key: str) -> None:
-        url, question = requests[key]
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        # temperature 1: some servers report log-probs after dividing by it
-        options = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        choice = labeler.server.complete([{"role": "user", "content": content}], **options)
-        labeler.answers.add(read_probabilities(labeler, choice), key=key)
+    def ask(request: tuple[str, str, str]) -> None:
+        key, url, question = request
+        answer = read_probabilities(labeler.server, ask_first_token(labeler.server, url, question))
+        labeler.answers.add(answer, key=key)
 
     try:
-        with ThreadPoolExecutor(labeler.concurrency) as pool:
-            list(pool.map(ask, [key for key in requests if not labeler.answers.replies(key)]))
+        ask_in_order(
+            ask,
+            [[(key, url, question) for key, question in asked.items()] for url, asked in waiting.items()],
+            labeler.concurrency,
+        )
     except NoReply as failure:
         raise NoReply(f"{failure}; its answers so far are kept: start the server and run the stage again") from None
     return [[tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys]
 
 
-def read_probabilities(labeler: ServedLabeler, choice: Any) -> list[float]:
-    """p_yes and p_no of a chat completion: the words' spellings with and without a space before them are added up."""
+def ask_in_order(ask: Callable[[T], None], groups: Iterable[Sequence[T]], concurrency: int) -> None:
+    """Call `ask` for everything, so many at a time. The first of a group (the questions of one image) goes alone: the
+    others follow when it is answered, ahead of the groups that have not begun. The first error ends it, once what is
+    under way has ended."""
+    unseen, ready = deque(groups), deque()
+    running: dict[Future, Sequence[T]] = {}  # → what may follow it
+    with ThreadPoolExecutor(concurrency) as pool:
+        while unseen or ready or running:
+            while len(running) < concurrency and (ready or unseen):
+                first, *rest = [ready.popleft()] if ready else unseen.popleft()
+                running[pool.submit(ask, first)] = rest
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                rest = running.pop(future)
+                future.result()
+                ready.extend(rest)
+
+
+def ask_first_token(server: Server, image: str, question: str) -> Any:
+    """The choice of a completion of one token; `image` is a data URL."""
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+    # temperature 1: some servers report log-probs after dividing by it
+    options = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    return server.complete([{"role": "user", "content": content}], **options)
+
+
+def top_tokens(server: Server, choice: Any) -> list[tuple[str, float]]:
+    """The likeliest first tokens of an answer, each with its probability; distinct tokens may be spelled alike.
+
+    Raises ServerRefused for a server that gives no `top_logprobs`, or one that is no log-prob.
+    """
     try:
-        top = choice.logprobs.content[0].top_logprobs
+        top = [(entry.token, entry.logprob) for entry in choice.logprobs.content[0].top_logprobs]
     except (AttributeError, IndexError, TypeError):
-        top = None
+        top = []
     if not top:
         raise ServerRefused(
-            f"the labeler {labeler.name} gives no top_logprobs, so P(yes) and P(no) cannot be read: "
+            f"{server.who} gives no top_logprobs, so P(yes) and P(no) cannot be read: "
             "use a server that does (vLLM, SGLang) or load the model in this process"
         )
+    for token, logprob in top:
+        if not isinstance(logprob, int | float) or not -math.inf < logprob <= 0:
+            raise ServerRefused(
+                f"{server.who} gives {token!r} the log-prob {logprob}, expected a number up to 0: P(yes) and P(no) "
+                "would be wrong; use another server or version"
+            )
+    return [(token, math.exp(logprob)) for token, logprob in top]
+
+
+def probabilities(server: Server, choice: Any) -> dict[str, float]:
+    """The likeliest first tokens → probability."""
+    found: dict[str, float] = defaultdict(float)
+    for token, probability in top_tokens(server, choice):
+        found[token] += probability
+    return dict(found)
+
+
+def read_probabilities(server: Server, choice: Any) -> list[float]:
+    """p_yes and p_no of a chat completion: the words' spellings with and without a space before them are added up."""
+    top = top_tokens(server, choice)
     return [mass(top, YES_WORDS), mass(top, NO_WORDS)]
 
 
-def mass(top: Iterable[Any], words: Sequence[str]) -> float:
-    """Total probability of the tokens that spell one of `words` (distinct tokens may be spelled alike)."""
-    return min(1.0, sum(math.exp(entry.logprob) for entry in top if entry.token.strip(" ▁Ġ\n") in words))
+def mass(top: Iterable[tuple[str, float]], words: Sequence[str]) -> float:
+    """Total probability of the tokens that spell one of `words`."""
+    return min(1.0, sum(probability for token, probability in top if token.strip(" ▁Ġ\n") in words))
 
 
-def data_url(image: Image.Image) -> str:
-    """The image as a lossless data URL: the server sees the pixels that an in-process labeler would."""
+SENT_AS_IT_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+"""Formats of images that every server takes."""
+
+
+def data_url(path: Path) -> str:
+    """An image file as a data URL: its own bytes where every server sees in them what we see (RGB or gray, upright, one
+    picture, in a common format); anything else is written anew, a photo as JPEG, the rest without loss.
+
+    Raises FileNotFoundError or ValueError as `open_image` does.
+    """
+    image, data = open_image(path), path.read_bytes()
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        kind = file.format
+        plain = file.mode in ("RGB", "L") and "transparency" not in file.info and getattr(file, "n_frames", 1) == 1
+    if kind in SENT_AS_IT_IS and plain and is_upright(data):
+        return f"data:{SENT_AS_IT_IS[kind]};base64,{base64.b64encode(data).decode()}"
+    return encoded_url(image, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
+
+
+def encoded_url(image: Image.Image, kind: str) -> str:
+    """Pixels as a data URL; JPEG at a quality that keeps them."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    return f"data:{SENT_AS_IT_IS[kind]};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def answer_key(image: str, question: str) -> str:

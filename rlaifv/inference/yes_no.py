@@ -7,14 +7,25 @@ word in its place, after the template's assistant prefix.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
-from rlaifv import ROOT
 from rlaifv.inference.logprobs import next_token_logprobs
-from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler, is_served, judge_served, open_served
+from rlaifv.inference.server import (
+    NO_WORDS,
+    YES_WORDS,
+    ServedLabeler,
+    data_url,
+    is_served,
+    judge_served,
+    open_served,
+)
+from rlaifv.params import ServerParams
 from rlaifv.records import ModelRecord
+from rlaifv.store import SCRATCH
 from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed
+from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_model
 
 PROBE = "Is this a question? Please answer yes or no."
@@ -48,9 +59,27 @@ def yes_no_ids(vlm: VLM) -> YesNoIds:
     return YesNoIds(tuple(sorted(yes)), tuple(sorted(no)))
 
 
-def load_labeler(model: ModelRecord) -> VLM | ServedLabeler:
-    """The labeler of this run: a checkpoint, or a server's address (`http://host:8000/v1#model`)."""
-    return open_served(model.path, ROOT / "scratch") if is_served(model.path) else load_model(model)
+def load_labeler(model: ModelRecord, server: ServerParams) -> VLM | ServedLabeler:
+    """The labeler of this run: a checkpoint, or a server's address (`http://host:8000/v1#model`).
+
+    Raises ValueError when it is not the model that the stage `models` found.
+    """
+    if not is_served(model.path):
+        return load_model(model)
+    labeler = open_served(model.path, server, SCRATCH)
+    if labeler.fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{labeler.server.who} answers otherwise than when the stage models asked it: run `dvc repro -f models`"
+        )
+    return labeler
+
+
+def look(labeler: VLM | ServedLabeler, path: Path) -> Image.Image | str:
+    """An image file as a labeler takes it: its pixels in this process, for a server the file itself (a data URL).
+
+    Raises FileNotFoundError or ValueError as `open_image` does.
+    """
+    return data_url(path) if isinstance(labeler, ServedLabeler) else open_image(path)
 
 
 def first_answer_token(vlm: VLM, word: str) -> int | None:
@@ -69,13 +98,14 @@ def first_answer_token(vlm: VLM, word: str) -> int | None:
 
 
 def judge_many(
-    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
+    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
 ) -> list[list[tuple[float, float]]]:
     """Ask several images their questions, each image and each distinct question once.
 
     Args:
         vlm: the labeler, in this process or behind a server.
-        items: (image, questions) pairs; the questions end with the suffix that asks for yes or no.
+        items: (image, questions) pairs, the images as `look` gives them; the questions end with the suffix that asks
+            for yes or no.
 
     Returns:
         For each item, (p_yes, p_no) per question, in order. A claim is accepted iff p_yes > p_no: a tie is rejected.
@@ -96,7 +126,7 @@ def judge_many(
 
 
 def judge_fit(
-    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image, Sequence[str]]]
+    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
 ) -> list[list[tuple[float, float] | UnfitText]]:
     """`judge_many`, with the reason in place of the answer to a question that cannot be put to this model."""
     try:

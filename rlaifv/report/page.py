@@ -1,5 +1,6 @@
-"""The report's numbers: one summary of all iterations, and the section of published benchmarks."""
+"""The report's numbers: one summary of all iterations, and the sections of published benchmarks and of the plan."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
@@ -25,6 +26,7 @@ def summarize(
     base, last = results["0"].test, list(results)[-1]
     final = {"iteration": int(last), **results[last].test}
     reduction = 1 - final["response_hallucination"] / base["response_hallucination"]
+    on_gpu = [t["peak_gpu_gb"] for t in timings if "peak_gpu_gb" in t]
     exam = labeler or {"n": 0}
     return {
         "base": base,
@@ -40,7 +42,22 @@ def summarize(
         "labeler_accuracy": {"overall": exam.get("accuracy"), **exam.get("per_type", {}), "n": exam["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
+        **({"peak_gpu_gb": max(on_gpu)} if on_gpu else {}),
     }
+
+
+def plan_html(rows: Sequence[Mapping], machine: str) -> Markup:
+    """The section that compares what `plan` said of the stages with what they took (`Plan.compared`); "" without rows.
+
+    `off` is the share by which a stage took longer than planned, `left` what remains of it when all estimates are
+    scaled by the median ratio: how far the calibrated plan can be trusted.
+    """
+    if not rows:
+        return Markup()
+    ratios = [row["minutes"] / row["estimate"] for row in rows]
+    scale = statistics.median(ratios)
+    shown = [row | {"off": ratio - 1, "left": ratio / scale - 1} for row, ratio in zip(rows, ratios, strict=True)]
+    return render("plan.html", rows=shown, machine=machine, scale=scale)
 
 
 def recall_lost(results: Mapping[str, Result], max_recall_drop: float) -> dict[str, dict[str, float]]:

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from rlaifv.params import DivideParams
 from rlaifv.records import Candidate, Claim, Reject
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, encode_questions
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, loaded
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +175,6 @@ def divide(
     questions are divided once, and equal lists of claims are turned into questions once. Returns the counts of
     claims and of rejected candidates.
     """
-    divider = cache(load)
 
     def divide_chunk(chunk: Sequence[Candidate]) -> tuple[list[Claim], list[Reject]]:
         texts = list(dict.fromkeys((questions[c.instruction_id], c.answer) for c in chunk))
@@ -192,7 +190,8 @@ def divide(
                 claims.append(Claim(f"{candidate.id}/{k}", candidate.id, claim, question))
         return claims, rejects
 
-    store.run(_chunks(candidates, questions, params.batch_size), divide_chunk)
+    with loaded(load) as divider:
+        store.run(_chunks(candidates, questions, params.batch_size), divide_chunk)
     return store.publish(out, len(candidates), params.max_reject_rate, of="candidate_id")
 
 

@@ -6,17 +6,15 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
-from rlaifv.inference.yes_no import judge_fit, yes_no_ids
+from rlaifv.inference.yes_no import judge_fit, look, yes_no_ids
 from rlaifv.params import FeedbackParams
 from rlaifv.records import Claim, Judgement, Reject, batched, read_records, to_json, write_atomic
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, loaded
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +42,13 @@ def feedback(
         by_image[images[claim.candidate_id]].append(claim)
     groups = sorted(by_image.items())
     asked = sum(len({claim.question for claim in group}) for _, group in groups)
-    labeler = cache(load)
 
     def judge_chunk(chunk: Sequence[tuple[str, list[Claim]]]) -> tuple[list[Judgement], list[Reject]]:
         rejects: list[Reject] = []
         readable, items = [], []
         for path, group in chunk:
             try:
-                image = open_image(image_root / path)
+                image = look(labeler(), image_root / path)
             except (OSError, ValueError) as error:
                 rejects += [Reject(claim.id, "feedback", str(error)) for claim in group]
                 continue
@@ -71,8 +68,9 @@ def feedback(
                 judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, labeler().fingerprint))
         return judgements, rejects
 
-    store.run(batched(groups, params.batch_size), judge_chunk)
-    record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
+    with loaded(load) as labeler:
+        store.run(batched(groups, params.batch_size), judge_chunk)
+        record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
     write_atomic(out.parent / "labeler.json", record)
     warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(record)["labeler"])

@@ -7,7 +7,6 @@ preference pairs made of them differ in trustworthiness and not in style. A samp
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from rlaifv.records import Candidate, Instruction, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, check_text, encode_questions
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, loaded
 
 
 def generate(
@@ -39,7 +38,6 @@ def generate(
     token. An answer cut at `max_new_tokens` is kept and marked (`finish_reason` "length"). `temperature_spread` is an
     ablation, see `temperature_of`.
     """
-    policy = cache(load)
 
     def sample_chunk(chunk: Sequence[Instruction]) -> tuple[list[Candidate], list[Reject]]:
         candidates: list[Candidate] = []
@@ -78,7 +76,8 @@ def generate(
                 candidates.append(Candidate(name, instruction.id, s, answer, tokens, end, seed, policy().fingerprint))
         return candidates, rejects
 
-    store.run(batched(instructions, params.batch_size), sample_chunk)
+    with loaded(load) as policy:
+        store.run(batched(instructions, params.batch_size), sample_chunk)
     return store.publish(out, len(instructions) * params.samples, params.max_reject_rate)
 
 

@@ -12,14 +12,13 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from rlaifv.records import Instruction, read_jsonl, write_jsonl
+from rlaifv.steps.public_pairs import public_rows
+from rlaifv.store import link_or_copy
 
 KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 """What a picture's file begins with → the ending of its name."""
@@ -27,21 +26,6 @@ KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8":
 
 def digest(content: bytes, size: int = 8) -> str:
     return hashlib.blake2b(content, digest_size=size).hexdigest()
-
-
-def public_rows(files: Sequence[Path]) -> Iterator[dict]:
-    """The rows of the public dataset's parquet files, a few at a time; the columns that older releases keep as JSON in
-    `text` are taken out of it. Raises ValueError for a file that is none of them."""
-    for file in files:
-        table = pq.ParquetFile(file)
-        names = set(table.schema_arrow.names)
-        if "image" not in names or not names & {"question", "text"}:
-            raise ValueError(f"{file} is no file of the public dataset: it has the columns {', '.join(sorted(names))}")
-        wanted = [name for name in ("image", "question", "text", "origin_dataset") if name in names]
-        for batch in table.iter_batches(batch_size=64, columns=wanted):
-            for row in batch.to_pylist():
-                text = json.loads(row.pop("text", None) or "{}")
-                yield {**text, **{key: value for key, value in row.items() if value is not None}}
 
 
 def from_public(files: Sequence[Path], image_root: Path, out: Path, limit: int | None = None) -> dict[str, int]:
@@ -54,9 +38,9 @@ def from_public(files: Sequence[Path], image_root: Path, out: Path, limit: int |
     seen: set[str] = set()
     rows: list[Instruction] = []
     counts = dict.fromkeys(("read", "written", "repeated", "unusable"), 0)
-    for row in public_rows(files):
+    for row in public_rows(files, ("image", "question", "origin_dataset")):
         counts["read"] += 1
-        content, question = (row["image"] or {}).get("bytes") or b"", str(row.get("question", "")).strip()
+        content, question = (row["image"] or {}).get("bytes") or b"", str(row["question"] or "").strip()
         ending = next((ending for magic, ending in KINDS.items() if content.startswith(magic)), None)
         if ending is None or not question:
             counts["unusable"] += 1
@@ -73,7 +57,7 @@ def from_public(files: Sequence[Path], image_root: Path, out: Path, limit: int |
             partial = image_root / path.with_suffix(".partial")
             partial.write_bytes(content)
             os.replace(partial, image_root / path)
-        rows.append(Instruction(key, str(path), question, source=str(row.get("origin_dataset", ""))))
+        rows.append(Instruction(key, str(path), question, source=str(row["origin_dataset"] or "")))
         counts["written"] += 1
         if counts["written"] == limit:
             break
@@ -116,24 +100,15 @@ def from_coco(
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: unpack COCO's {split}.zip into {coco}")
             path = Path("coco") / image["file_name"]
-            link(file, image_root / path)
+            if not (image_root / path).exists():
+                (image_root / path).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, image_root / path)
             prompt = prompts[int(digest(f"prompt/{image['id']}".encode()), 16) % len(prompts)]
             rows.append(Instruction(str(image["id"]), str(path), prompt, source=split))
         written[name] = coco / f"instructions_{name}.jsonl"
         write_jsonl(written[name], rows)
         start += size
     return written
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy on another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,29 +1,45 @@
 """Models: who plays policy, labeler and divider in a run, written down once so that every stage depends on it."""
 
+import dataclasses
 from pathlib import Path
 
 from rlaifv.inference.server import is_served, open_served
-from rlaifv.params import ModelParams, Params
+from rlaifv.params import ModelParams, Params, ServerParams
 from rlaifv.records import ModelRecord, to_json, write_atomic
+from rlaifv.store import SCRATCH
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
+from rlaifv.vlm.loading import check_model
 
 ROLES = ("policy", "labeler", "divider")
 
 
-def describe(model: ModelParams) -> ModelRecord:
-    """A model of the parameter file with its fingerprint. FileNotFoundError when there is no such checkpoint."""
-    served = is_served(model.path)
-    mark = open_served(model.path).fingerprint if served else fingerprint_checkpoint(model.path, model.revision)
-    return ModelRecord(model.path, model.revision, model.dtype, model.device, mark)
+def describe(model: ModelParams, server: ServerParams) -> ModelRecord:
+    """A model of the parameter file with its fingerprint. FileNotFoundError when there is no such checkpoint; of a
+    served one, errors of `open_served`."""
+    if is_served(model.path):
+        return as_record(model, open_served(model.path, server, SCRATCH).fingerprint)
+    settings = as_record(model).settings
+    return as_record(model, fingerprint_checkpoint(model.path, model.revision, settings))
+
+
+def as_record(model: ModelParams, fingerprint: str = "") -> ModelRecord:
+    return ModelRecord(fingerprint=fingerprint, **dataclasses.asdict(model))
 
 
 def describe_models(params: Params) -> dict[str, ModelRecord]:
-    """Role → who plays it by the parameter file; nothing needs to have run for it."""
-    return {role: describe(getattr(params, role)) for role in ROLES}
+    """Role → who plays it by the parameter file; no stage needs to have run for it."""
+    return {role: describe(getattr(params, role), params.server) for role in ROLES}
 
 
 def write_models(params: Params, out: Path) -> dict[str, ModelRecord]:
-    """Write `out`/ROLE.json for every role; a stage that a role matters to depends on its file."""
+    """Write `out`/ROLE.json for every role; a stage that a role matters to depends on its file.
+
+    Raises FileNotFoundError or ValueError, before any weights are fetched, for a model that cannot play its role.
+    """
+    for role in ROLES:
+        model = getattr(params, role)
+        if not is_served(model.path):
+            check_model(as_record(model), role)
     records = describe_models(params)
     for role, record in records.items():
         write_atomic(out / f"{role}.json", to_json(record) + "\n")

@@ -1,6 +1,7 @@
 """Prepare: read instruction files, check every image, and fix the order in which iterations take instructions."""
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
 def inside(folder: Path, name: str) -> Path:
     """The path of a file below a folder; ValueError for one that lies elsewhere, by its name or by a link."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # the folder may be a link itself
         raise ValueError(f"image {name} lies outside {folder}: put it, or a hard link to it, below prepare.image_root")
     return path
 
@@ -147,6 +148,8 @@ def prepare(params: PrepareParams, seed: int, root: Path, out: Path) -> dict[str
         all_rejects += rejects
         for kind in ANNOTATIONS if split else ():
             if source := getattr(split, kind):
-                shutil.copyfile(root / source, annotations(out, name, kind))
+                copy = annotations(out, name, kind)
+                copy.unlink(missing_ok=True)  # DVC may have linked it to its cache
+                shutil.copyfile(root / source, copy)
     write_jsonl(out / "rejects.jsonl", all_rejects)
     return counts

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlaifv.store import link_or_copy
+
 log = logging.getLogger(__name__)
 
 
@@ -22,21 +24,31 @@ def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
     """
     if not rows:
         raise ValueError("no checkpoint to choose from")
-    kept = [row for row in rows if keeps_recall(row, base, max_recall_drop)]
-    if not kept:
-        best = max(rows, key=lambda row: row["recall"])
+    best = ranked(rows, base, max_recall_drop)[0]
+    if not keeps_recall(best, base, max_recall_drop):
         log.warning(
             f"no checkpoint keeps recall within {max_recall_drop:.3f} of the base's {base['recall']:.3f}; "
             f"taking {best['checkpoint']} with the highest, {best['recall']:.3f}"
         )
-        return best
-    return min(kept, key=lambda row: (row["response_hallucination"], -row["recall"], row["checkpoint"]))
+    return best
+
+
+def ranked(rows: Sequence[dict], base: dict, max_recall_drop: float) -> list[dict]:
+    """The dev rows, best first, by the rule of `choose`. A row's place among others depends on no further row: the best
+    of all is always among the best few of those known so far."""
+
+    def place(row: dict) -> tuple:
+        if keeps_recall(row, base, max_recall_drop):
+            return (0, row["response_hallucination"], -row["recall"])
+        return (1, -row["recall"], 0.0)
+
+    return sorted(rows, key=place)  # stable: the earlier checkpoint first
 
 
 def copy_checkpoint(checkpoint: Path, policy: Path) -> None:
-    """Copy the chosen checkpoint to where the next iteration looks for its policy, whole or not at all."""
+    """Give the chosen checkpoint's files a second name where the next iteration looks for its policy: all or none."""
     partial = policy.with_name(policy.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial)
+    shutil.copytree(checkpoint, partial, copy_function=link_or_copy)
     shutil.rmtree(policy, ignore_errors=True)
     partial.rename(policy)

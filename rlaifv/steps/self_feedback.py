@@ -9,7 +9,6 @@ Many answers to one prompt share its image and text (rlaifv.inference.logprobs),
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model
+from rlaifv.vlm.loading import VLM, load_model, loaded
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,6 @@ def write_logps(
     for candidate in candidates:
         of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
     with_answers = [i for i in instructions if i.id in of_instruction]
-    models = cache(load)
 
     def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateLogps], list[Reject]]:
         policy, reference = models()
@@ -170,5 +168,6 @@ def write_logps(
         pairs = zip(readable, scored, strict=True)
         return [CandidateLogps(c.id, s.policy, s.reference, s.tokens, *names) for c, s in pairs], rejects
 
-    store.run(batched(with_answers, batch_size), score_chunk)
+    with loaded(load) as models:
+        store.run(batched(with_answers, batch_size), score_chunk)
     return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

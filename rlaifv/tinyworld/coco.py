@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from rlaifv.records import write_atomic
 from rlaifv.tinyworld.language import INSTRUCTIONS, TYPES, caption, random_claim, to_question
 from rlaifv.tinyworld.scenes import CELL, CONTEXTS, GRID, SIZE, Group, Scene, make_scene, place, render
 
@@ -59,6 +60,7 @@ def _write_split(folder: Path, split: str, scenes: list[Scene], seed: int) -> No
     for scene in scenes:
         rng = random.Random(f"text {seed} {scene.image_id}")
         name = file_name(scene.image_id)
+        (folder / "images" / name).unlink(missing_ok=True)  # DVC may have linked it to its cache
         render(scene, seed).save(folder / "images" / name)
         images.append({"id": scene.image_id, "file_name": name, "height": SIZE, "width": SIZE})
         annotations += _annotations(scene, seed, len(annotations))
@@ -147,8 +149,8 @@ def held_out_questions(scenes: list[Scene], split: str, seed: int) -> list[dict]
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=None, separators=(",", ":")) + "\n")
+    write_atomic(path, json.dumps(value, indent=None, separators=(",", ":")) + "\n")
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -11,32 +11,46 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from rlaifv.params import TrainParams
+from rlaifv.training.dev_scores import Dev, score_checkpoint, surplus
 from rlaifv.training.library_quirks import whole_models
 from rlaifv.training.run_folder import read_whole, record_whole, remove
 from rlaifv.vlm.loading import VLM, load_vlm
 
 
+def checkpoints(params: TrainParams) -> list[str]:
+    """The parts of a run's folder that are checkpoint 1 to n."""
+    return [f"published/checkpoint-{k}" for k in range(1, params.epochs * params.checkpoints_per_epoch + 1)]
+
+
 def published(params: TrainParams) -> list[str]:
-    """The parts of a run's folder that a finished run has published: checkpoint 1 to n, and the log."""
-    n = params.epochs * params.checkpoints_per_epoch
-    return [*(f"published/checkpoint-{k}" for k in range(1, n + 1)), "published/log.csv"]
+    """The parts of a run's folder that every finished run has published: checkpoint 1 to n, or where only the best are
+    kept their rows on dev, and the log."""
+    kept = ".json" if params.keep_checkpoints else ""
+    return [*(part + kept for part in checkpoints(params)), "published/log.csv"]
 
 
 class WriteCheckpoints(TrainerCallback):
-    """Writes checkpoint k after k/n of all steps, and then lets the Trainer write one that it can go on from.
+    """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
+    can go on from.
 
-    `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path.
+    `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path. With
+    `dev` a checkpoint is scored at once. Weights that are not among the best go only when a state is saved: what a
+    killed run would train again decides about none of them.
     """
 
-    def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str):
+    def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str, dev: Dev | None = None):
         self.trainer, self.vlm, self.params, self.run, self.policy = trainer, vlm, params, run, policy
+        self.dev = dev
 
     def on_step_end(self, args, state, control, **kwargs):
-        parts, control.should_save = published(self.params)[:-1], False
+        parts, control.should_save = checkpoints(self.params), False
         for k, part in enumerate(parts, start=1):
             if max(1, round(k * state.max_steps / len(parts))) == state.global_step:
                 self._write(part)
-                control.should_save = True
+                if self.dev:
+                    with whole_models(self.trainer):
+                        score_checkpoint(self.run, part, self.dev)
+                control.should_save = k % self.params.resume_every == 0
         return control
 
     def on_save(self, args, state, control, **kwargs):
@@ -44,7 +58,11 @@ class WriteCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             now = f"trainer/checkpoint-{state.global_step}"
             earlier = [part for part in read_whole(self.run) if part.startswith("trainer/") and part != now]
-            record_whole(self.run, now, instead_of=earlier)
+            record_whole(self.run, now, instead_of=[*earlier, *self.surplus()])
+
+    def surplus(self) -> list[str]:
+        """Checkpoints that are not kept."""
+        return surplus(self.run, self.dev, self.params.keep_checkpoints) if self.dev else []
 
     def _write(self, part: str) -> None:
         trainer, params, out = self.trainer, self.params, self.run / part

@@ -1,10 +1,14 @@
-"""Direct preference optimization on packed pairs (RLAIF-V, arXiv 2405.17220, section 2.3), from a batch to the step."""
+"""Direct preference optimization on packed pairs (RLAIF-V, arXiv 2405.17220, section 2.3), from a batch to the step.
+
+In reading order: `PairCollator` makes a batch of pairs, `PairScorer` gives their answers' log-probs under a policy,
+`reference_logps` those under the reference, `dpo_loss` compares the two, and `PairTrainer` takes the steps.
+"""
 
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from rlaifv.store import progress
 from rlaifv.training import library_quirks
 from rlaifv.training.packed_pairs import PADDING, build_batch, packed_masks, packed_positions, segment_weights
 from rlaifv.training.pair_data import PairData
+from rlaifv.training.policy import computing, sharded
 from rlaifv.training.vision_features import ImageInputs, KeptFeatures
 
 log = logging.getLogger(__name__)
@@ -80,7 +85,9 @@ class PairScorer(torch.nn.Module):
                 inputs["attention_mask"] = packed_masks(rows, network.get_decoder().config)
                 inputs["position_ids"] = packed_positions(rows, backbone, image_inputs)
             hidden = backbone(input_ids=rows["input_ids"], **inputs, use_cache=False).last_hidden_state
-        hidden, targets = hidden.flatten(0, 1)[rows["predictors"][mask]], batch["answers"][mask]
+        places = torch.cat(batch["places"])
+        hidden = hidden.flatten(0, 1)[rows["predictors"].flatten()[places]]
+        targets = batch["answers"].flatten()[places]
         part = max(1, LOGITS_AT_ONCE // network.config.get_text_config().vocab_size)
         if len(targets) <= part:
             scores = self._score_tokens(hidden, targets)
@@ -118,7 +125,7 @@ def answer_logps(scores: dict[str, torch.Tensor], batch: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def reference_logps(
-    scorer: PairScorer, collate: PairCollator, batch_size: int, device: torch.device, bfloat16: bool
+    scorer: PairScorer, collate: PairCollator, batch_size: int, device: torch.device, dtype: str
 ) -> np.ndarray:
     """`answer_logps` of all pairs under a policy that has not been trained yet, float32 [2, pairs].
 
@@ -126,15 +133,15 @@ def reference_logps(
     once. Every process computes its share. Raises FloatingPointError, with pair ids, where one is not finite.
     """
     state, pairs = PartialState(), collate.data.pairs
-    order = sorted(range(len(pairs)), key=lambda i: -pairs[i].row_length)
+    order = (-pairs.row_lengths).argsort(kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: list[tuple[int, list[float]]] = []
     for numbers in progress(batches[state.process_index :: state.num_processes], "reference log-probs"):
         batch = send_to_device(collate(numbers), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with computing(dtype, device):
             found += zip(numbers, answer_logps(scorer(batch), batch).T.tolist(), strict=True)
     logps = np.array([both for _, both in sorted(gather_object(found))], np.float32).T
-    if bad := [pair.pair_id for pair, finite in zip(pairs, np.isfinite(logps).all(0), strict=True) if not finite]:
+    if bad := [pair_id for pair_id, finite in zip(pairs.ids, np.isfinite(logps).all(0), strict=True) if not finite]:
         raise FloatingPointError(f"the reference log-probs of {len(bad)} pairs are not finite: {', '.join(bad[:5])}")
     return logps
 
@@ -239,23 +246,32 @@ class PairTrainer(Trainer):
         super().__init__(scorer, args, data_collator=collate, train_dataset=range(len(pairs)))
         self.remove_callback(PrinterCallback)
         self.add_callback(Watch(params.beta, params.collapse_nats))
-        library_quirks.keep_float32_under_fsdp(self)
+        if self.is_fsdp_enabled and params.dtype == "bfloat16":
+            library_quirks.gather_in_bfloat16(self)
         self.pairs, self.params = pairs, params
         self.reference = torch.from_numpy(reference).to(self.accelerator.device)
         self.now_training_on: list[str] = []
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self._tokens = 0
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of each metric: the sum, still on the GPU, and the count
+        self._new_tokens = self._tokens = 0
         self._last_log: tuple[float, int, int] | None = None  # time, step, tokens
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
-        lengths = [pair.row_length for pair in self.pairs]
-        return EpochOrder(lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
+        return EpochOrder(
+            self.pairs.row_lengths.tolist(), self.params.batch_size, self.args.seed, lambda: self.state.global_step
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Called when the weights have just been spread, before a state is loaded: each process makes its own part of
+        them float32, so that none ever holds the whole model in it (28 GB of a 7B)."""
+        if self.is_fsdp_enabled and not self.params.lora_r:
+            self.model.to(torch.float32)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         """The mean loss of a micro-batch; its metrics are added up for the next log entry."""
         params, batch = self.params, inputs
         self.now_training_on = [self.pairs[i].pair_id for i in batch["pairs"]]
-        with library_quirks.autocast_under_fsdp(self):
+        with nullcontext() if self.is_deepspeed_enabled else computing(params.dtype, self.reference.device):
             scores = model(batch)
         policy, reference = answer_logps(scores, batch), self.reference[:, batch["pairs"]]
         lengths = batch["answer_mask"].sum(1).view(2, -1)
@@ -272,7 +288,8 @@ class PairTrainer(Trainer):
 
     def _add_metrics(self, batch, scores, rewards, policy, lengths) -> None:
         """Add this micro-batch to the sums; `rewards` are DPO's β log π/π_ref, [2, B]."""
-        chosen, rejected = batch["answer_mask"].chunk(2)
+        chosen, rejected = batch["places"]
+        of_tokens = {key: scores[key].flatten() for key in ("entropy", "is_top1", "mean_logit")}
         of_pairs_and_tokens = {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
@@ -282,22 +299,26 @@ class PairTrainer(Trainer):
             "logps/rejected": policy[1],
             "length/chosen": lengths[0],
             "length/rejected": lengths[1],
-            "entropy": scores["entropy"][batch["answer_mask"]],
-            "mean_token_accuracy": scores["is_top1"][: len(chosen)][chosen],
-            "logits/chosen": scores["mean_logit"][: len(chosen)][chosen],
-            "logits/rejected": scores["mean_logit"][len(chosen) :][rejected],
-            "num_tokens": torch.tensor([batch["tokens"]]),
+            "entropy": of_tokens["entropy"][torch.cat([chosen, rejected])],
+            "mean_token_accuracy": of_tokens["is_top1"][chosen],
+            "logits/chosen": of_tokens["mean_logit"][chosen],
+            "logits/rejected": of_tokens["mean_logit"][rejected],
         }
         for name, values in of_pairs_and_tokens.items():
-            self._sums[name] += torch.tensor([values.double().sum(), values.numel()], dtype=torch.float64)
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + values.double().sum(), count + values.numel()
+        self._new_tokens += batch["tokens"]
 
     def metrics(self) -> dict[str, float]:
         """What was trained since the last call: means over all pairs or all answer tokens of all processes."""
-        sums = torch.stack(list(self._sums.values())).to(self.accelerator.device)
-        sums = self.accelerator.reduce(sums, "sum").tolist()
-        means = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True)}
-        self._tokens += int(sums[list(self._sums).index("num_tokens")][0])
-        self._sums.clear()
+        totals, counts = zip(*self._sums.values(), strict=True)
+        here = [*torch.stack(totals).tolist(), *counts, self._new_tokens]
+        here = torch.tensor(here, dtype=torch.float64, device=self.accelerator.device)
+        *sums, tokens = self.accelerator.reduce(here, "sum").tolist()
+        of_each = zip(self._sums, sums[: len(totals)], sums[len(totals) :], strict=True)
+        means = {name: total / count for name, total, count in of_each}
+        self._tokens += int(tokens)
+        self._sums, self._new_tokens = {}, 0
         return means | {"num_tokens": self._tokens}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -391,10 +412,12 @@ def training_arguments(params: TrainParams, folder: Path, seed: int) -> Training
         warmup_steps=params.warmup_ratio,
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        bf16=params.dtype == "bfloat16",
+        bf16=params.dtype == "bfloat16" and sharded() == "deepspeed",  # else `policy.computing` does it
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
+        # FSDP would hold the gradients of the whole model until the last micro-batch of a step (28 GB of a 7B)
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded() == "fsdp"}},
         report_to="tensorboard",
         disable_tqdm=True,
         seed=seed,

@@ -12,24 +12,27 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import set_seed
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
-from rlaifv.records import write_atomic
+from rlaifv.records import to_json, write_atomic
+from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
-from rlaifv.training.checkpoints import WriteCheckpoints, published
+from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
+from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
-from rlaifv.training.packed_pairs import choose_layout
-from rlaifv.training.pair_data import PairData, read_pairs
-from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, reference_device, sharded
+from rlaifv.training.packed_pairs import choose_layout, image_source
+from rlaifv.training.pair_data import PairData
+from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, sharded, whole_device
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
@@ -41,7 +44,8 @@ log = logging.getLogger(__name__)
 class TrainResult:
     """What a training run did. `rejects` are (pair id, reason); `layout` is how pairs went through the model.
 
-    Tokens per second are those of two rows a pair, prompt and image included, however they were computed.
+    Tokens per second are those of two rows a pair, prompt and image included, however they were computed. The peak is
+    that of tensors on the GPU that held most, reference log-probs and all, in 10⁹ bytes; None without a GPU.
     """
 
     checkpoints: list[str]
@@ -53,10 +57,16 @@ class TrainResult:
     log: str
     pairs_per_second: float | None
     tokens_per_second: float | None
+    peak_gpu_gb: float | None
 
 
-def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int) -> TrainResult:
+def train(
+    policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Path, seed: int, dev: Dev | None = None
+) -> TrainResult:
     """Train `policy` on the pairs in `pairs` and write `out/checkpoint-<k>`, k = 1..n, and `out/log.csv`.
+
+    With `params.keep_checkpoints` each is scored on `dev` into `out/checkpoint-<k>.json` when it is written, and only
+    the best of them are kept.
 
     `pairs` is a parquet file or folder in the columns of the public RLAIF-V dataset. Work lives in `scratch/train-<h>`,
     h a hash of everything that determines the result; kill the run, call it again, and it ends with the same bytes. A
@@ -68,19 +78,23 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
     gradient is not finite; the checkpoints before that are in `out` then.
     """
     check_train(params)
+    if bool(params.keep_checkpoints) != (dev is not None):
+        raise ValueError("train.keep_checkpoints chooses on dev: give both or none of them")
     pairs, settings = Path(pairs).resolve(), dataclasses.asdict(params)
-    read_pairs(pairs)  # pairs that cannot be read stop here
     made_of = {
         "policy": fingerprint_checkpoint(policy),
-        "data": digest_files(*(sorted(pairs.glob("*.parquet")) or [pairs])),
+        "data": digest_files(*parquet_files(pairs)),
         "source": stage_sources("train"),
     }
-    identity = {**made_of, "params": {**settings, "collapse_nats": None}, "seed": seed}
+    asked = dev and dataclasses.asdict(dev)
+    identity = {**made_of, "params": {**settings, "collapse_nats": None, "resume_every": None}, "seed": seed}
+    identity["dev"] = dev and [asked, dev.data()]
     run = (scratch / f"train-{digest(identity)}").resolve()
     job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
+    job["dev"] = asked
     lock = lock_folder(run, "train")
     try:
-        write_atomic(run / "job.json", json.dumps(job, indent=2))
+        write_atomic(run / "job.json", to_json(job, indent=2))
         result = read_finished(run, published(params))
         if result is None:
             launch(run / "job.json", params) if params.processes > 1 else run_job(job)
@@ -88,15 +102,15 @@ def train(policy: str, pairs: Path, params: TrainParams, out: Path, scratch: Pat
         if result is None:
             raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
         publish(run, out)
-        for unfinished in ("trainer", "adapter"):
+        for unfinished in ("trainer", "adapter", "pairs"):
             remove(run / unfinished)
     except FloatingPointError:
-        publish(run, out)
+        publish(run, out, unfinished=True)
         raise
     finally:
         lock.release()
     return TrainResult(
-        checkpoints=[str(out / Path(part).name) for part in published(params)[:-1]],
+        checkpoints=[str(out / Path(part).name) for part in checkpoints(params) if (run / part).is_dir()],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
         log=str(out / "log.csv"),
         **result,
@@ -133,9 +147,13 @@ def launch(job: Path, params: TrainParams) -> None:
 def run_job(job: dict) -> None:
     """One process of a run: load, freeze, lay out, reference, train (or go on), write `finished.json`."""
     library_quirks.be_quiet()
+    if sharded() and not torch.cuda.is_available():
+        library_quirks.shard_on_cpus()
+    # the others wait where the first process works alone: half an hour would be too short for that
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
-    data = PairData(vlm, Path(job["pairs"]), params.max_length)
+    data = PairData(vlm, Path(job["pairs"]), params.max_length, run / "pairs")
     for reject in data.rejects:
         log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
     if not data.pairs:
@@ -144,11 +162,13 @@ def run_job(job: dict) -> None:
     if sharded():
         # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
         params = dataclasses.replace(params, feature_cache_gb=0)
-    elif not params.load_in_4bit:
-        vlm.model.to(own_device())
-    arguments = training_arguments(params, run / "trainer", job["seed"])  # also joins the other processes
-    scorer = PairScorer(vlm.model)
-    layout = choose_layout(scorer, vlm, data, params)
+    if not params.load_in_4bit:
+        vlm.model.to(whole_device(vlm.model))
+    scorer, kept = PairScorer(vlm.model), run / "layout.txt"  # a run that goes on does not look again
+    if state.is_main_process and not kept.is_file():
+        write_atomic(kept, choose_layout(scorer, vlm, data, params))
+    (layout,) = broadcast_object_list([kept.read_text() if state.is_main_process else None])
+    scorer.images = scorer.images or image_source(layout, data, vlm.model)
     packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
     collate = PairCollator(data, pad, packed=packed, segment_weight=params.segment_weight)
     made_of = {
@@ -158,16 +178,12 @@ def run_job(job: dict) -> None:
         "weights": "4 bit" if params.load_in_4bit else str(vlm.model.dtype),  # LoRA's base is not in float32
         "layout": layout,
     }
-    store = ReferenceStore(run.parent, made_of, [pair.pair_id for pair in data.pairs])
-    state, reference = PartialState(), store.load()
+    store = ReferenceStore(run.parent, made_of, data.pairs.ids)
+    reference = store.load()
     reused = reference is not None
     if not reused:
-        before, device = vlm.model.device, reference_device(vlm.model)
         # without gradients a batch of four times as many pairs takes less memory
-        batch_size = 4 * params.micro_batch_size
-        scorer.to(device)
-        reference = reference_logps(scorer, collate, batch_size, device, params.dtype == "bfloat16")
-        scorer.to(before)
+        reference = reference_logps(scorer, collate, 4 * params.micro_batch_size, vlm.device, params.dtype)
         if state.is_main_process:
             store.save(reference)
     set_seed(job["seed"])
@@ -179,27 +195,31 @@ def run_job(job: dict) -> None:
     if last:
         log.info("train: resuming from %s", last.name)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
+    arguments = training_arguments(params, run / "trainer", job["seed"])
     trainer = PairTrainer(scorer, collate, reference, params, arguments)
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
-    trainer.add_callback(WriteCheckpoints(trainer, vlm, params, run, job["policy"]))
+    writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
+    trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    peaks = gather_object([torch.cuda.max_memory_allocated(own_device()) / 1e9 if torch.cuda.is_available() else 0])
     if not state.is_main_process:
         return
     history = trainer.state.log_history
     write_log(history, run / "published" / "log.csv")
-    record_whole(run, "published/log.csv")
+    record_whole(run, "published/log.csv", instead_of=writer.surplus())
     result = {
         "steps": trainer.state.global_step,
         "pairs": len(data.pairs),
         "rejects": [(reject.id, reject.reason) for reject in data.rejects],
         "layout": layout,
         "reference": "reused" if reused else "computed",
+        "peak_gpu_gb": max(peaks) or None,
     }
     for name in ("pairs_per_second", "tokens_per_second"):  # their medians, None for a run of one step
         values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
         result[name] = statistics.median(values) if values else None
-    write_atomic(run / FINISHED, json.dumps(result))
+    write_atomic(run / FINISHED, to_json(result))
 
 
 if __name__ == "__main__":

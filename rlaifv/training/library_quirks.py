@@ -4,7 +4,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -16,16 +19,13 @@ def classes_to_shard(model: PreTrainedModel) -> list[str]:
     return sorted({type(module).__name__ for module in model.modules()} & set(model._no_split_modules or ()))
 
 
-def keep_float32_under_fsdp(trainer: Trainer) -> None:
+def gather_in_bfloat16(trainer: Trainer) -> None:
     """accelerate 1.15's FSDP policy for bfloat16 also rounds log-probs (-120 to 0.5 nats) and sums gradients in
-    bfloat16. Without it nothing computes in bfloat16: `autocast_under_fsdp` does that."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-
-def autocast_under_fsdp(trainer: Trainer) -> contextlib.AbstractContextManager:
-    """accelerate 1.15 wraps a model's forward in autocast, but not a model that FSDP shards."""
-    return trainer.accelerator.autocast() if trainer.is_fsdp_enabled else contextlib.nullcontext()
+    bfloat16. Here weights alone are in bfloat16 while they compute; `policy.computing` sees to the rest, as it does for
+    the reference."""
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def adapters_in_float32() -> bool:
@@ -77,3 +77,28 @@ def be_quiet() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
     transformers.utils.logging.disable_progress_bar()
+
+
+def shard_on_cpus() -> None:
+    """accelerate 1.15 looks for FSDP and DeepSpeed on GPUs only, and trains whole copies on CPUs without a word. This
+    makes it spread weights over processes on CPUs too, by gloo: a rehearsal of what GPUs will do."""
+    original = AcceleratorState.__init__
+
+    def shard(
+        self, mixed_precision=None, cpu=False, dynamo_plugin=None, deepspeed_plugin=None, fsdp_plugin=None, **rest
+    ):
+        new = not AcceleratorState._shared_state
+        original(self, mixed_precision, cpu, dynamo_plugin, deepspeed_plugin, fsdp_plugin, **rest)
+        if not new:
+            return
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        elif deepspeed_plugin is not None:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
+            deepspeed_plugin.set_mixed_precision(mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = shard

@@ -3,11 +3,10 @@
 import logging
 import os
 import re
-from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlaifv.params import TrainParams
 from rlaifv.training import library_quirks
@@ -24,17 +23,14 @@ def load_policy(policy: str, params: TrainParams) -> VLM:
     """The policy in main memory, its weights in the dtype that the optimizer needs.
 
     Full fine-tuning in bfloat16 keeps float32 weights (steps of 5e-7 vanish in bfloat16's 8 bits) and computes in
-    bfloat16; a frozen LoRA base, and a model that DeepSpeed keeps its own float32 copy of, are loaded in bfloat16.
+    bfloat16. Loaded in bfloat16 are a frozen LoRA base, and a model that is spread over processes, so that each needs
+    half the memory for the whole of it: of its own part each then has float32 weights (`dpo.PairTrainer`; DeepSpeed
+    has its own).
     """
-    dtype = params.dtype if params.lora_r or sharded() == "deepspeed" else "float32"
+    dtype = params.dtype if params.lora_r or sharded() else "float32"
     if not params.load_in_4bit:
         return load_vlm(policy, dtype=dtype, device="cpu")
-    if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(
-            "train.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
-        )
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    vlm = load_vlm(policy, dtype=dtype, device=own_device(), quantization=four_bits)
+    vlm = load_vlm(policy, dtype=dtype, device=own_device(), load_in_4bit=True)
     library_quirks.keep_4bit_kernels_with_gradients(vlm.model)
     return vlm
 
@@ -44,13 +40,13 @@ def own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def reference_device(model: PreTrainedModel) -> torch.device:
-    """Where reference log-probs are computed, before weights are spread over GPUs: this process's GPU, or the CPU
-    where the whole model does not fit it."""
+def whole_device(model: PreTrainedModel) -> torch.device:
+    """Where the whole model is before its weights are spread over GPUs, and its layout and reference log-probs are
+    computed: this process's GPU, or the CPU where it does not fit."""
     if sharded() and torch.cuda.is_available():
         need = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         if need > 0.8 * torch.cuda.mem_get_info(own_device())[0]:
-            log.warning("reference log-probs: the whole model does not fit one GPU, computing on the CPU (slow)")
+            log.warning("train: the whole model does not fit one GPU: layout and reference log-probs on the CPU (slow)")
             return torch.device("cpu")
     return torch.device(own_device())
 
@@ -61,6 +57,12 @@ def sharded() -> str | None:
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false") == "true":
             return name
     return None
+
+
+def computing(dtype: str, device: torch.device) -> torch.autocast:
+    """Within the block, matrices are multiplied in `dtype`. No copies of the weights are kept for that until its end:
+    for a 7B model they are 13.5 GB."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
 
 
 def freeze(model: PreTrainedModel, params: TrainParams) -> None:

@@ -5,30 +5,37 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rlaifv.fingerprint import files_below
-from rlaifv.records import write_atomic
-from rlaifv.store import FINISHED
+from rlaifv.records import to_json, write_atomic
+from rlaifv.store import FINISHED, link_or_copy
 
 log = logging.getLogger(__name__)
 
 WHOLE = "whole.json"
-"""`{part: {file: [bytes, blake2b]}}` of the parts that are complete, in the order in which they became so. A part is a
-published checkpoint, the log, or what the Trainer goes on from; whatever is not listed counts as half-written."""
+"""`{part: {file: [bytes, blake2b, ns of change]}}` of the parts that are complete, in the order in which they became
+so. A part is a published checkpoint, its row on dev, the log, or what the Trainer goes on from; whatever is not listed
+counts as half-written."""
 
 Parts = dict[str, dict[str, list]]
 
 
-def digests(part: Path) -> dict[str, list]:
-    """Size and blake2b of a part's files by their path in it, each of them safely on disk before this returns."""
+def digests(part: Path, known: Mapping[str, list] = MappingProxyType({})) -> dict[str, list]:
+    """Size, blake2b and time of change of a part's files by their path in it, each of them safely on disk before this
+    returns. A file whose size and time are as in `known` is not read: its digest is taken from there."""
     found = {}
     for file in files_below(part):
+        name, stat = file.relative_to(part.parent).as_posix(), file.stat()
+        if name in known and known[name][::2] == [stat.st_size, stat.st_mtime_ns]:
+            found[name] = known[name]
+            continue
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        found[file.relative_to(part.parent).as_posix()] = [file.stat().st_size, digest]
+        found[name] = [stat.st_size, digest, stat.st_mtime_ns]
     return found
 
 
@@ -48,21 +55,21 @@ def read_published(run: Path) -> Parts:
 def record_whole(run: Path, part: str, *, instead_of: Collection[str] = ()) -> None:
     """Record that `part` (a path in the run's folder) is complete, and drop what it is there `instead_of`."""
     parts = {name: files for name, files in read_whole(run).items() if name not in {part, *instead_of}}
-    write_atomic(run / WHOLE, json.dumps({**parts, part: digests(run / part)}))
+    write_atomic(run / WHOLE, to_json({**parts, part: digests(run / part)}))
     for old in instead_of:
         remove(run / old)
 
 
 def broken(run: Path, parts: Parts) -> str | None:
-    """None when the files of all parts are there as they were recorded, else which one is not."""
+    """None when the files of all parts are there with the bytes that were recorded, else which one is not."""
     for name, files in parts.items():
         try:
-            now = digests(run / name)
+            now = digests(run / name, files)
         except OSError:
             now = {}
-        if now != files:
-            wrong = sorted(key for key in now.keys() | files.keys() if now.get(key) != files.get(key))
-            return f"{wrong[0]} is not as it was written"
+        wrong = [key for key in now.keys() | files.keys() if now.get(key, [])[:2] != files.get(key, [])[:2]]
+        if wrong:
+            return f"{min(wrong)} is not as it was written"
     return None
 
 
@@ -81,7 +88,7 @@ def go_on_from(run: Path) -> Path | None:
             kept, found = dict(whole), run / name
     if found is None and any((run / "trainer").glob("*")):
         log.warning("train: nothing whole to resume from in %s: starting anew", run)
-    write_atomic(run / WHOLE, json.dumps(kept))
+    write_atomic(run / WHOLE, to_json(kept))
     for path in [*(run / "trainer").glob("*"), *(run / "published").glob("*")]:
         if path.relative_to(run).as_posix() not in kept:
             remove(path)
@@ -89,14 +96,14 @@ def go_on_from(run: Path) -> Path | None:
 
 
 def read_finished(run: Path, promised: Collection[str]) -> dict | None:
-    """What a run all of whose `promised` parts are whole said when it finished; None for an unfinished run.
+    """What a run that has the `promised` parts, all whole, said when it finished; None for an unfinished run.
 
     A finished run with a broken part is removed, saying so: nothing is left that it could go on from.
     """
     if not (run / FINISHED).is_file():
         return None
     parts = read_published(run)
-    problem = "a checkpoint is missing" if set(parts) != set(promised) else broken(run, parts)
+    problem = "a checkpoint is missing" if not set(promised) <= set(parts) else broken(run, parts)
     try:
         result = json.loads((run / FINISHED).read_text())
     except ValueError:
@@ -109,12 +116,15 @@ def read_finished(run: Path, promised: Collection[str]) -> dict | None:
     return None
 
 
-def publish(run: Path, out: Path) -> None:
+def publish(run: Path, out: Path, *, unfinished: bool = False) -> None:
     """Replace what `out` holds of an earlier run by what this one has published, hard-linked where that is possible.
 
-    Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written.
+    Raises RuntimeError, before anything in `out` changes, when one of them is not as it was written; of an unfinished
+    run such a part is left out.
     """
     parts = read_published(run)
+    if unfinished:
+        parts = {name: files for name, files in parts.items() if not broken(run, {name: files})}
     if problem := broken(run, parts):
         raise RuntimeError(f"nothing is published from {run}: {problem}")
     out.mkdir(parents=True, exist_ok=True)
@@ -130,14 +140,6 @@ def publish(run: Path, out: Path) -> None:
     for path in sorted(new.iterdir()):
         path.rename(out / path.name)
     new.rmdir()
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name for the same bytes, or a copy on another file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def remove(path: Path) -> None:

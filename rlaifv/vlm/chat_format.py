@@ -1,18 +1,38 @@
 """Speak to a checkpoint: render its chat template, and tokenize prompt and answer jointly."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.templates import with_variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What a checkpoint reads a chat with: all of it but the weights. `processor` is None for a text-only model.
+
+    `context` is the most tokens that the language model was made for; None where its configuration does not say.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    name: str
+    eos_token_ids: list[int] = field(default_factory=list)
+    context: int | None = None
+
+    @property
+    def sees_images(self) -> bool:
+        return self.processor is not None
 
 
 def prompt_text(
-    vlm: VLM, question: str, *, image: bool = True, answer: str | None = None, prompt: str | None = None
+    vlm: Reader, question: str, *, image: bool = True, answer: str | None = None, prompt: str | None = None
 ) -> str:
     """The chat of one user turn, rendered by the checkpoint's own template; `prompt` is its text without the answer,
     for callers who have it.
@@ -58,7 +78,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset({*special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 
 
-def check_text(vlm: VLM, text: str) -> None:
+def check_text(vlm: Reader, text: str) -> None:
     """Raise UnfitText where the model would read a part of a text as a token of its own (`<image>`, `</s>`,
     `<|im_end|>`), so that a question could end its turn, or bring an image that is not there; and where the text alone
     is longer than the model's context."""
@@ -69,32 +89,28 @@ def check_text(vlm: VLM, text: str) -> None:
     check_length(vlm, len(ids), f"{text[:40]!r} is")
 
 
-def check_length(vlm: VLM, tokens: int, what: str) -> None:
+def check_length(vlm: Reader, tokens: int, what: str) -> None:
     """Raise UnfitText for more tokens than the model's context holds."""
-    limit = context_length(vlm)
-    if limit and tokens > limit:
-        raise UnfitText(f"{what} {tokens} tokens, the context holds {limit}")
+    if vlm.context and tokens > vlm.context:
+        raise UnfitText(f"{what} {tokens} tokens, the context holds {vlm.context}")
 
 
-def context_length(vlm: VLM) -> int | None:
-    """The most tokens that the language model was made for; None where its configuration does not say."""
-    return getattr(vlm.network.config.get_text_config(), "max_position_embeddings", None)
-
-
-def turn(vlm: VLM, role: str, text: str, image: bool = False) -> dict:
+def turn(vlm: Reader, role: str, text: str, image: bool = False) -> dict:
     """One message of a chat; `image` puts the picture before its text. UnfitText for what `check_text` refuses."""
     check_text(vlm, text)
     picture = [{"type": "image"}] if image else []
     return {"role": role, "content": [*picture, {"type": "text", "text": text}] if vlm.sees_images else text}
 
 
-def render(vlm: VLM, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """The text of a chat, by the checkpoint's own template."""
+def render(vlm: Reader, turns: list[dict], add_generation_prompt: bool = False, template: str | None = None) -> str:
+    """The text of a chat, by the checkpoint's own template unless another is given."""
     templated = vlm.processor or vlm.tokenizer
-    return templated.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False)
+    return templated.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
 
 
-def special_tokens_needed(vlm: VLM, text: str) -> bool:
+def special_tokens_needed(vlm: Reader, text: str) -> bool:
     """Whether the tokenizer must add its begin token, because the template has not written one."""
     bos = vlm.tokenizer.bos_token
     return not (bos and text.startswith(bos))
@@ -115,7 +131,7 @@ class EncodedPrompt:
     inputs: dict[str, torch.Tensor]
 
 
-def encode(vlm: VLM, image: Image.Image | None, question: str, answers: Sequence[str] = ()) -> EncodedPrompt:
+def encode(vlm: Reader, image: Image.Image | None, question: str, answers: Sequence[str] = ()) -> EncodedPrompt:
     """Tokenize a prompt and the answers to it; raises ValueError where the template changes an answer."""
     see = image is not None
     prompt = prompt_text(vlm, question, image=see)
@@ -124,7 +140,7 @@ def encode(vlm: VLM, image: Image.Image | None, question: str, answers: Sequence
     return EncodedPrompt(ids, rows, [common_length(row, ids) for row in rows], inputs)
 
 
-def encode_questions(vlm: VLM, image: Image.Image | None, questions: Sequence[str], room: int = 0) -> EncodedPrompt:
+def encode_questions(vlm: Reader, image: Image.Image | None, questions: Sequence[str], room: int = 0) -> EncodedPrompt:
     """Tokenize several prompts about one image.
 
     `rows` are the complete prompts, up to where the model's answer begins (so `answer_starts` are their lengths), and
@@ -140,7 +156,9 @@ def encode_questions(vlm: VLM, image: Image.Image | None, questions: Sequence[st
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
 
 
-def tokenize(vlm: VLM, image: Image.Image | None, texts: list[str]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def tokenize(
+    vlm: Reader, image: Image.Image | None, texts: list[str]
+) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """The ids of texts about one image, and what the processor made of the image, once for all of them.
 
     The tokens are those of a whole text at once, never of prompt and answer apart. The processor only rewrites the
@@ -158,7 +176,7 @@ def tokenize(vlm: VLM, image: Image.Image | None, texts: list[str]) -> tuple[lis
     return [head + ids[kept:] for ids in plain], inputs
 
 
-def expand_image(vlm: VLM, image: Image.Image | None, prompt: str) -> tuple[list[int], dict[str, torch.Tensor]]:
+def expand_image(vlm: Reader, image: Image.Image | None, prompt: str) -> tuple[list[int], dict[str, torch.Tensor]]:
     """A prompt's ids with its image placeholders expanded, and what the processor made of the image."""
     special = special_tokens_needed(vlm, prompt)
     if image is None:
@@ -167,6 +185,55 @@ def expand_image(vlm: VLM, image: Image.Image | None, prompt: str) -> tuple[list
     ids = batch.pop("input_ids")[0].tolist()
     batch.pop("attention_mask")
     return ids, {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+MANY = 4
+"""So many equal tokens in a row are an image's: no text repeats one so often."""
+
+
+def folded_prompt(vlm: Reader, image: Image.Image | None, question: str) -> tuple[str, int]:
+    """A prompt as its model gets it, to be looked at on one line, and how many of its tokens are the image's.
+
+    The text is that of the tokens, not of the template; a row of equal tokens is written once (`<image>×576`), a new
+    line as ⏎.
+    """
+    ids = expand_image(vlm, image, prompt_text(vlm, question, image=image is not None))[0]
+    runs = [(token, len(list(run))) for token, run in groupby(ids)]
+    text, image_tokens, before = "", 0, []
+    for many, group in groupby(runs, key=lambda run: run[1] >= MANY):
+        if many:
+            for token, count in group:
+                text, image_tokens, before = (
+                    f"{text}{vlm.tokenizer.decode([token])}×{count}",
+                    image_tokens + count,
+                    [token],
+                )
+        else:  # decoded behind the token before, because a tokenizer drops the space that a text begins with
+            part = vlm.tokenizer.decode([*before, *(token for token, count in group for _ in range(count))])
+            text += part.removeprefix(vlm.tokenizer.decode(before))
+    return text.replace("\n", "⏎"), image_tokens
+
+
+def shows_images(vlm: Reader) -> bool:
+    """Whether an image takes a place in a prompt."""
+    prompt = prompt_text(vlm, "Is it?")
+    plain = vlm.tokenizer(prompt, add_special_tokens=special_tokens_needed(vlm, prompt))["input_ids"]
+    try:
+        return expand_image(vlm, Image.new("RGB", (64, 64)), prompt)[0] != plain
+    except ValueError:  # processors count the placeholders and the images
+        return False
+
+
+OPENED_THOUGHT = re.compile(r"[<◁\[](think|thinking|thought)[>▷\]]\s*$", re.IGNORECASE)
+
+
+def thinks_first(vlm: Reader) -> bool:
+    """Whether the model thinks before it answers: its prompt ends in an opened thought, or its template has a switch
+    `enable_thinking` that is on of itself. A thought that the template opens and closes again is none."""
+    asked = [turn(vlm, "user", "Is it?")]
+    prompt = render(vlm, asked, add_generation_prompt=True)
+    template = with_variables((vlm.processor or vlm.tokenizer).chat_template, {"enable_thinking": False})
+    return bool(OPENED_THOUGHT.search(prompt)) or prompt != render(vlm, asked, True, template)
 
 
 def common_length(a: list[int], b: list[int]) -> int:

@@ -1,11 +1,11 @@
-"""Read images safely: size-checked before decoding, with an error that names the file."""
+"""Read images safely: size-checked before decoding, upright, with an error that names the file."""
 
 import io
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is opened. Pillow knows forty more, some of which start other programs (Ghostscript for EPS)."""
@@ -19,6 +19,11 @@ MIN_SIDE = 4
 MAX_ASPECT = 100
 """Longer side / shorter side. Processors scale by the shorter one: CLIP's would make 4 GB of a 5000x1 picture."""
 
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
+TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
+"""EXIF's orientation → what makes the picture upright; 1 is upright."""
+
 
 def open_image(path: Path) -> Image.Image:
     """Read an image whole as RGB; FileNotFoundError or ValueError name the file and what is wrong with it."""
@@ -28,14 +33,15 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file as RGB; ValueError says what is wrong with the image called `name`."""
+    """Decode the bytes of an image file as RGB, upright as its EXIF says; ValueError says what is wrong with the image
+    called `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 problem = refused(image)
                 if not problem:
-                    return as_rgb(image)
+                    return upright_rgb(image)
     except UnidentifiedImageError:  # its own text holds a memory address, another one in every run
         raise ValueError(f"image {name} cannot be decoded: it is no {', '.join(FORMATS)}") from None
     except MemoryError:
@@ -57,9 +63,24 @@ def refused(image: Image.Image) -> str:
     return ""
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bits a color. Of 16-bit gray the upper 8 are taken, as Pillow does for 16-bit color; its own
-    conversion of gray makes nearly all of it white."""
-    if image.mode.startswith("I;16"):
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as RGB, turned as its EXIF says."""
+    if (turn := orientation(image)) in TURNS:
+        image = image.transpose(TURNS[turn])
+    if image.mode.startswith("I;16"):  # the upper 8 bits, as of 16-bit color; Pillow would cut its values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an opened image; 1, upright, where its EXIF is missing or broken."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises many kinds, and none says anything about the picture
+        return 1
+
+
+def is_upright(data: bytes) -> bool:
+    """Whether the bytes of an image file that can be decoded show it upright to a reader that ignores EXIF."""
+    with Image.open(io.BytesIO(data)) as image:
+        return orientation(image) not in TURNS

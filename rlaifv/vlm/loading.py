@@ -1,7 +1,14 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
-from dataclasses import dataclass, field
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -9,33 +16,36 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
-from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
+from rlaifv.vlm.chat_format import Reader, prompt_text, shows_images, thinks_first
+from rlaifv.vlm.checkpoint import TEXT_FILES, find_checkpoint, fingerprint_checkpoint
 from rlaifv.vlm.processors import load_processor
+from rlaifv.vlm.templates import set_template
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class VLM:
+@dataclass(frozen=True, kw_only=True)
+class VLM(Reader):
     """A loaded model with everything that is needed to talk to it.
 
-    `processor` is None for a text-only language model. `fingerprint` identifies weights, processor and chat
-    template; every stored judgement or log-prob carries it.
+    `fingerprint` identifies weights, processor and chat template; every stored judgement or log-prob carries it.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    processor: ProcessorMixin | None
-    name: str
     fingerprint: str
-    eos_token_ids: list[int] = field(default_factory=list)
 
     @property
     def network(self) -> PreTrainedModel:
@@ -46,10 +56,6 @@ class VLM:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def sees_images(self) -> bool:
-        return self.processor is not None
-
 
 def load_vlm(
     path: str,
@@ -58,49 +64,174 @@ def load_vlm(
     dtype: str | None = "float32",
     device: str = "auto",
     adapter: str | None = None,
-    quantization: QuantizationConfigMixin | None = None,
+    load_in_4bit: bool = False,
+    settings: Mapping[str, Any] = {},
     must_see: bool = False,
 ) -> VLM:
     """Load a checkpoint folder or hub id, with an optional LoRA adapter, ready for inference.
 
     A VLM is loaded with its processor, a plain language model with its tokenizer only. `device` is "auto" (all
     visible accelerators, else CPU), "cpu", "cuda" or "cuda:K"; `dtype` None is bfloat16 on an accelerator and float32
-    on a CPU. `quantization` is how transformers should shrink the weights while it loads them. Only safetensors are
-    read and no remote code runs. With `must_see`, a model without images is a ValueError before its weights are read.
+    on a CPU. `settings` are those of `ModelRecord.settings`. Only safetensors are read and no remote code runs. With
+    `must_see`, a model without images is a ValueError before its weights are read.
+
+    Raises, all in one line: FileNotFoundError for what is no checkpoint, ValueError for settings that it does not have
+    and for a large model that "auto" would run on the CPU, ModuleNotFoundError for 4 bits without bitsandbytes.
     """
-    folder = resolve_checkpoint(path, revision)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if must_see and not multimodal:
-        raise ValueError(f"{path} is a {config.model_type} model that sees no images: give a vision-language model")
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    model = auto.from_pretrained(
+    folder, settings = find_checkpoint(path, revision, settings)
+    config = read_config(folder, path)
+    if must_see:
+        refuse_blind(config, path)
+    refuse_cpu(config, path, device, load_in_4bit)
+    reader = read(folder, config, path, settings)
+    dtype = getattr(torch, dtype or ("bfloat16" if on_gpu(device) else "float32"))
+    model = auto_class(config).from_pretrained(
         folder,
-        dtype=getattr(torch, dtype or ("bfloat16" if use_cuda else "float32")),
+        dtype=dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
-        device_map={"auto": "auto", "cuda": 0}.get(device, device) if use_cuda else quantization and {"": "cpu"},
-        quantization_config=quantization,
+        device_map=placement(config, device, dtype, load_in_4bit),
+        quantization_config=four_bits(dtype) if load_in_4bit else None,
     )
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    # cuDNN plans for 1.5 to 2.7 s for every new shape of a batch (H200), and is no faster than the other kernels then
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if "image_grid_pinpoints" in settings.get("processor", {}):  # LLaVA-NeXT's model cuts its tiles apart by them
+        model.config.image_grid_pinpoints = reader.processor.image_processor.image_grid_pinpoints
     model.eval().requires_grad_(False)
-    processor = load_processor(folder) if multimodal else None
-    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    fingerprint = fingerprint_checkpoint(str(folder))
+    devices = ", ".join(dict.fromkeys(str(weight.device) for weight in model.parameters()))
+    kept = f"{'4 bits and ' if load_in_4bit else ''}{str(dtype).removeprefix('torch.')}"
+    log.info(f"{path} on {devices} in {kept}, {rounded(model.num_parameters())} parameters")
+    fingerprint = fingerprint_checkpoint(str(folder), settings=settings)
     if adapter is not None:
         fingerprint += "+" + fingerprint_checkpoint(adapter)
-    return VLM(model, tokenizer, processor, path, fingerprint, end_token_ids(model, tokenizer))
+    ends = end_token_ids(model.generation_config, reader.tokenizer)
+    return VLM(model=model, fingerprint=fingerprint, **vars(reader) | {"eos_token_ids": ends})
+
+
+def load_reader(path: str, revision: str | None = None, settings: Mapping[str, Any] = {}) -> Reader:
+    """What a checkpoint reads with: its tokenizer, processor and chat template with these settings.
+
+    Weights are neither fetched nor read. Raises FileNotFoundError for what is no checkpoint and ValueError for one
+    without chat template and for settings that it does not have; in one line.
+    """
+    folder, settings = find_checkpoint(path, revision, settings, files=TEXT_FILES)
+    return read(folder, read_config(folder, path), path, settings)
+
+
+def check_model(model: ModelRecord, role: str) -> None:
+    """Refuse in seconds, before weights are fetched or read, a model that cannot play its role in a run.
+
+    Raises FileNotFoundError or ValueError, one line with the way out: policy and labeler must see images, all must
+    answer without thinking aloud, and "auto" must find a GPU for a large one.
+    """
+    folder, settings = find_checkpoint(model.path, model.revision, model.settings, files=TEXT_FILES)
+    config, who = read_config(folder, model.path), f"{role} {model.path}"
+    if role != "divider":
+        refuse_blind(config, who)
+    refuse_cpu(config, who, model.device, model.load_in_4bit)
+    if model.load_in_4bit:
+        four_bits(torch.bfloat16)
+    reader = read(folder, config, who, settings)
+    if role != "divider" and not shows_images(reader):
+        raise ValueError(f"{who}: its chat template gives an image no place: it is not made for chats about images")
+    if settings.get("template", {}).get("enable_thinking") or thinks_first(reader):
+        switch = "enable_thinking" in (reader.processor or reader.tokenizer).chat_template
+        way_out = f"write {role}.template: {{enable_thinking: false}}" if switch else "use its version that does not"
+        raise ValueError(f"{who} thinks aloud before it answers: {way_out}")
+
+
+def read_config(folder: Path, path: str) -> PreTrainedConfig:
+    """The configuration in a checkpoint's folder; FileNotFoundError in one line where there is none that is known."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
+
+
+def read(folder: Path, config: PreTrainedConfig, path: str, settings: Mapping[str, Any]) -> Reader:
+    """`load_reader` of a folder that is there; `path` is how messages name it."""
+    multimodal = auto_class(config) is AutoModelForImageTextToText
+    try:
+        if "processor" in settings and not multimodal:
+            raise ValueError("it sees no images, so it has no settings for them: write processor: {}")
+        processor = load_processor(folder, settings.get("processor", {})) if multimodal else None
+        tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
+        set_template(processor or tokenizer, settings.get("template", {}), settings.get("system"))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    own = folder / GENERATION_CONFIG_NAME
+    generation = GenerationConfig.from_pretrained(folder) if own.is_file() else None
+    ends = end_token_ids(generation, tokenizer)
+    context = context_length(config)
+    reader = Reader(tokenizer=tokenizer, processor=processor, name=path, eos_token_ids=ends, context=context)
+    if settings.get("system") and settings["system"] not in prompt_text(reader, "Is it?", image=False):
+        raise ValueError(f"{path}: its chat template leaves system turns out: write system: null")
+    return reader
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Which of transformers' classes loads a model: one that sees images, or a plain language model."""
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a language model was made for; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def refuse_blind(config: PreTrainedConfig, who: str) -> None:
+    """ValueError for a model that sees no images."""
+    if auto_class(config) is AutoModelForCausalLM:
+        raise ValueError(f"{who} is a {config.model_type} model that sees no images: give a vision-language model")
+
+
+LARGE = 1e9
+"""Parameters above which a model runs on a CPU only when that is asked for."""
+
+
+def on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def refuse_cpu(config: PreTrainedConfig, who: str, device: str, load_in_4bit: bool) -> None:
+    """ValueError where `auto` would run a large model, or one in 4 bits, on the CPU without a word."""
+    if device != "auto" or on_gpu(device):
+        return
+    count = count_parameters(config)
+    if load_in_4bit or count > LARGE:
+        raise ValueError(
+            f"{who} has {rounded(count)} parameters and torch {torch.__version__} finds no GPU for it (nvidia-smi: is "
+            "there one, is its driver too old?): mend that, or write device: cpu to wait for a CPU"
+        )
+
+
+def placement(config: PreTrainedConfig, device: str, dtype: torch.dtype, load_in_4bit: bool) -> Any:
+    """transformers' `device_map`. `auto` spreads a model over several GPUs only where the first has no room for it."""
+    if not on_gpu(device):
+        return {"": "cpu"} if load_in_4bit else None
+    if device == "auto" and torch.cuda.device_count() > 1:
+        need = count_parameters(config) * (0.6 if load_in_4bit else dtype.itemsize)
+        return "auto" if need > 0.7 * torch.cuda.mem_get_info(0)[0] else 0
+    return 0 if device in ("auto", "cuda") else device
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """The parameters of a model, counted without memory for them."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config).num_parameters()
+
+
+def rounded(parameters: int) -> str:
+    """7.1 B, 1.5 M."""
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
 
 
 def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
@@ -113,14 +244,52 @@ def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
         if not folder.is_dir():
             raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
         return load_vlm(str(folder), dtype=model.dtype, device=model.device)
-    vlm = load_vlm(model.path, revision=model.revision, dtype=model.dtype, device=model.device)
+    vlm = load_vlm(
+        model.path,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        load_in_4bit=model.load_in_4bit,
+        settings=model.settings,
+    )
     if vlm.fingerprint != model.fingerprint:
         raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
     return vlm
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers shrinks weights to 4 bits while it loads them: QLoRA's nf4, computed in `dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError("load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@contextmanager
+def loaded(load: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """A model for the time of a `with`: `load` is called when it is first asked for, and afterwards its memory is free
+    for the next one.
+
+        with loaded(partial(load_model, record)) as policy:
+            answer(policy(), ...)    # give no name to what policy() returns: a name would keep it
+    """
+    model = cache(load)
+    try:
+        yield model
+    finally:
+        model.cache_clear()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what models that nobody uses any more still hold: they are parts of cycles, and PyTorch keeps their
+    GPU memory for itself."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def end_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: those of the generation config and the tokenizer's end token."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    configured = generation.eos_token_id if generation else None
     ids = configured if isinstance(configured, list) else [configured]
     return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]

@@ -17,6 +17,7 @@ from rlaifv.benchmarks.judge import (
 )
 from rlaifv.benchmarks.mmhal import parse_rating
 from rlaifv.inference.server import NoReply, ServerRefused
+from rlaifv.params import ServerParams
 
 REQUESTS = [Request(f"row {i}", f"Rate this.\n### Answer of the assistant\n{'word ' * i}") for i in range(12)]
 
@@ -27,9 +28,9 @@ def serve(start_server):
     return lambda *habit: start_server("judge_server.py", *habit)
 
 
-def ask(address, cache, **options):
-    settings = {"tries": 2, "timeout": 20, "concurrency": 4, "give_up_after": 2} | options
-    return ask_all(REQUESTS, open_judge("rules", address, **settings), parse_rating, cache)
+def ask(address, cache, give_up_after=2, **options):
+    params = ServerParams(**{"tries": 2, "timeout": 20, "concurrency": 4} | options)
+    return ask_all(REQUESTS, open_judge("rules", address, params, give_up_after=give_up_after), parse_rating, cache)
 
 
 def test_every_row_gets_its_own_verdict_and_a_repeated_run_asks_nothing(serve, tmp_path):

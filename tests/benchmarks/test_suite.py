@@ -2,14 +2,16 @@
 
 import base64
 import json
-import sys
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from openai_server import seen
 from tiny_llava import picture, save_tiny_llava
 
 from rlaifv.benchmarks import published, suite
-from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams
+from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, ServerParams
 from rlaifv.store import Store
 from rlaifv.vlm.loading import load_vlm
 
@@ -94,7 +96,7 @@ def test_a_model_answers_and_every_question_is_scored_or_listed(tmp_path, images
     out = tmp_path / "results"
     suite.check_files(benchmarks)
     suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
-    results = suite.score(benchmarks, "1", out, tmp_path / "scratch")
+    results = suite.score(benchmarks, "1", out, ServerParams(), tmp_path / "scratch")
 
     answers = read(out / "benchmarks" / "pope" / "answers.jsonl")
     assert [row["question_id"] for row in answers] == ["1", "2", "3", "4"]
@@ -147,13 +149,13 @@ def test_the_suffix_is_asked_but_not_stored_as_the_question(tmp_path, images, mo
     benchmarks = {"pope": pope(tmp_path, images, suffix="Please answer yes or no.")}
     suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
     assert prompts[0].text == "Is there a dog in the image? Please answer yes or no."
-    results = suite.score(benchmarks, "0", tmp_path / "out", tmp_path / "scratch")
+    results = suite.score(benchmarks, "0", tmp_path / "out", ServerParams(), tmp_path / "scratch")
     assert results["pope"]["metrics"]["yes_ratio"] == 0
 
 
 def test_no_benchmarks_cost_nothing_and_print_one_line(tmp_path, capsys):
     suite.answer(lambda: None, {}, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
-    assert suite.score({}, "0", tmp_path / "out", tmp_path / "scratch") == {}
+    assert suite.score({}, "0", tmp_path / "out", ServerParams(), tmp_path / "scratch") == {}
     assert capsys.readouterr().out == "no benchmarks configured\n"
     assert [p.name for p in tmp_path.rglob("*.*")] == ["scores.json"] and not (tmp_path / "scratch").exists()
 
@@ -163,10 +165,10 @@ def test_someone_elses_answers_are_scored_once_with_the_base_and_no_model_is_ask
     answers = write(tmp_path / "theirs.jsonl", lines(rows))
     benchmarks = {"pope": pope(tmp_path, images, answers=answers)}
     suite.answer(lambda: None, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
-    results = suite.score(benchmarks, "0", tmp_path / "out", tmp_path / "scratch")
+    results = suite.score(benchmarks, "0", tmp_path / "out", ServerParams(), tmp_path / "scratch")
     assert results["pope"]["metrics"]["accuracy"] == 3 / 4
     assert results["pope"]["model"] == "theirs.jsonl"
-    assert suite.score(benchmarks, "1", tmp_path / "out" / "1", tmp_path / "scratch") == {}
+    assert suite.score(benchmarks, "1", tmp_path / "out" / "1", ServerParams(), tmp_path / "scratch") == {}
 
 
 @pytest.fixture
@@ -182,8 +184,6 @@ def judge(address: str) -> JudgeParams:
 def test_a_judge_that_dies_stops_the_stage_and_the_next_run_asks_for_the_rest_alone(
     tmp_path, images, model, serve, monkeypatch
 ):
-    monkeypatch.setattr(suite, "open_judge", lambda *a: original(*a, tries=1, concurrency=1))
-    original = sys.modules["rlaifv.benchmarks.judge"].open_judge
     template = [
         {
             "question_type": "attribute",
@@ -203,10 +203,10 @@ def test_a_judge_that_dies_stops_the_stage_and_the_next_run_asks_for_the_rest_al
     dying = {"mmhal": entry("mmhal", questions=(questions,), images=images, judge=judge(serve("dying", 2)))}
     suite.answer(lambda: model, dying, ANSWERING, stores(scratch), out)
     with pytest.raises(RuntimeError, match=r"1 of mmhal, .*no reply.*Run again"):
-        suite.score(dying, "0", out, scratch)
+        suite.score(dying, "0", out, ServerParams(tries=1, concurrency=1), scratch)
     assert not (out / "benchmarks" / "scores.json").exists()
     well = {"mmhal": entry("mmhal", questions=(questions,), images=images, judge=judge(serve("well")))}
-    result = suite.score(well, "0", out, scratch)["mmhal"]
+    result = suite.score(well, "0", out, ServerParams(), scratch)["mmhal"]
     assert result["metrics"]["n"] == 3 and result["missing"] == []
     assert len(read(scratch / "judge" / "mmhal.jsonl")) == 3, "two replies before the judge died, one after"
     assert result["settings"]["judge"] == "rules"
@@ -226,7 +226,7 @@ def test_object_halbench_takes_images_out_of_its_question_file(tmp_path, model, 
     item = entry("object_halbench", questions=(questions,), truth=(truth,), beams=3, judge=judge(serve("well")))
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     suite.answer(lambda: model, {"obj": item}, ANSWERING, stores(scratch), out)
-    result = suite.score({"obj": item}, "0", out, scratch)["obj"]
+    result = suite.score({"obj": item}, "0", out, ServerParams(), scratch)["obj"]
     assert result["metrics"]["n"] == 2 and result["missing"] == []
     assert [row["image"] for row in read(out / "benchmarks" / "obj" / "answers.jsonl")] == ["1", "2"]
 
@@ -249,3 +249,32 @@ def test_wrong_paths_and_images_are_one_clear_line(tmp_path, images, model):
     with pytest.raises(ValueError, match=r"benchmarks\.pope: none of 4 questions can be asked.*COCO_val2014_0+2\.jpg"):
         benchmarks = {"pope": pope(tmp_path, str(empty))}
         suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
+
+
+def test_what_benchmarks_will_lack_is_said_at_the_start_of_a_run_a_line_each(tmp_path, serve):
+    empty, there = tmp_path / "empty", serve("well")
+    empty.mkdir()
+    questions = write(tmp_path / "q.jsonl", "{}\n")
+    benchmarks = {
+        "gone": pope(tmp_path, str(tmp_path / "nowhere")),
+        "bare": pope(tmp_path, str(empty)),
+        "alone": entry("mmhal", questions=(questions,), images=str(empty.parent), judge=judge("http://127.0.0.1:9/v1")),
+        "fine": entry("mmhal", questions=(questions,), images=str(empty.parent), judge=judge(there)),
+        "unknown": entry("mmhal", questions=(questions,), images=str(empty.parent), judge=local_judge("no-such")),
+    }
+    params = SimpleNamespace(benchmarks=benchmarks, server=ServerParams())
+    lines = suite.check_inputs(params)
+    expected = [
+        r"benchmarks\.gone\.images: no .*nowhere; .*fetch",
+        r"benchmarks\.bare\.images: .* is empty; docs/benchmarks\.md",
+        r"benchmarks\.alone\.judge: the judge rules at http.* does not answer .*: start the server",
+        r"benchmarks\.unknown\.judge\.name: no-such is neither a folder nor a hub id",
+    ]
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.match(pattern, line), line
+    assert seen(there)["seen"] == 0, "no question is asked"
+
+
+def local_judge(path: str) -> JudgeParams:
+    return JudgeParams(name=path, base_url=None, prompts=(), strict_published=False)

@@ -53,7 +53,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from rlaifv.vlm.loading import VLM, end_token_ids
+from rlaifv.vlm.loading import VLM, context_length, end_token_ids
 from rlaifv.vlm.processors import image_only
 
 WORDS = """is there a an the in image on left right of red blue green cat dog table umbrella kite person what color
@@ -143,7 +143,15 @@ def clip_settings(size: int = 24) -> dict:
 
 def vlm_of(model, tokenizer, processor, name: str) -> VLM:
     model.eval().requires_grad_(False)
-    return VLM(model, tokenizer, processor, name, f"{name}-fingerprint", end_token_ids(model, tokenizer))
+    return VLM(
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        name=name,
+        fingerprint=f"{name}-fingerprint",
+        eos_token_ids=end_token_ids(model.generation_config, tokenizer),
+        context=context_length(model.config),
+    )
 
 
 def llava() -> VLM:

@@ -78,11 +78,11 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def push(self, repo: str, folder: Path) -> str:
-        """Commit what `folder` holds now and move `main` to it; the commit's 40 hex digits."""
+    def push(self, repo: str, folder: Path, commit: str | None = None) -> str:
+        """Commit what `folder` holds now and move `main` to it; the commit's 40 hex digits, by default made of both."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-        commit = hashlib.sha1(repr((repo, self._main.get(repo), files)).encode()).hexdigest()
+        commit = commit or hashlib.sha1(repr((repo, self._main.get(repo), files)).encode()).hexdigest()
         self._commits.setdefault(repo, {})[commit] = files
         self._main[repo] = commit
         return commit

@@ -15,7 +15,36 @@ TOWER = {
     "vocab_size": 32000,
 }
 
+
+def qwen3_vl(text: dict, vision: dict) -> dict:
+    """A dense Qwen3-VL of a size; what all sizes share stands here."""
+    rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+    shared = {"head_dim": 128, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shared |= {"max_position_embeddings": 262144, "rope_scaling": rope, "rope_theta": 5000000, "vocab_size": 151936}
+    tower = {"num_heads": 16, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    tower |= {"num_position_embeddings": 2304, "out_hidden_size": text["hidden_size"]}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": {"model_type": "qwen3_vl_text", **shared, **text},
+        "vision_config": {"model_type": "qwen3_vl", **tower, **vision},
+    }
+
+
 CONFIGS = {
+    "Qwen/Qwen3-VL-4B-Instruct": qwen3_vl(
+        {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": qwen3_vl(
+        {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
     "llava-hf/llava-1.5-7b-hf": {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

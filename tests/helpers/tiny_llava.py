@@ -85,6 +85,21 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, hidden: int = 32, layers: in
     return folder
 
 
+def save_wide_llava(folder: Path) -> Path:
+    """The same as wide as a 2B model, with six layers: 0.6 GB in bfloat16, all weights alike."""
+    config = LlavaConfig.from_pretrained(save_tiny_llava(folder))
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 2048, 5632, 6
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 16, 16, 128
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for weight in model.parameters():
+        torch.nn.init.constant_(weight, 0.01)
+    model.save_pretrained(folder)
+    return folder
+
+
 def picture(seed: int, size: tuple[int, int] = (24, 24)) -> bytes:
     """A random PNG."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaifv.inference import logprobs as prefix
+from rlaifv.inference import memory
 from rlaifv.inference import plain_rows as rows
 from rlaifv.inference import prefix_cache as prefill
 from rlaifv.inference.logprobs import continuation_logprobs, next_token_logprobs, pack, prefix_path
+from rlaifv.inference.self_check import full_distribution
 from rlaifv.vlm.chat_format import EncodedPrompt, encode, encode_questions
 from rlaifv.vlm.loading import VLM
 
@@ -74,8 +76,8 @@ def test_plain_rows_do_not_depend_on_their_padding(models, name):
     vlm = model(models, name)
     encoded = asked(vlm)
     trees = [rows.plant(k, e) for k, e in enumerate(encoded) if e.rows]
-    alone = rows.run_plain(vlm, trees, prefix.full_distribution, batch=1)
-    padded = rows.run_plain(vlm, trees, prefix.full_distribution, batch=8)
+    alone = rows.run_plain(vlm, trees, full_distribution, batch=1)
+    padded = rows.run_plain(vlm, trees, full_distribution, batch=8)
     assert max(float((alone[key] - padded[key]).abs().max()) for key in alone) < 1e-4
 
 
@@ -113,7 +115,7 @@ def test_copied_prefixes_give_the_log_probs_of_plain_rows(models, name):
     vlm = model(models, name)
     encoded = encode(vlm, picture(64, 40, 2), QUESTIONS[3], ANSWERS * 3)  # more rows than one forward takes
     trees = [rows.plant(0, encoded)]
-    copied, plain = (run(vlm, trees, prefix.full_distribution) for run in (rows.run_copied, rows.run_plain))
+    copied, plain = (run(vlm, trees, full_distribution) for run in (rows.run_copied, rows.run_plain))
     assert max(float((copied[key] - plain[key]).abs().max()) for key in plain) < 1e-4
 
 
@@ -218,7 +220,7 @@ def test_running_out_of_memory_halves_the_tokens_per_forward_pass_and_goes_on(mo
     first_try = len(sizes)
     next_token_logprobs(vlm, encoded, shared=True)
     assert max(sizes[first_try:]) <= 2, "what was learned is kept"
-    prefix._budgets.pop(vlm.model)
+    memory._fitted.pop(vlm.model)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory(models, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaifv.inference import sampling
-from rlaifv.inference.sampling import Decoding, Generation, Prompt, draw, generate_batch
+from rlaifv.inference.sampling import Decoding, Generation, Prompt, draw, generate_batch, unlikely
 from rlaifv.vlm.loading import VLM
 
 SETTINGS, GREEDY = Decoding(1.0, 20, 0.9, 24), Decoding(0, 0, 1.0, 24)
@@ -155,3 +155,27 @@ def test_draws_follow_the_distribution():
     uniform = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
     chosen = draw(probs.log().expand(len(uniform), -1), uniform, Decoding(1.0, 0, 1.0, 1))
     assert torch.allclose(torch.bincount(chosen, minlength=4) / len(uniform), probs, atol=2e-4)
+
+
+def dropped_by_a_full_sort(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    ascending, order = probs.sort(dim=-1, stable=True)
+    dropped = ascending.cumsum(-1) <= 1 - top_p
+    dropped[:, -1] = False
+    return torch.zeros_like(dropped).scatter(-1, order, dropped)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 60), st.sampled_from([0.05, 0.5, 0.75, 0.9, 1 - 1e-12]), st.booleans())
+def test_looking_at_the_likeliest_tokens_first_drops_what_a_full_sort_drops(seed, vocabulary, top_p, tied):
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+    probs = (logits.round() if tied else logits).double().softmax(-1)  # bfloat16 logits have many ties
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "NUCLEUS", 12)
+        assert torch.equal(unlikely(probs, top_p), dropped_by_a_full_sort(probs, top_p))
+
+
+def test_a_large_vocabulary_is_not_sorted_where_its_likeliest_tokens_hold_the_nucleus(monkeypatch):
+    probs = (torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0)) * 4).double().softmax(-1)
+    expected, sizes, sort = dropped_by_a_full_sort(probs, 0.5), [], torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda t, *a, **k: (sizes.append(t.shape[-1]), sort(t, *a, **k))[1])
+    assert torch.equal(unlikely(probs, 0.5), expected) and max(sizes) == sampling.NUCLEUS

@@ -1,14 +1,41 @@
 """A labeler behind a real server process: right answers, and no answer lost or asked for twice when it misbehaves."""
 
+import base64
+import hashlib
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 from openai_server import seen
-from PIL import Image
+from PIL import ExifTags, Image
 
-from rlaifv.inference.server import NoReply, ServerRefused, is_served, judge_served, open_served
-from rlaifv.inference.yes_no import judge_many
+from rlaifv.inference.server import (
+    PROBES,
+    NoReply,
+    ServerRefused,
+    data_url,
+    is_served,
+    judge_served,
+    open_served,
+)
+from rlaifv.inference.yes_no import judge_many, load_labeler, look
+from rlaifv.params import FeedbackParams, ModelParams, ServerParams
+from rlaifv.records import Claim, Judgement, read_records
+from rlaifv.steps import models
+from rlaifv.steps.feedback import feedback
+from rlaifv.store import Store
+from rlaifv.vlm.images import open_image
 
-RED, BLACK = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8))
 QUESTIONS = [f"Is it red, {i}? Please answer yes or no." for i in range(10)]
+PARAMS = ServerParams(tries=6)
+
+
+@pytest.fixture
+def red(tmp_path) -> str:
+    return data_url(saved(tmp_path / "red.png", Image.new("RGB", (8, 8), (255, 0, 0))))
 
 
 @pytest.fixture
@@ -17,78 +44,179 @@ def serve(start_server):
     return lambda *habit: start_server("labeler_server.py", *habit) + "#some/model"
 
 
-def test_p_yes_and_p_no_are_read_off_the_first_tokens_log_probs(serve):
-    labeler = open_served(serve("well"))
-    asked = [(RED, [QUESTIONS[0], "Is it not red?"]), (BLACK, QUESTIONS[:1])]
-    (red, not_red), (black,) = judge_many(labeler, asked)
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def asked(address: str) -> list[str]:
+    """The questions that came, without those by which a model is recognized."""
+    return sorted(question for question in seen(address)["seen"] if question not in PROBES)
+
+
+def test_p_yes_and_p_no_are_read_off_the_first_tokens_log_probs(serve, tmp_path):
+    labeler = open_served(serve("well"), PARAMS)
+    black = saved(tmp_path / "black.png", Image.new("RGB", (8, 8)))
+    bright = saved(tmp_path / "red.png", Image.new("RGB", (8, 8), (255, 0, 0)))
+    items = [(look(labeler, bright), [QUESTIONS[0], "Is it not red?"]), (look(labeler, black), QUESTIONS[:1])]
+    (red, not_red), (black,) = judge_many(labeler, items)
     assert red == pytest.approx((0.8, 0.0), abs=1e-6)
     assert not_red == pytest.approx((0.0, 0.8), abs=1e-6)
     assert black == pytest.approx((0.0, 0.8), abs=1e-6)
 
 
-def test_each_distinct_question_about_an_image_is_asked_once(serve):
+def test_each_distinct_question_about_an_image_is_asked_once(serve, red):
     path = serve("well")
-    answers = judge_served(open_served(path), [(RED, [*QUESTIONS[:2], QUESTIONS[0]]), (RED.copy(), QUESTIONS[:1])])
-    assert sorted(seen(path)["seen"]) == QUESTIONS[:2]
+    answers = judge_served(open_served(path, PARAMS), [(red, [*QUESTIONS[:2], QUESTIONS[0]]), (red, QUESTIONS[:1])])
+    assert asked(path) == QUESTIONS[:2]
     assert answers[0][0] == answers[0][2] == answers[1][0]
 
 
-def test_no_more_requests_are_in_flight_than_allowed(serve):
+@pytest.mark.parametrize(("kind", "name"), [("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_an_image_travels_as_its_files_own_bytes(serve, tmp_path, kind, name):
+    path, file = serve("well"), saved(tmp_path / "photo", Image.effect_noise((64, 48), 60).convert("RGB"), format=kind)
+    judge_served(open_served(path, PARAMS), [(data_url(file), QUESTIONS[:1])])
+    assert seen(path)["images"][-1] == [f"data:image/{name}", hashlib.sha256(file.read_bytes()).hexdigest()]
+
+
+def test_what_a_server_might_see_in_another_way_is_written_anew(tmp_path):
+    photo = Image.new("RGB", (64, 32), (200, 30, 30))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # the camera was held upright
+    url = data_url(saved(tmp_path / "turned.jpg", photo, exif=turned))
+    kind, image = decoded(url)
+    assert kind == "image/jpeg" and image.size == (32, 64) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    glass = Image.new("RGBA", (8, 8), (10, 200, 10, 0))  # some servers put it on white, we leave alpha out
+    deep = Image.fromarray(np.full((8, 8), 32768, np.uint16))
+    files = [(glass, "glass.png"), (photo, "drawn.bmp"), (deep, "deep.png")]
+    for file in (saved(tmp_path / name, image) for image, name in files):
+        kind, image = decoded(data_url(file))
+        assert kind == "image/png" and image.mode == "RGB" and image.tobytes() == open_image(file).tobytes()
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be decoded"):
+        data_url(tmp_path / "broken.jpg")
+
+
+def decoded(url: str) -> tuple[str, Image.Image]:
+    kind, data = url.removeprefix("data:").split(";base64,")
+    return kind, Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def test_the_first_question_of_an_image_goes_alone_and_other_images_fill_the_gap(serve, tmp_path):
     path = serve("well")
-    judge_served(open_served(path, concurrency=3), [(RED, [f"Question {i}?" for i in range(40)])])
-    assert 1 < seen(path)["most"] <= 3
+    items = [
+        (data_url(saved(tmp_path / f"{n}.png", Image.new("RGB", (8, 8), (n, 0, 0)))), [f"{n}, {q}" for q in QUESTIONS])
+        for n in range(6)
+    ]
+    labeler = open_served(path, ServerParams(concurrency=4))
+    before = seen(path)
+    answers = judge_served(labeler, items)
+    cold, images = (seen(path)[name][len(before[name]) :] for name in ("cold", "images"))
+    assert len({image for _, image in images[:20]}) == 4, "an image is done with before another begins"
+    assert len(cold) == len(set(cold)) == 6, "one question an image finds no prefix"
+    assert seen(path)["most"] == 4, "and no more are in flight than allowed"
+    assert [len(row) for row in answers] == [10] * 6 and len(asked(path)) == 60
 
 
-def test_a_busy_server_is_asked_again(serve):
+def test_feedback_by_a_server_rejects_what_cannot_be_read_and_judges_the_rest(serve, tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.jpg")
+    claims = [Claim(f"{c}/0", c, "It is red.", "Is it red?") for c in ("a#0", "b#0")]
+    images, out = {"a#0": "red.jpg", "b#0": "gone.jpg"}, tmp_path / "judgements.jsonl"
+    store, load = Store("feedback", {}, tmp_path / "scratch"), partial(open_served, serve("well"), PARAMS)
+    params = FeedbackParams(suffix="Yes or no?", batch_size=2, min_answer_mass=0.5, max_reject_rate=0.5)
+    assert feedback(load, claims, images, tmp_path, params, store, out) == (1, 1, 2)
+    (judgement,) = read_records(out, Judgement)
+    assert judgement.claim_id == "a#0/0" and judgement.accepted
+    assert json.loads((tmp_path / "labeler.json").read_text())["labeler"] == "some/model"
+
+
+def test_a_busy_server_is_asked_again(serve, red):
     path = serve("busy", 3)
-    answers = judge_served(open_served(path, concurrency=2, tries=6), [(RED, QUESTIONS)])
-    assert len(answers[0]) == 10 and sorted(seen(path)["seen"]) == QUESTIONS
+    answers = judge_served(open_served(path, ServerParams(concurrency=2, tries=6)), [(red, QUESTIONS)])
+    assert len(answers[0]) == 10 and asked(path) == QUESTIONS
     assert seen(path)["refused"] == 3
 
 
-def test_a_server_that_dies_stops_the_run_and_the_next_run_asks_only_for_the_rest(serve, tmp_path):
-    path = serve("dying", 4)
+def test_a_server_that_dies_stops_the_run_and_the_next_run_asks_only_for_the_rest_at_another_address(
+    serve, tmp_path, red
+):
+    path = serve("dying", len(PROBES) + 4)
+    labeler = open_served(path, ServerParams(concurrency=1, tries=2), tmp_path)
     with pytest.raises(NoReply, match="does not answer after 2 tries") as caught:
-        judge_served(open_served(path, tmp_path, concurrency=1, tries=2), [(RED, QUESTIONS)])
+        judge_served(labeler, [(red, QUESTIONS)])
     assert "\n" not in str(caught.value) and path in str(caught.value)
     (file,) = tmp_path.glob("served-*.jsonl")
     assert len(file.read_text().splitlines()) == 4
     with file.open("a") as stream:
         stream.write('{"key": "half a li')  # killed while it wrote
     again = serve("well")
-    # the same model comes back at another port here, so its answers are handed over by name
-    file.rename(open_served(again, tmp_path).answers.path)
-    answers = judge_served(open_served(again, tmp_path), [(RED, QUESTIONS)])
+    labeler = open_served(again, PARAMS, tmp_path)
+    answers = judge_served(labeler, [(red, QUESTIONS)])
     assert len(answers[0]) == 10 and all(a == pytest.approx((0.8, 0.0), abs=1e-6) for a in answers[0])
-    assert sorted(seen(again)["seen"]) == QUESTIONS[4:]
-    judge_served(open_served(again, tmp_path), [(RED, QUESTIONS)])
-    assert len(seen(again)["seen"]) == 6, "the third run asks nothing"
+    assert asked(again) == QUESTIONS[4:]
+    judge_served(open_served(again, PARAMS, tmp_path), [(red, QUESTIONS)])
+    assert len(asked(again)) == 6, "the third run asks nothing"
+
+
+def test_a_model_is_recognized_by_what_it_answers_wherever_it_is_served(serve, tmp_path):
+    one = open_served(serve("well"), PARAMS, tmp_path).fingerprint
+    noisy = serve("noisy")
+    assert {open_served(noisy, PARAMS, tmp_path).fingerprint for _ in range(3)} == {one}
+    assert open_served(serve("other"), PARAMS, tmp_path).fingerprint != one
+    assert open_served(noisy.replace("some/", "another/"), PARAMS, tmp_path).fingerprint != one
+    assert len(list(tmp_path.glob("served-*.json"))) == 3
+
+
+def test_another_model_behind_the_same_name_is_not_used_until_the_stage_models_has_seen_it(
+    serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "SCRATCH", tmp_path)
+    monkeypatch.setattr("rlaifv.inference.yes_no.SCRATCH", tmp_path)
+    fields = {"revision": None, "dtype": "float32", "device": "auto"}
+    record = models.describe(ModelParams(path=serve("well"), **fields), PARAMS)
+    assert load_labeler(record, PARAMS).fingerprint == record.fingerprint
+    replaced = models.describe(ModelParams(path=serve("other"), **fields), PARAMS)
+    with pytest.raises(ValueError, match=r"some/model answers otherwise .* run `dvc repro -f models`"):
+        load_labeler(type(record)(**{**vars(record), "path": replaced.path}), PARAMS)
 
 
 def test_a_server_that_is_not_there_gets_one_clear_line():
-    labeler = open_served("http://127.0.0.1:9/v1#some/model", tries=1)
     with pytest.raises(NoReply, match="start the server and run the stage again"):
-        judge_served(labeler, [(RED, QUESTIONS)])
+        open_served("http://127.0.0.1:9/v1#some/model", ServerParams(tries=1))
 
 
 def test_a_server_without_log_probs_is_refused(serve):
     with pytest.raises(ServerRefused, match="no top_logprobs"):
-        judge_served(open_served(serve("silent")), [(RED, QUESTIONS[:1])])
+        open_served(serve("silent"), PARAMS)
 
 
-def test_the_key_comes_from_the_environment_and_is_kept_nowhere(serve, tmp_path, monkeypatch):
-    path = serve("locked")
-    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    with pytest.raises(ServerRefused, match="HTTP 401"):
-        judge_served(open_served(path), [(RED, QUESTIONS[:1])])
-    monkeypatch.setenv("OPENAI_API_KEY", "right")
-    labeler = open_served(path, tmp_path)
-    judge_served(labeler, [(RED, QUESTIONS[:1])])
-    assert "right" not in repr(labeler) + labeler.answers.path.read_text()
+@pytest.mark.parametrize("value", ["0.5", "nan", "inf", "-inf"])
+def test_a_log_prob_that_is_none_is_refused(serve, value):
+    with pytest.raises(ServerRefused, match=r"'Yes' the log-prob .*, expected a number up to 0") as caught:
+        open_served(serve("wrong", value), PARAMS)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_comes_from_the_environment_and_is_kept_and_shown_nowhere(serve, tmp_path, monkeypatch, red):
+    path, params = serve("locked"), ServerParams(key_variable="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    with pytest.raises(ServerRefused, match="HTTP 401") as caught:
+        open_served(path, params)
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("MY_KEY", "right")
+    labeler = open_served(path, params, tmp_path)
+    judge_served(labeler, [(red, QUESTIONS[:1])])
+    assert "right" not in repr(labeler) + "".join(file.read_text() for file in tmp_path.glob("served-*"))
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it():
+    with pytest.raises(ValueError, match=r"no user and no password .*OPENAI_API_KEY") as caught:
+        open_served("http://me:s3cret@127.0.0.1:9/v1#some/model", PARAMS)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:8000/v1", "models/tiny/labeler#x", "https://host/v1#"])
 def test_a_path_that_names_no_model_is_refused(path):
     with pytest.raises(ValueError, match="#MODEL"):
-        open_served(path)
+        open_served(path, PARAMS)
     assert not is_served("models/tiny/labeler")

@@ -13,7 +13,7 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, findings_html
-from rlaifv.report.page import benchmarks_html, recall_lost, summarize
+from rlaifv.report.page import benchmarks_html, plan_html, recall_lost, summarize
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
@@ -73,7 +73,7 @@ def shown(found: dict[str, Result], **more) -> str:
 
 
 def page(summary: dict, **more) -> str:
-    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", **more}
+    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", "plan": "", **more}
     return render("report.html", summary=summary, **given)
 
 
@@ -97,6 +97,7 @@ def test_without_benchmarks_there_is_no_section():
 
 def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_rates():
     summary = summarize(results(), [{"minutes": 1.5, "peak_memory_gb": 2.0}], 0.01, EXAM)
+    assert (summary["peak_memory_gb"], "peak_gpu_gb" in summary) == (2.0, False)
     assert list(summary["iterations"]) == ["1"], "DVC compares what is in dicts, not in lists"
     assert summary["final"]["iteration"] == 1 and summary["relative_reduction"] == pytest.approx(0.75)
     assert summary["paired_test"]["response_hallucination"]["p_value"] == 0.0005
@@ -107,6 +108,12 @@ def test_the_summary_holds_iterations_by_name_the_paired_test_and_the_headline_r
         "mean_words": 50,
     }
     json.dumps(summary)
+
+
+def test_the_most_of_a_gpu_is_told_where_stages_used_one():
+    stages = [{"minutes": 1.0, "peak_memory_gb": 2.0, "peak_gpu_gb": gb} for gb in (61.5, 7.0)]
+    summary = summarize(results(), [*stages, {"minutes": 1.0, "peak_memory_gb": 3.0}], 0.01, EXAM)
+    assert summary["peak_gpu_gb"] == 61.5
 
 
 def test_the_paired_test_is_one_line_under_the_table():
@@ -138,6 +145,27 @@ def test_what_is_written_is_what_the_report_reads(tmp_path):
     assert [row["rate"] for row in published.rates_table(read.benchmarks)] == list(
         published.HEADLINES["object_halbench"]
     )
+
+
+# ---- the plan
+
+
+def took(stage: str, estimate: float, minutes: float, peak: float = 0.0) -> dict:
+    return {"stage": stage, "estimate": estimate, "minutes": minutes, "gpu_estimate": 70.0, "peak_gpu_gb": peak}
+
+
+def test_the_plan_stands_beside_what_stages_took_and_by_how_much_it_was_off():
+    rows = [took("generate", 10, 12), took("divide", 20, 20), took("train", 10, 15)]
+    html = " ".join(plan_html(rows, "H100").split())
+    assert "1.20 times its estimate in the median" in html and "GPU GB" not in html
+    assert "<td>train</td><td>10.0</td><td>15.0</td> <td>+50 %</td><td>+25 %</td>" in html
+    assert "<td>divide</td><td>20.0</td><td>20.0</td> <td>+0 %</td><td>-17 %</td>" in html
+
+
+def test_memory_of_a_gpu_is_compared_where_a_stage_used_one():
+    html = " ".join(plan_html([took("train", 10, 10, 66.6), took("test", 1, 1)], "H100").split())
+    assert "<td>70.0</td> <td>66.6</td>" in html and "<td>70.0</td> <td></td>" in html
+    assert plan_html([], "H100") == ""
 
 
 # ---- texts and pictures that are not harmless

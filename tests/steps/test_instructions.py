@@ -78,7 +78,7 @@ def test_another_parquet_is_one_line_with_its_columns(tmp_path, capsys):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(SystemExit) as stop:
         main(["public", str(tmp_path / "other.parquet"), "--out", str(tmp_path / "x.jsonl")])
-    assert "is no file of the public dataset: it has the columns a" in str(stop.value)
+    assert "has no column image, question; its columns are a" in str(stop.value)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def folder(tmp_path):
     elsewhere.mkdir()
     (elsewhere / "good.jpg").write_bytes(data)
     (tmp_path / "link.jpg").symlink_to(elsewhere / "good.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     return tmp_path
 
 
@@ -74,6 +75,7 @@ def instructions(folder, *rows):
         ({"id": "a", "image_path": "/etc/hostname", "question": "What?"}, "/etc/hostname lies outside"),
         ({"id": "a", "image_path": "../good.jpg", "question": "What?"}, "../good.jpg lies outside"),
         ({"id": "a", "image_path": "link.jpg", "question": "What?"}, "link.jpg lies outside"),
+        ({"id": "a", "image_path": "loop.jpg", "question": "What?"}, "loop.jpg does not exist"),
         ({"id": "a", "image_path": "drawing.jpg", "question": "What?"}, "drawing.jpg cannot be decoded: it is no JPEG"),
         ({"id": "a", "image_path": "line.png", "question": "What?"}, "line.png has 5000x1 pixels: a side must have 4"),
         ({"id": "a", "image_path": "float.tiff", "question": "What?"}, "float.tiff has 32-bit values"),
@@ -85,6 +87,14 @@ def test_a_bad_row_is_rejected_with_its_place_and_reason_and_the_others_stay(fol
     assert [i.id for i in kept] == ["ok"]
     assert len(rejects) == 1
     assert "rows.jsonl:2" in rejects[0].reason and reason in rejects[0].reason
+
+
+def test_the_folder_of_images_may_be_a_link_itself(folder):
+    link = folder.with_name(folder.name + "-link")
+    link.symlink_to(folder)
+    row = {"id": "a", "image_path": "good.jpg", "question": "What?"}
+    kept, rejects = instructions(link, row, row | {"id": "b", "image_path": "link.jpg"})
+    assert [i.id for i in kept] == ["a"] and "link.jpg lies outside" in rejects[0].reason
 
 
 def test_too_many_bad_rows_stop_the_run(folder):

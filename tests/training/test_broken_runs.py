@@ -122,6 +122,15 @@ def test_nothing_in_out_is_removed_for_a_run_that_is_not_whole(folder, expected)
     assert digests(folder / "half" / "out") == expected
 
 
+def test_of_a_run_that_fails_all_that_is_whole_is_published(folder, expected):
+    started = finished_run(folder, "failed")
+    damage(started / "published" / "checkpoint-2", "cut")
+    run_folder.publish(started, folder / "failed" / "out", unfinished=True)
+    assert sorted(path.name for path in (folder / "failed" / "out").iterdir()) == [
+        *("checkpoint-1", "checkpoint-3", "checkpoint-4", "log.csv")
+    ]
+
+
 def test_a_run_that_another_process_trains_is_left_alone(folder, expected):
     started = finished_run(folder, "locked")
     with FileLock(f"{started}.lock"), pytest.raises(RuntimeError, match="another process is at this work in"):

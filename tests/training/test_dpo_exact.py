@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def make_trainer(folder: Path, params: TrainParams = PARAMS, change: float = 0.1
     scorer = PairScorer(vlm.model)
     layout = choose_layout(scorer, vlm, data, params)
     collate = PairCollator(data, vlm.tokenizer.pad_token_id, packed=params.packed, segment_weight=params.segment_weight)
-    reference = reference_logps(scorer, collate, 4, torch.device("cpu"), bfloat16=False)
+    reference = reference_logps(scorer, collate, 4, torch.device("cpu"), "float32")
     trainer = PairTrainer(scorer, collate, reference, params, training_arguments(params, folder / "trainer", seed=0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -217,7 +218,8 @@ def test_trained_tokens_are_exactly_the_answer_and_the_end_token(folder):
     vlm = load_vlm(str(folder / "model"), device="cpu")
     data = PairData(vlm, folder / "pairs.parquet")
     batch = build_batch(data.pairs, vlm.tokenizer.pad_token_id, packed=True)
-    answers = [*data.table["chosen"].to_pylist(), *data.table["rejected"].to_pylist()]
+    table = pq.read_table(folder / "pairs.parquet")
+    answers = [*table["chosen"].to_pylist(), *table["rejected"].to_pylist()]
     for ids, mask, answer in zip(batch["answers"], batch["answer_mask"], answers, strict=True):
         assert vlm.tokenizer.decode(ids[mask]) == answer + " </s>"
 

@@ -17,9 +17,11 @@ from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlaifv import ROOT
+from rlaifv.steps.public_pairs import parquet_files
+from rlaifv.training import job
 from rlaifv.training.dpo import EpochOrder, Watch
 from rlaifv.training.job import TrainResult, train
-from rlaifv.training.pair_data import PairData, read_pairs
+from rlaifv.training.pair_data import PairData
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.vlm.loading import load_vlm
 
@@ -64,7 +66,11 @@ def test_the_same_run_writes_the_same_bytes_and_another_seed_others(folder, unin
     )
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bytes(folder, uninterrupted):
+@pytest.mark.parametrize(("resume_every", "state"), [(1, "checkpoint-4"), (2, "checkpoint-3")])
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bytes(
+    folder, uninterrupted, monkeypatch, resume_every, state
+):
+    name, params = f"killed-{resume_every}", dataclasses.replace(PARAMS, resume_every=resume_every)
     killed = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests" / "helpers")!r})
@@ -75,17 +81,19 @@ def die(self, args, state, control, **kwargs):
     if state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 Watch.on_step_begin = lambda self, args, state, control, **kwargs: die(self, args, state, control)
-training_runs.run(Path({str(folder)!r}), "killed")
+params = training_runs.TrainParams(**{dataclasses.asdict(params)!r})
+training_runs.run(Path({str(folder)!r}), {name!r}, params)
 """
     process = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    (run_folder,) = (job.parent for job in (folder / "killed" / "scratch").glob("train-*/job.json"))
-    assert (run_folder / "trainer" / "checkpoint-4").is_dir()  # step 1 of 3 of the second epoch
+    (run_folder,) = (path.parent for path in (folder / name / "scratch").glob("train-*/job.json"))
+    assert [path.name for path in (run_folder / "trainer").iterdir()] == [state]  # 4: step 1 of 3 of the second epoch
     half_written = run_folder / "trainer" / "checkpoint-6"
     half_written.mkdir()
-    result = run(folder, "killed")
-    assert result.reference == "reused"
-    assert digests(folder / "killed" / "out") == digests(folder / "uninterrupted" / "out")
+    monkeypatch.setattr(job, "choose_layout", None)  # would be called to look again how pairs go through the model
+    result = run(folder, name, params)
+    assert (result.reference, result.layout) == ("reused", "packed, features kept")
+    assert digests(folder / name / "out") == digests(folder / "uninterrupted" / "out")
     assert (run_folder / "finished.json").is_file() and not (run_folder / "trainer").exists()
 
 
@@ -159,10 +167,10 @@ def test_the_public_datasets_columns_are_enough_and_a_missing_one_is_named(folde
     (tmp_path / "parts").mkdir()
     pq.write_table(table.slice(0, 6), tmp_path / "parts" / "a.parquet")
     pq.write_table(table.slice(6), tmp_path / "parts" / "b.parquet")
-    assert len(read_pairs(tmp_path / "parts")) == 13
+    assert [file.name for file in parquet_files(tmp_path / "parts")] == ["a.parquet", "b.parquet"]
     pq.write_table(table.drop_columns(["chosen"]), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet has no column chosen"):
-        read_pairs(tmp_path / "c.parquet")
+        parquet_files(tmp_path / "c.parquet")
 
 
 def test_lora_is_merged_into_a_checkpoint_that_loads_with_from_pretrained_alone(folder, uninterrupted):

@@ -1,9 +1,10 @@
 """Weights spread over processes (FSDP2, DeepSpeed ZeRO) or kept in 4 bits train what one process trains, on CPUs here.
 
-accelerate itself shards on GPUs only: `sharded_cpus/sitecustomize.py` makes it do so over gloo.
+accelerate itself shards on GPUs only: `library_quirks.shard_on_cpus` makes it do so over gloo.
 """
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_llava import save_pairs, save_wide_llava
 from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText
 
@@ -23,7 +25,7 @@ __all__ = ["folder"]  # a fixture: pytest finds it by its name in this module
 
 @pytest.fixture
 def on_cpus(monkeypatch):
-    paths = [str(ROOT / "tests" / "helpers" / "sharded_cpus"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "tests" / "helpers" / "killed_run"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
@@ -57,6 +59,31 @@ def test_fsdp_in_two_processes_trains_what_one_does_also_after_a_kill(folder, on
     assert_killed_and_resumed_run_equals_one_process(folder, "fsdp", config, monkeypatch)
 
 
+def test_fsdp_in_bfloat16_starts_at_log_2_and_trains_what_one_process_does_up_to_rounding(folder, on_cpus):
+    settings = {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_size": 1}
+    one = log_rows(run(folder, "bf16-one", dataclasses.replace(PARAMS, **settings)))
+    sharded = {"processes": 2, "accelerate_config": str(ROOT / "params" / "accelerate" / "fsdp2.yaml")}
+    two = log_rows(run(folder, "bf16-fsdp", dataclasses.replace(PARAMS, **settings, **sharded)))
+    assert two[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "steps compute as the reference did"
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=0.01)
+    assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in one], rel=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_one_of_eight_processes_builds_no_second_model_and_holds_the_weights_once(folder, on_cpus, tmp_path):
+    save_wide_llava(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.parquet", 32)
+    config = ROOT / "params" / "accelerate" / "fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "1"]
+    command += ["--main_process_port", "0", str(ROOT / "tests" / "helpers" / "one_of_eight.py"), str(tmp_path)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights"] > 5e8 and found["most"] < 1.2 * found["weights"]
+    assert (found["kept"], found["computed"], found["summed"]) == ("float32", "bfloat16", "float32")
+
+
 @pytest.mark.parametrize("lora", [{}, {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed_in_two_processes_trains_what_one_does_also_after_a_kill(folder, on_cpus, monkeypatch, stage, lora):
@@ -64,12 +91,6 @@ def test_deepspeed_in_two_processes_trains_what_one_does_also_after_a_kill(folde
     config = ROOT / "params" / "accelerate" / f"{stage}.yaml"
     name = f"{stage}-lora" if lora else stage
     assert_killed_and_resumed_run_equals_one_process(folder, name, config, monkeypatch, **lora)
-
-
-def test_without_gpus_a_run_that_would_not_be_sharded_says_so(folder, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch` sets for fsdp2.yaml
-    with pytest.raises(RuntimeError, match=r"over GPUs only: set train\.accelerate_config to null"):
-        run(folder, "unsharded")
 
 
 def test_lora_on_a_4_bit_base_trains_from_it_and_goes_on_to_the_same_bytes_after_a_kill(folder, on_cpus):

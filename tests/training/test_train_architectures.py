@@ -61,7 +61,8 @@ def test_layout_is_exact_and_trained_tokens_are_the_answer_and_the_end_token(nam
     scorer = PairScorer(vlm.model)
     assert choose_layout(scorer, vlm, data, TrainParams()) == LAYOUTS[name]
     batch = build_batch(data.pairs, pad, packed=LAYOUTS[name].startswith("packed"))
-    answers = [*data.table["chosen"].to_pylist(), *data.table["rejected"].to_pylist()]
+    table = pq.read_table(pairs)
+    answers = [*table["chosen"].to_pylist(), *table["rejected"].to_pylist()]
     for ids, mask, answer in zip(batch["answers"], batch["answer_mask"], answers, strict=True):
         assert vlm.tokenizer.decode(ids[mask]).strip() == answer + "</s>"
 

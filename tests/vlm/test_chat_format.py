@@ -8,7 +8,7 @@ from architectures import BUILDERS, build, build_tokenizer, picture, template
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaifv.vlm.chat_format import UnfitText, control_ids, encode, encode_questions, prompt_text
+from rlaifv.vlm.chat_format import UnfitText, control_ids, encode, encode_questions, folded_prompt, prompt_text
 from rlaifv.vlm.loading import VLM
 
 
@@ -64,9 +64,32 @@ def test_a_text_is_refused_or_has_the_templates_control_tokens_and_no_other(piec
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers():
     vlm = build("llava")
     (row,) = encode_questions(vlm, picture(), ["a"]).rows
-    limit = vlm.model.config.get_text_config().max_position_embeddings
+    limit = vlm.context
     encode_questions(vlm, picture(), ["a"], room=limit - len(row))
     with pytest.raises(UnfitText, match=f"are {limit + 1} tokens, the context holds {limit}"):
         encode_questions(vlm, picture(), ["a"], room=limit - len(row) + 1)
     with pytest.raises(UnfitText, match=r"'dog dog .* is \d+ tokens, the context holds"):
         encode_questions(vlm, picture(), ["dog " * limit])
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "image_tokens"),
+    [
+        ("llava", "USER: <image>×9⏎Is there a cat? ASSISTANT:", 9),
+        ("qwen3-vl", "user⏎<|vision_start|><|image_pad|>×48<|vision_end|>Is there a cat?⏎assistant⏎", 48),
+        (
+            "idefics3",
+            "User:<fake_token_around_image><row_1_col_1><image>×4<fake_token_around_image><row_1_col_2><image>×4⏎"
+            "<fake_token_around_image><row_2_col_1><image>×4<fake_token_around_image><row_2_col_2><image>×4⏎⏎"
+            "<fake_token_around_image><global-img><image>×4<fake_token_around_image>Is there a cat?"
+            "<end_of_utterance>⏎Assistant:",
+            20,
+        ),
+    ],
+)
+def test_a_folded_prompt_is_what_the_model_gets_on_one_line(name, prompt, image_tokens):
+    assert folded_prompt(build(name), picture(64, 48), "Is there a cat?") == (prompt, image_tokens)
+
+
+def test_a_prompt_without_an_image_has_nothing_folded():
+    assert folded_prompt(build("llama"), None, "Is there\na cat?") == ("USER: Is there⏎a cat? ASSISTANT:", 0)

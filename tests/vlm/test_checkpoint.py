@@ -5,10 +5,12 @@ every look at the hub is a process of its own.
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from hub import Hub, settings_for
 
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord
+from rlaifv.vlm import checkpoint
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint, write_pointer
 
 POLICY = ROOT / "models/tiny/policy"
@@ -243,3 +246,56 @@ def test_a_local_fingerprint_changes_with_a_file_s_name_and_presence(copy):
     renamed = fingerprint_checkpoint(str(copy))
     (copy / "chat_templates.jinja").unlink()
     assert len({before, renamed, fingerprint_checkpoint(str(copy))}) == 3
+
+
+@pytest.fixture
+def large(copy, tmp_path, monkeypatch) -> Path:
+    """A checkpoint that counts as large, written a minute ago; `checkpoint.read_files` tells how often it was read."""
+    monkeypatch.setattr(checkpoint, "LARGE", 1)
+    monkeypatch.setattr(checkpoint, "KNOWN", tmp_path / "known")
+    for file in copy.iterdir():
+        os.utime(file, ns=(time.time_ns() - 60 * 10**9,) * 2)
+    return copy
+
+
+def count_reads(monkeypatch) -> list:
+    reads, original = [], checkpoint.read_files
+    monkeypatch.setattr(checkpoint, "read_files", lambda *args: reads.append(1) or original(*args))
+    return reads
+
+
+def test_a_large_checkpoint_is_read_once_also_when_it_is_linked_or_moved(large, tmp_path, monkeypatch):
+    reads = count_reads(monkeypatch)
+    first = fingerprint_checkpoint(str(large))
+    shutil.copytree(large, tmp_path / "linked", copy_function=os.link)
+    large.rename(tmp_path / "moved")
+    again = [fingerprint_checkpoint(str(tmp_path / name)) for name in ("moved", "linked")]
+    assert again == [first, first] == [fingerprint_checkpoint(str(POLICY))] * 2 and len(reads) == 2
+
+
+@pytest.mark.parametrize("change_it", ["byte", "size", "time", "name", "replaced with its times"])
+def test_a_large_checkpoint_that_changed_is_read_again(large, monkeypatch, change_it):
+    reads, weights = count_reads(monkeypatch), large / WEIGHTS
+    first, stat = fingerprint_checkpoint(str(large)), weights.stat()
+    if change_it == "byte":
+        change(weights)
+    elif change_it == "size":
+        weights.write_bytes(weights.read_bytes() + b"x")
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change_it == "time":
+        os.utime(weights)
+    elif change_it == "name":
+        weights.rename(large / "weights.safetensors")
+    else:  # by another file of equal size and age, as an archive would unpack it
+        changed = large.parent / "other"
+        changed.write_bytes(weights.read_bytes()[:-1] + b"x")
+        os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        changed.replace(weights)
+    assert (fingerprint_checkpoint(str(large)) == first) is (change_it == "time") and len(reads) == 2
+
+
+def test_what_was_written_just_now_is_not_remembered(large, monkeypatch):
+    reads = count_reads(monkeypatch)
+    os.utime(large / WEIGHTS)
+    first = fingerprint_checkpoint(str(large))
+    assert fingerprint_checkpoint(str(large)) == first and len(reads) == 2

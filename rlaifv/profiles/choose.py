@@ -1,6 +1,6 @@
 """Profiles: write params.yaml, whole and checked, from a profile in params/ (`make profile NAME=llava15-7b`).
 
-    python -m rlaifv.profile NAME [--force]
+    python -m rlaifv.profiles.choose NAME [--force]
 
 A profile holds only what differs from params/default.yaml; params.yaml is that default, comments and all, with the
 profile's values set. A params.yaml that somebody has edited is not overwritten.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import FoldedScalarString
 
 from rlaifv import ROOT
 from rlaifv.params import NAMED, ParamsError, load_params, read_content
@@ -66,10 +67,12 @@ def _with_values(default: str, profile: str) -> str:
 def _set(whole: dict, overlay: dict) -> None:
     """What params.merge does, in place: the comments stay."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and key not in NAMED:
+        if isinstance(value, dict) and key in whole and key not in NAMED:
             _set(whole[key], value)
         elif key not in NAMED:
             whole[key] = value
+            if isinstance(value, FoldedScalarString):  # nothing can stand behind a text of several lines
+                whole.ca.items.pop(key, None)
 
 
 def write_profile(name: str, target: Path = ROOT / "params.yaml", force: bool = False) -> None:
@@ -93,7 +96,9 @@ def _is_unedited(text: str, folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; a wrong profile and an edited params.yaml end it with one line and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m rlaifv.profile", description="Write params.yaml from a profile")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaifv.profiles.choose", description="Write params.yaml from a profile"
+    )
     parser.add_argument("name", nargs="?", default="", help="a file of params/, without .yaml")
     parser.add_argument("--force", action="store_true", help="overwrite a params.yaml that was edited")
     options = parser.parse_args(arguments)

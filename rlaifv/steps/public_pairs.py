@@ -1,0 +1,95 @@
+"""The public RLAIF-V dataset, or any parquet in its columns: its rows, and its pairs in place of a run of feedback."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from rlaifv.fingerprint import LARGE, digest_files
+from rlaifv.records import json_object
+from rlaifv.steps.pairs import words
+
+PAIR = ("question", "chosen", "rejected")
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The file of pairs itself, or a folder's parquet files in order of name. Raises FileNotFoundError where there is
+    none, ValueError naming a column that one of them lacks."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"no parquet file of preference pairs at {path}")
+    for file in files:
+        check_columns(file, ("image", *PAIR))
+    return files
+
+
+def check_columns(file: Path, columns: Sequence[str]) -> set[str]:
+    """The columns of a file; ValueError where one of `columns` is neither among them nor in the JSON of `text`, where
+    older releases keep question, chosen and rejected."""
+    names = set(pq.read_schema(file).names)
+    needed = [name for name in columns if name == "image" or (name in PAIR and "text" not in names)]
+    if missing := [name for name in needed if name not in names]:
+        raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(sorted(names))}")
+    return names
+
+
+def public_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict]:
+    """These columns of the dataset's rows, a few rows at a time, those that a file lacks from the JSON of `text`; None
+    where a value is not there. Raises what `check_columns` does."""
+    for file in files:
+        names = check_columns(file, columns)
+        wanted = [name for name in (*columns, "text") if name in names]
+        for batch in pq.ParquetFile(file, memory_map=True).iter_batches(batch_size=64, columns=wanted):
+            for row in batch.to_pylist():
+                text = json_object(row.pop("text", None))
+                yield {name: row[name] if row.get(name) is not None else text.get(name) for name in columns}
+
+
+def problem(row: dict) -> str:
+    """Why nothing can be learned from a row's texts; "" where something can."""
+    empty = next((name for name in PAIR if not str(row[name] or "").strip()), None)
+    if empty:
+        return f"{empty} is empty"
+    return "chosen and rejected are the same answer" if row["chosen"] == row["rejected"] else ""
+
+
+def first_pair(files: Sequence[Path]) -> dict:
+    """The first row with two answers and an image; StopIteration where there is none."""
+    rows = public_rows(files, ("image", *PAIR))
+    return next(row for row in rows if not problem(row) and (row["image"] or {}).get("bytes"))
+
+
+def count_pairs(files: Sequence[Path]) -> dict[str, object]:
+    """What `pairs.statistics` says, of pairs that somebody else has made; the images, 14 GB of them, are not read.
+
+    `rejects` counts the rows that training will leave out for their texts, `made_by` what `origin_split` says in JSON
+    (the models that answered and judged, the kind of question). The fingerprint changes with any of the files.
+    Raises what `public_rows` does, and ValueError where no pair is left.
+    """
+    rejects, made_by, prompts = Counter(), Counter(), set()
+    pairs = chosen = rejected = 0
+    for row in public_rows(files, (*PAIR, "image_path", "origin_split")):
+        if reason := problem(row):
+            rejects[reason] += 1
+            continue
+        pairs += 1
+        chosen += words(row["chosen"])
+        rejected += words(row["rejected"])
+        prompts.add((row["image_path"], row["question"]))
+        origin = json_object(row["origin_split"])
+        made_by.update(f"{key}: {value}" for key, value in origin.items() if isinstance(value, str | int))
+    if not pairs:
+        raise ValueError(f"no pair to learn from in {', '.join(map(str, files))}: {dict(rejects)}")
+    return {
+        "pairs": pairs,
+        "pairs_before_balance": pairs,
+        "instructions_with_pairs": len(prompts),
+        "length_threshold_r": 1.0,
+        "mean_words_chosen": chosen / pairs,
+        "mean_words_rejected": rejected / pairs,
+        "score_gaps": {},
+        "rejects": dict(rejects.most_common()),
+        "made_by": dict(made_by.most_common(12)),
+        "fingerprint": digest_files(*files, by_stat_from=LARGE),
+    }
