@@ -43,8 +43,11 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     """Write `out/model` and `out/dataset`, whole or not at all.
 
     Raises FileNotFoundError for an iteration that has not run, FileExistsError when `out` holds something already,
-    ValueError for weights or pairs that are not whole.
+    ValueError for weights or pairs that are not whole, and for pairs that are somebody else's (`pairs.source`).
     """
+    if params.pairs.source:
+        where = f"{params.pairs.source} (pairs.source), published already; the model alone is {Paths(iteration).policy}"
+        raise ValueError(f"the pairs are those of {where}")
     chain = lineage(params, iteration)
     for name in chain:
         for needed in (Paths(name).policy / "config.json", Paths(name).pairs):

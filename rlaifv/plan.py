@@ -568,7 +568,7 @@ def small(params: Params) -> bool:
     return sum(file.stat().st_size for path in set(roles) for file in (ROOT / path).glob("*.safetensors")) < GB
 
 
-def machine_here(name: str | None, gpus: int | None) -> Machine:
+def machine_here(name: str | None = None, gpus: int | None = None) -> Machine:
     """The machine that is named, or the one that this is."""
     if name is None:
         import torch

@@ -18,6 +18,7 @@ from pathlib import Path
 from rlaifv import ROOT
 from rlaifv.fingerprint import stage_definition
 from rlaifv.params import ParamsError, load_params
+from rlaifv.records import write_atomic
 from rlaifv.stage import RUNS
 
 FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container", re.IGNORECASE)
@@ -44,20 +45,21 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     if params.pairs.source and name in FEEDBACK:
-        print(f"{name}: nothing to do: the pairs come from pairs.source = {params.pairs.source}")
-        return leave_out(notebook, parameters)
+        reason = f"nothing to do: the pairs come from pairs.source = {params.pairs.source}"
+        print(f"{name}: {reason}")
+        return leave_out(notebook, parameters, reason)
     return execute(notebook, parameters)
 
 
-def leave_out(notebook: Path, parameters: dict[str, str]) -> int:
-    """Leave empty what the stage would have written, which DVC wants to see: folders, and its notebook as it is."""
+def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:
+    """In place of what the stage would have written, which DVC wants to see: the reason, and its notebook as it is."""
     for out in stage_definition(notebook.stem.partition("_")[2])["outs"]:
         path = ROOT / out.replace("${key}", parameters["iteration"])
         if path.suffix == ".ipynb":
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(notebook, path)
         else:
-            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "left_out.txt", reason + "\n")
     return 0
 
 

@@ -157,6 +157,11 @@ def test_whatever_stands_at_a_key_is_taken_or_refused_in_one_line(key, value):
         assert str(error).startswith("params.yaml: ") and len(str(error).splitlines()) == 1
 
 
+def test_pairs_of_somebody_else_are_for_one_iteration(tmp_path):
+    with pytest.raises(ParamsError, match=r"pairs\.source gives the pairs of one iteration: leave one of the 2 under"):
+        load_params(profile(tmp_path, lambda c: c["pairs"].update(source="data/public")))
+
+
 @pytest.mark.parametrize("name", ["007", "01", "٢", "0", "-1", "1.0", "", "9" * 5000])
 def test_iterations_are_named_1_2_and_so_on_and_in_no_other_spelling(tmp_path, name):
     path = profile(tmp_path, lambda c: c["iterations"].update({name: {"prev": "0"}}))

@@ -145,7 +145,7 @@ def test_what_stages_took_stands_beside_their_estimates(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "gpu", "disk"),
-    [("qwen3vl-4b", "RTX4090", 200), ("self-8b", "H100", 700), ("public-dataset", "RTX4090", 130)],
+    [("qwen3vl-4b", "RTX4090", 120), ("self-8b", "H100", 350), ("public-dataset", "RTX4090", 80)],
 )
 def test_a_profile_fits_the_machine_that_its_first_lines_name(profile, name, gpu, disk):
     params = profile(name)

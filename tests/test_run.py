@@ -112,3 +112,22 @@ def test_telemetry_is_off_whoever_starts_the_run():
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "True"
+
+
+def test_a_stage_of_feedback_is_left_out_where_the_pairs_are_there(tmp_path, monkeypatch, capsys):
+    profile = tmp_path / "public.yaml"
+    text = (ROOT / "params.yaml").read_text().replace("source: null", "source: data/public")
+    profile.write_text(text.replace('  "2": {prev: "1"}\n', ""))
+    (tmp_path / "notebooks").mkdir()
+    notebook(tmp_path / "notebooks", "1 / 0")
+    notebook(tmp_path / "notebooks", "1 / 0", "50_pairs")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    for _ in range(2):
+        assert run.main(["20_generate", "iteration=1", "prev=0", f"params_file={profile}"]) == 0
+    said = "20_generate: nothing to do: the pairs come from pairs.source = data/public"
+    assert capsys.readouterr().out.splitlines() == [said] * 2
+    (left,) = (tmp_path / "data/iterations/1/candidates").iterdir()
+    assert left.read_text() == said.removeprefix("20_generate: ") + "\n"
+    assert nbformat.read(tmp_path / "runs/1/20_generate.ipynb", 4).cells[0].outputs == []
+    assert run.main(["50_pairs", "iteration=1", "prev=0", f"params_file={profile}"]) == 1, "the pairs stage runs"

@@ -66,7 +66,9 @@ def spread(vlm: VLM) -> None:
         device = SECOND if module in second else FIRST
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.made_up_device = device
-        if module not in (network, network.base_model, decoder):
+        # functions in a module's clothes hold no tensors, and models share them
+        holds = [*module.parameters(), *module.buffers()]
+        if holds and module not in (network, network.base_model, decoder):
             move = onto(device)
             module.register_forward_pre_hook(lambda _m, a, k, move=move: (move(a), move(k)), with_kwargs=True)
     network.register_forward_hook(lambda _m, _a, output: onto(FIRST)(output))

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rlaifv.inference.server import (
     PROBES,
     NoReply,
     ServerRefused,
+    ask_in_order,
     data_url,
     is_served,
     judge_served,
@@ -102,7 +104,12 @@ def decoded(url: str) -> tuple[str, Image.Image]:
     return kind, Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_the_first_question_of_an_image_goes_alone_and_other_images_fill_the_gap(serve, tmp_path):
+def test_as_many_requests_are_in_flight_as_allowed_although_an_images_first_goes_alone():
+    gate = threading.Barrier(4, timeout=60)  # nobody passes before four are there
+    ask_in_order(lambda question: gate.wait(), [range(10)] * 8, 4)
+
+
+def test_the_first_question_of_an_image_goes_alone_and_the_others_before_the_next_image(serve, tmp_path):
     path = serve("well")
     items = [
         (data_url(saved(tmp_path / f"{n}.png", Image.new("RGB", (8, 8), (n, 0, 0)))), [f"{n}, {q}" for q in QUESTIONS])
@@ -114,7 +121,7 @@ def test_the_first_question_of_an_image_goes_alone_and_other_images_fill_the_gap
     cold, images = (seen(path)[name][len(before[name]) :] for name in ("cold", "images"))
     assert len({image for _, image in images[:20]}) == 4, "an image is done with before another begins"
     assert len(cold) == len(set(cold)) == 6, "one question an image finds no prefix"
-    assert seen(path)["most"] == 4, "and no more are in flight than allowed"
+    assert 1 < seen(path)["most"] <= 4, "and no more are in flight than allowed"
     assert [len(row) for row in answers] == [10] * 6 and len(asked(path)) == 60
 
 
@@ -173,6 +180,7 @@ def test_another_model_behind_the_same_name_is_not_used_until_the_stage_models_h
     monkeypatch.setattr(models, "SCRATCH", tmp_path)
     monkeypatch.setattr("rlaifv.inference.yes_no.SCRATCH", tmp_path)
     fields = {"revision": None, "dtype": "float32", "device": "auto"}
+    fields |= {"load_in_4bit": False, "processor": {}, "template": {}, "system": None}
     record = models.describe(ModelParams(path=serve("well"), **fields), PARAMS)
     assert load_labeler(record, PARAMS).fingerprint == record.fingerprint
     replaced = models.describe(ModelParams(path=serve("other"), **fields), PARAMS)

@@ -32,6 +32,24 @@ def test_probabilities_are_sums_over_the_yes_and_the_no_ids():
         assert p_no == pytest.approx(float(row[list(ids.no)].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "cap", "shared"), [("llava", None, True), ("llava", None, False), ("gemma3", 5.0, True)]
+)
+def test_in_bfloat16_yes_and_no_are_as_exact_relative_to_each_other_as_in_float32(name, cap, shared):
+    vlm = build(name)
+    vlm.model.config.get_text_config().final_logit_softcapping = cap
+    vlm.model.to(torch.bfloat16)
+    head, ids, hidden = vlm.model.get_output_embeddings(), yes_no_ids(vlm), []
+    hook = head.register_forward_pre_hook(lambda _head, args: hidden.append(args[0].flatten(0, -2)[-1:]))
+    yes, no = ids.yes[0], ids.no[0]
+    ((found,),) = next_token_logprobs(vlm, [encode_questions(vlm, picture(), QUESTIONS[:1])], [yes, no], shared=shared)
+    hook.remove()
+    logits = hidden[-1].double() @ head.weight[[yes, no]].double().T
+    exact = torch.tanh(logits / cap) * cap if cap else logits
+    assert float(found[0] - found[1]) == pytest.approx(float(exact[0, 0] - exact[0, 1]), abs=1e-5)
+    assert not head._forward_hooks, "the model is as it was"
+
+
 def test_each_distinct_question_is_asked_once_and_answers_fan_out_in_order(monkeypatch):
     vlm, asked = build("llava"), []
     real = next_token_logprobs

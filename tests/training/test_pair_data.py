@@ -93,6 +93,8 @@ from rlaifv.training.pair_data import PairData
 PartialState()
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+warm = PairData(None, None, folder=Path(sys.argv[1]))  # what the libraries take when they are first used
+warm.pairs[0]
 before = anonymous()
 data = PairData(None, None, folder=Path(sys.argv[1]))
 lengths = data.pairs.row_lengths
