@@ -24,7 +24,7 @@ from rlaifv.inference.logprobs import continuation_logprobs
 from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, sample_plain, uniforms
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
 from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
-from rlaifv.vlm.images import decode_image, open_image, upright_rgb
+from rlaifv.vlm.images import decode_image, open_image, refused, upright_rgb
 from rlaifv.vlm.loading import VLM, load_vlm
 
 BASE_MODEL = "models/tiny/policy"
@@ -45,6 +45,8 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     Raises FileNotFoundError for a path without a file, ValueError for what is no image; both name it.
     """
     if isinstance(source, Image.Image):
+        if problem := refused(source):
+            raise ValueError(f"the image {problem}")
         return upright_rgb(source)
     if isinstance(source, bytes):
         return decode_image(source, "given as bytes")
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
                 chat.ask(question, Aloud(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True))
             else:
                 print(chat.ask_best(question, options.best_of)[0], flush=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"chat: {error}")
     except KeyboardInterrupt:
         print()

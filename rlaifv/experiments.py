@@ -39,7 +39,7 @@ from rlaifv.params import (
     read_content,
     read_yaml,
 )
-from rlaifv.records import read_jsonl, write_atomic
+from rlaifv.records import read_jsonl, to_json, write_atomic
 from rlaifv.report import plots
 from rlaifv.results import FILES
 from rlaifv.steps.models import describe_models
@@ -227,7 +227,7 @@ def write_results(group: Group, results: Mapping, base: Params, failed: Sequence
     """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
     inputs = describe_inputs(base, describe_models(base))
     whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
-    write_atomic(ROOT / "metrics" / f"{group.name}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(ROOT / "metrics" / f"{group.name}.json", to_json(whole, indent=2) + "\n")
     if whole["experiments"]:
         table = pd.DataFrame(flat_rows(whole["experiments"])).to_csv(index=False, lineterminator="\n")
         write_atomic(ROOT / "plots" / f"{group.name}.csv", table)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlaifv import stage
 from rlaifv.params import DEFAULT, ModelParams, Params, load_params, read_content
-from rlaifv.records import RATES, write_atomic
+from rlaifv.records import RATES, to_json, write_atomic
 from rlaifv.report.render import render
 from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
@@ -114,7 +114,7 @@ def write_folder(
     else:
         shutil.copyfile(params_file, model / "training_params.yaml")
     metrics = {name: result.test for name, result in results.items()}
-    write_atomic(model / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomic(model / "metrics.json", to_json(metrics, indent=2) + "\n")
     exam = json.loads(stage.EXAM.read_text()) if stage.EXAM.is_file() else {}
     write_atomic(model / "README.md", model_card(params, results, exam, license_name))
     (dataset / "data").mkdir(parents=True)

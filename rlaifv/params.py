@@ -49,10 +49,13 @@ def _expect(expected: str, check: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(checked)
 
 
-Name = Annotated[str, _expect("text that is not empty", str.strip)]
+Text = Annotated[
+    str, _expect("text without control characters", re.compile(r"[^\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]*").fullmatch)
+]
+Name = Annotated[Text, _expect("text that is not empty", str.strip)]
 Seed = Annotated[int, _expect("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, _expect("a value from 0 to 1", lambda v: 0 <= v <= 1)]
@@ -62,7 +65,7 @@ TopP = Annotated[float, _expect("a value above 0 and not above 1", lambda v: 0 <
 OneOrMore = BeforeValidator(lambda v: v if isinstance(v, tuple) else tuple(v) if isinstance(v, list) else (v,))
 """A YAML list; a single value is a list of one."""
 Texts = Annotated[tuple[Name, ...], OneOrMore]
-IterationName = Annotated[str, _expect('names "1", "2", ...', re.compile("[1-9][0-9]*").fullmatch)]
+IterationName = Annotated[str, _expect('names "1", "2", ...', re.compile("[1-9][0-9]{0,3}").fullmatch)]
 FileName = Annotated[
     str, _expect("names of letters, digits and _ (files are called so)", re.compile(r"\w+", re.A).fullmatch)
 ]
@@ -114,7 +117,7 @@ class ModelParams(Section):
     """A checkpoint: a folder (relative to the repository) or a hub id with a pinned revision, and how it is used."""
 
     path: Name
-    revision: str | None
+    revision: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
     load_in_4bit: bool  # nf4 weights (needs bitsandbytes and a GPU)
@@ -163,7 +166,7 @@ class PrepareParams(Section):
 class GenerateParams(Section):
     """Sampling of candidates: identical settings for all samples of an instruction (section 2.1: deconfounded)."""
 
-    samples: Annotated[int, Field(ge=2)]
+    samples: Annotated[int, Field(ge=2, le=2**31 - 1)]
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
@@ -181,7 +184,7 @@ class DivideParams(Section):
 
 
 class FeedbackParams(Section):
-    suffix: str
+    suffix: Text
     batch_size: Count
     min_answer_mass: Share
     max_reject_rate: Share
@@ -279,7 +282,7 @@ class BenchmarkParams(Section):
     truth: Texts
     vocabulary: Name | None  # a synonym table instead of ours (chair, object_halbench)
     images: Name | None  # the folder below which the images lie; null: they are in `questions`
-    suffix: str  # put after every question, such as "Please answer yes or no."
+    suffix: Text  # put after every question, such as "Please answer yes or no."
     beams: Count  # 1: greedy
     answers: Name | None  # null: our models answer; a file: these answers of someone else's model are scored
     judge: JudgeParams | None  # of the benchmarks that ask one
@@ -291,9 +294,9 @@ class SelfFeedbackParams(Section):
     # whose policy is π_ref of the reward, "0" the base model; None: what the last iteration was trained against
     reference: str | None
     instructions: Count  # the first so many test instructions
-    candidates: Annotated[int, Field(ge=2)]  # the largest N; smaller ones are drawn from its answers
+    candidates: Annotated[int, Field(ge=2, le=2**31 - 1)]  # the largest N; smaller ones are drawn from its answers
     # resamples of the instructions that intervals are taken over
-    resamples: Annotated[int, Field(ge=20)]
+    resamples: Annotated[int, Field(ge=20, le=2**31 - 1)]
     batch_size: Count  # instructions at a time
 
 
@@ -389,6 +392,7 @@ def build(kind: Any, content: Any, file: str) -> Any:
 EXPECTED = {"string_type": "text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 EXPECTED |= {"finite_number": "a finite number", "dict_type": "a section", "dataclass_type": "a section"}
 EXPECTED |= {"greater_than": "a value above {gt:g}", "greater_than_equal": "a value of at least {ge:g}"}
+EXPECTED["less_than_equal"] = "a value of at most {le}"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,14 +108,35 @@ class Reject:
     reason: str
 
 
-def to_json(row: Any) -> str:
-    return json.dumps(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row, ensure_ascii=False)
+def to_json(row: Any, indent: int | None = None) -> str:
+    """A record, or whatever else is written, as JSON. Raises ValueError that names the record and the field for a
+    number that is not finite: JSON has none, and who reads it would take it for a measurement."""
+    content = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError:
+        for place, number in not_finite(content):
+            kind = f"{type(row).__name__} {next(iter(content.values()))}: " if content is not row else ""
+            raise ValueError(f"{kind}{place} is {number}, expected a finite number") from None
+        raise
+
+
+def not_finite(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Where in a JSON value a number is not finite, as `rates.recall[1]`, and that number."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield place or "the value", content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from not_finite(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from not_finite(value, f"{place}[{index}]")
 
 
 def json_object(text: Any) -> dict[str, Any]:
     """The object that a text holds as JSON; {} where it holds none."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except (TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -136,18 +157,42 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; a broken line is named by its number."""
+def parse_json(text: str) -> Any:
+    """A JSON value; ValueError in a few words for any text that is none, or one that nobody means."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:  # Python's own limit, which its message tells how to lift
+        raise ValueError("a number of thousands of digits") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, with their numbers from 1; a byte order mark is no text."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    with path.open(encoding="utf-8-sig") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{path} is not UTF-8 (latin-1 or UTF-16, perhaps): convert it, such as with "
+                f"`iconv -f latin1 -t utf-8 {path.name}`"
+            ) from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; a broken line is named by its number."""
     rows = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    for number, line in read_lines(path):
+        try:
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     return rows
 
 

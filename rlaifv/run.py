@@ -9,6 +9,7 @@ a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same comm
 
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +21,10 @@ from rlaifv.params import ParamsError, load_params
 from rlaifv.records import write_atomic
 from rlaifv.stage import RUNS
 
+FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container", re.IGNORECASE)
+"""How Python, safetensors and torch.save (whose message names only a line of its source) say that a disk, a quota or
+a limit of a file's size is full."""
+NO_ROOM = "no room to write: free some space and run the same command again, it goes on where it was; "
 FEEDBACK = ("20_generate", "30_divide", "40_feedback")
 """The notebooks that make preferences; with `pairs.source` somebody else has made them."""
 
@@ -102,7 +107,8 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
         memory = (
             f"out of memory: {lower(notebook)}; " if error.ename.endswith(("MemoryError", "OutOfMemoryError")) else ""
         )
-        print(f"{notebook.stem}: {memory}{error.ename}: {error.evalue}", file=sys.stderr)
+        room = NO_ROOM if FULL.search(error.evalue) else ""
+        print(f"{notebook.stem}: {memory}{room}{error.ename}: {error.evalue}", file=sys.stderr)
         print(f"the traceback is in {executed}", file=sys.stderr)
         return 1
     except DeadKernelError:

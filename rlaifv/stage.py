@@ -19,7 +19,7 @@ import psutil
 from rlaifv import ROOT
 from rlaifv.fingerprint import LARGE, digest, digest_files, stage_definition, stage_sources
 from rlaifv.params import Params, load_params
-from rlaifv.records import ModelRecord, write_atomic
+from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.store import SCRATCH, Store, sweep
 
 DATA = ROOT / "data"
@@ -150,7 +150,7 @@ class Stage:
         if peak_gpu := max(peak_gpu_gb, gpu_peak()):
             record["peak_gpu_gb"] = round(peak_gpu, 2)
         record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
-        write_atomic(RUNS / "timings" / f"{self.label}.json", json.dumps(record) + "\n")
+        write_atomic(RUNS / "timings" / f"{self.label}.json", to_json(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         on_gpu = f", {peak_gpu:.2f} GB on a GPU" if peak_gpu else ""
         print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB{on_gpu}")

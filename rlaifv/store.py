@@ -125,7 +125,8 @@ class Store:
 
         Raises:
             IncompleteWork: a chunk is missing, or rows and rejects do not add up; nothing is published then.
-            TooManyRejects: with the first reason, when rejects exceed `max_reject_rate` of `n_inputs`.
+            TooManyRejects: with the first reason, when rejects exceed `max_reject_rate` of `n_inputs`; the next run
+                does the chunks that have any again.
         """
         try:
             parts = [self._read(i) for i in range(self._chunks)]
@@ -142,10 +143,16 @@ class Store:
                     f"{self.stage}: {answered} inputs with rows and {len(rejects)} rejects are not the {n_inputs} "
                     f"inputs: an input is lost or there twice; delete {self.folder} and run the stage again"
                 )
-            check_rejects(self.stage, [Reject(**json.loads(r)) for r in rejects], n_inputs, max_reject_rate)
+            try:
+                check_rejects(self.stage, [Reject(**json.loads(r)) for r in rejects], n_inputs, max_reject_rate)
+            except TooManyRejects:
+                for index, part in enumerate(parts):
+                    if part[1]:  # what spoiled them (a disk, a GPU) may be mended when the stage is run again
+                        self._file(index).unlink()
+                raise
             write_atomic(rows_path.parent / "rejects.jsonl", "".join(row + "\n" for row in rejects))
             write_atomic(rows_path, "".join(row + "\n" for row in rows))
-            write_atomic(self.folder / FINISHED, json.dumps({"rows": len(rows), "rejects": len(rejects)}) + "\n")
+            write_atomic(self.folder / FINISHED, to_json({"rows": len(rows), "rejects": len(rejects)}) + "\n")
         finally:
             self._release()
         for other in self.folder.parent.glob(f"{self.stage}-*/"):  # their keys can hardly match again

@@ -10,11 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take all cores slow one another tenfold
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from openai_server import running
 
 from rlaifv import ROOT
 
+hypothesis.settings.register_profile("busy", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("busy")
 SHARED = ROOT.parent / "shared"
 
 

@@ -67,6 +67,11 @@ def test_an_image_comes_as_path_bytes_or_pil_image(folder):
         assert read_image(source).tobytes() == expected
 
 
+def test_a_picture_whose_white_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="the image has 32-bit values"):
+        read_image(Image.new("I", (8, 8)))
+
+
 def test_streamed_pieces_are_the_answer_of_ask(policy, folder):
     spoken = Pieces(policy)
     answer = chat(policy, folder).ask(QUESTION, spoken)

@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from trl import DPOTrainer
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest
-from rlaifv.params import DEFAULT, LOSSES, ParamsError, TrainParams, load_params
+from rlaifv.params import DEFAULT, LOSSES, ParamsError, TrainParams, check_params, load_params, read_yaml
+
+CONTENT = read_yaml(DEFAULT)
 
 
 def profile(tmp_path: Path, change) -> Path:
@@ -115,6 +119,13 @@ FILES = ("policy.path", "labeler.path", "divider.path", "prepare.image_root", "p
         *many("train.loss_weights", value=-1, message="expected a value above 0, got -1"),
         *many("train.max_length", value=0, message="expected a value of at least 1, got 0"),
         *many("train.max_length", value=-5, message="expected a value of at least 1, got -5"),
+        *many("generate.samples", "train.epochs", value=2**31, message="expected a value of at most 2147483647, got"),
+        *many("generate.top_k", value=2**63, message="expected a value of at most 2147483647, got"),
+        *many("feedback.suffix", "policy.path", value="a\0", message="expected text without control characters, got"),
+        *many(
+            "feedback.suffix", "policy.path", value="\ud800", message="expected text without control characters, got"
+        ),
+        *many("policy.revision", value="", message="expected text that is not empty, got ''"),
         *many("train.lora_targets", value=[], message="expected at least one layer, got \\[\\]"),
         *many(*FILES, value="", message="expected text that is not empty, got ''"),
         *many(*FILES, value=" ", message="expected text that is not empty, got ' '"),
@@ -127,12 +138,31 @@ def test_a_value_that_would_stop_or_spoil_a_later_stage_is_refused_at_once(tmp_p
         load_params(profile(tmp_path, change))
 
 
+KEYS = [(section, None) for section in CONTENT]
+KEYS += [(section, name) for section, values in CONTENT.items() if isinstance(values, dict) for name in values]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(key=st.sampled_from(KEYS), value=VALUES)
+def test_whatever_stands_at_a_key_is_taken_or_refused_in_one_line(key, value):
+    section, name = key
+    content = CONTENT | {section: value if name is None else CONTENT[section] | {name: value}}
+    try:
+        check_params(content, "params.yaml")
+    except ParamsError as error:
+        assert str(error).startswith("params.yaml: ") and len(str(error).splitlines()) == 1
+
+
 def test_pairs_of_somebody_else_are_for_one_iteration(tmp_path):
     with pytest.raises(ParamsError, match=r"pairs\.source gives the pairs of one iteration: leave one of the 2 under"):
         load_params(profile(tmp_path, lambda c: c["pairs"].update(source="data/public")))
 
 
-@pytest.mark.parametrize("name", ["007", "01", "٢", "0", "-1", "1.0", ""])
+@pytest.mark.parametrize("name", ["007", "01", "٢", "0", "-1", "1.0", "", "9" * 5000])
 def test_iterations_are_named_1_2_and_so_on_and_in_no_other_spelling(tmp_path, name):
     path = profile(tmp_path, lambda c: c["iterations"].update({name: {"prev": "0"}}))
     with pytest.raises(ParamsError, match=f'iterations: expected names "1", "2", ..., got {name!r}'):

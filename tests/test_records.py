@@ -1,13 +1,24 @@
 """Records are written whole or not at all, and read back only as what they are."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaifv.fingerprint import digest_files
-from rlaifv.records import Candidate, Claim, Judgement, read_jsonl, read_records, write_atomic, write_jsonl
+from rlaifv.records import (
+    Candidate,
+    Claim,
+    Judgement,
+    not_finite,
+    read_jsonl,
+    read_records,
+    to_json,
+    write_atomic,
+    write_jsonl,
+)
 
 JUDGEMENT = {"claim_id": "a/0", "p_yes": 0.9, "p_no": 0.1, "accepted": True, "labeler": "x"}
 
@@ -86,3 +97,58 @@ def test_candidates_keep_their_types(tmp_path):
     candidate = Candidate("i#0", "i", 0, "a dog", 3, "stop", 7, "model")
     write_jsonl(path, [candidate])
     assert read_records(path, Candidate) == [candidate]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Judgement("a/0", float("nan"), 0.1, False, "x"), "Judgement a/0: p_yes is nan, expected a finite number"),
+        ({"dev": [{"recall": 1.0}, {"recall_interval": [0.5, math.inf]}]}, r"dev\[1\]\.recall_interval\[1\] is inf"),
+        ([0.0, -math.inf], r"\[1\] is -inf"),
+        (math.nan, "the value is nan"),
+    ],
+    ids=["record", "nested", "list", "number"],
+)
+def test_a_number_that_is_not_finite_is_not_written_and_its_place_is_named(row, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        to_json(row)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(value=values)
+def test_what_is_written_is_json_for_every_reader_or_nothing(value):
+    def no_json(constant):
+        raise AssertionError(constant)
+
+    if list(not_finite(value)):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            to_json(value)
+    else:
+        assert json.loads(to_json(value), parse_constant=no_json) == value
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n', encoding="utf-8-sig")
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_named_with_the_way_out(tmp_path, encoding):
+    (tmp_path / "rows.jsonl").write_text('{"a": "Café"}\n', encoding=encoding)
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not UTF-8 .*iconv"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"), [("[" * 100_000, "nested too deeply"), ("1" * 5000, "a number of thousands of digits")]
+)
+def test_json_that_no_program_reads_is_named_by_its_line(tmp_path, line, problem):
+    (tmp_path / "rows.jsonl").write_text("{}\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: {problem}$"):
+        read_jsonl(tmp_path / "rows.jsonl")

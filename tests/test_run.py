@@ -50,6 +50,32 @@ def test_memory_that_runs_out_names_the_key_to_lower(executed):
     assert code == 1 and line.startswith("20_generate: out of memory: lower generate.batch_size")
 
 
+def test_a_disk_that_is_full_is_one_line(executed):
+    code, (line, _) = executed("raise OSError(28, 'No space left on device')")
+    assert code == 1 and "Errno 28" in line
+    assert line.startswith("20_generate: no room to write: free some space and run the same command again")
+
+
+CAPPED = """
+import resource, sys, torch
+from safetensors.torch import save_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+zeros, file = torch.zeros(9999), sys.argv[1]
+for write in (lambda: torch.save(zeros, file), lambda: save_file({"a": zeros}, file)):
+    try:
+        write()
+    except Exception as error:
+        print(error)
+"""
+
+
+def test_what_torch_and_safetensors_say_of_a_full_disk_is_understood(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CAPPED, tmp_path / "x"], capture_output=True, text=True)
+    of_torch, of_safetensors = done.stdout.splitlines()
+    assert run.FULL.search(of_torch) and run.FULL.search(of_safetensors)
+    assert not run.FULL.search("KeyError: 28")
+
+
 def test_a_kernel_that_was_killed_is_one_line_with_the_way_out(executed):
     code, (line,) = executed("import os\nos.kill(os.getpid(), 9)")
     assert code == 1

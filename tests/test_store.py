@@ -164,6 +164,23 @@ def test_too_many_rejects_stop_the_run_with_the_reason_and_the_key(tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_what_was_rejected_too_often_is_tried_again_when_the_run_goes_on(tmp_path):
+    broken, tried = {"b", "c"}, []
+
+    def look(name: str):
+        tried.append(name)
+        return ([], [Reject(name, "stage", "no such image")]) if name in broken else ([{"n": name}], [])
+
+    store = Store("divide@1", {}, tmp_path / "scratch")
+    store.run("abc", look)
+    with pytest.raises(TooManyRejects):
+        store.publish(tmp_path / "rows.jsonl", 3, 0.4)
+    broken.remove("c")
+    store.run("abc", look)
+    assert store.publish(tmp_path / "rows.jsonl", 3, 0.4) == (2, 1)
+    assert tried == [*"abc", *"bc"]
+
+
 text = st.text(st.characters(blacklist_categories=("Cs",)))
 
 

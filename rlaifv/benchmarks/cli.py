@@ -13,7 +13,7 @@ from rlaifv.benchmarks.spec import Spec, print_table
 from rlaifv.evaluation.bootstrap import Comparison, compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.params import ServerParams
-from rlaifv.records import write_jsonl
+from rlaifv.records import to_json, write_jsonl
 
 
 def command(module: str, description: str) -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def run(
     nothing = {} if scores.rows else {"error": "no answer could be scored; the reasons are listed"}
     if options.json:
         compared = {"against": options.against, "tests": [asdict(test) for test in tests]} if tests else {}
-        print(json.dumps({**scores.report(), "intervals": bounds, **compared, **nothing}))
+        print(to_json({**scores.report(), "intervals": bounds, **compared, **nothing}))
     if without_verdict := scores.counts.get("n_without_verdict", 0):
         print(f"{without_verdict} verdicts are missing; run again to ask the judge for these alone", file=sys.stderr)
         sys.exit(3)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlaifv.evaluation.answers import Answer, read_answers
-from rlaifv.records import write_jsonl
+from rlaifv.records import to_json, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{ability.task:>24} {ability.metric:>20}  {ability.base:.4g} → {ability.aligned:.4g}  {word}{sure}")
     lost = [f"{ability.task} {ability.metric}" for ability in found if ability.lost]
     if options.json:
-        print(json.dumps({"lost": lost, "abilities": [{**asdict(a), "change": a.change} for a in found]}))
+        print(to_json({"lost": lost, "abilities": [{**asdict(a), "change": a.change} for a in found]}))
     if lost:
         sys.exit(f"{len(lost)} of {len(found)} abilities lost more than {options.tolerance:.0%}: {', '.join(lost)}")
 

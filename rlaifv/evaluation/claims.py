@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rlaifv.inference.yes_no import judge_many, load_labeler, look
+from rlaifv.inference.yes_no import judge_fit, load_labeler, look
 from rlaifv.params import DivideParams, ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.steps.divide import divide_answers
+from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.loading import load_model, loaded
 
 
@@ -31,12 +32,14 @@ def judged_claims(
             (look(model(), image_root / row["image"]), [f"{question} {suffix}" for question in division.questions])
             for row, division in zip(answers, divisions, strict=True)
         ]
-        verdicts = judge_many(model(), items)
+        verdicts = judge_fit(model(), items)
     found = []
     for row, division, judged in zip(answers, divisions, verdicts, strict=True):
+        unfit = next((str(answer) for answer in judged if isinstance(answer, UnfitText)), "")
         claims = [
-            {"claim": claim, "question": question, "p_yes": p_yes, "p_no": p_no}
-            for claim, question, (p_yes, p_no) in zip(division.claims, division.questions, judged, strict=True)
+            {"claim": claim, "question": question, "p_yes": answer[0], "p_no": answer[1]}
+            for claim, question, answer in zip(division.claims, division.questions, judged, strict=True)
+            if not isinstance(answer, UnfitText)
         ]
-        found.append({**row, "problem": division.problem, "claims": claims})
+        found.append({**row, "problem": division.problem or unfit, "claims": claims})
     return found

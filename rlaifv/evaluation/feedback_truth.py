@@ -6,7 +6,6 @@ The counterpart of the paper's human check (section 3.3: with divide-and-conquer
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rlaifv import ROOT
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.params import ParamsError, load_params
-from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records
+from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records, to_json
 from rlaifv.stage import PREPARED, Paths
 from rlaifv.tinyworld.coco import read_scenes
 from rlaifv.tinyworld.language import claim_type, claims, is_true, to_question
@@ -136,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ParamsError, OSError, ValueError) as error:
         print(f"truth: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result, indent=2))
+    print(to_json(result, indent=2))
     return 0
 
 

@@ -6,6 +6,7 @@ embedded world and real COCO.
 
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,9 @@ def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_
                 {"id": q.id, "type": q.type, "answer": q.answer, "p_yes": p_yes, "p_no": p_no}
                 for q, (p_yes, p_no) in zip(group, answers, strict=True)
             ]
+    if lost := [row["id"] for row in rows if not math.isfinite(row["p_yes"] + row["p_no"])]:
+        count = f"{len(lost)} of {len(rows)} questions"
+        raise FloatingPointError(f"{vlm.name}: P(yes) and P(no) of {count} are not finite, first of {lost[0]}")
     return rows
 
 

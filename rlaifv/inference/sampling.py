@@ -206,6 +206,7 @@ class Decode:
         self.slots = torch.arange(count * samples, device=vlm.device).view(count, samples)
         self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
         self.length = torch.full((count * samples,), self.steps, device=vlm.device)
+        self.nan = torch.zeros((), dtype=torch.bool, device=vlm.device)  # looked at once, at the end: a GPU would wait
         room = samples * min(self.steps, 64)  # a buffer that is full grows by half
         cache = buffer_cache(vlm, room)
         self.state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], cache)
@@ -218,6 +219,7 @@ class Decode:
 
     def append(self, decoding: Decoding) -> None:
         """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
+        self.nan |= self.logits.isnan().any()
         uniform = self.streams[self.slots, self.step].flatten()
         chosen = draw(self.logits.flatten(0, 1), uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
@@ -254,9 +256,16 @@ class Decode:
         self.step += 1
 
     def generations(self) -> list[Generation]:
-        """What was drawn, by the samples' numbers."""
+        """What was drawn, by the samples' numbers. Raises FloatingPointError where it was drawn from NaN."""
+        refuse_nan(self.vlm, bool(self.nan))
         ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
         return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
+
+
+def refuse_nan(vlm: VLM, nan: bool) -> None:
+    """Raise FloatingPointError for logits that were NaN: what was drawn from them is no answer of the model's."""
+    if nan:
+        raise FloatingPointError(f"{vlm.name} computes NaN instead of probabilities: use another dtype or checkpoint")
 
 
 @torch.inference_mode()
@@ -286,9 +295,10 @@ class DrawFromStream(LogitsProcessor):
     """Leaves transformers' own sampling loop one token to choose: the one that the stream draws."""
 
     def __init__(self, uniforms: np.ndarray, decoding: Decoding):
-        self.uniforms, self.decoding, self.step = torch.from_numpy(uniforms), decoding, 0
+        self.uniforms, self.decoding, self.step, self.nan = torch.from_numpy(uniforms), decoding, 0, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.nan |= bool(scores.isnan().any())
         chosen = draw(scores.float(), self.uniforms[:, self.step].to(scores.device), self.decoding)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
@@ -340,8 +350,9 @@ def sample_plain(
         return []
     steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
-    generations = []
-    for row in generate(vlm, [encoded], steps, [draws], streamer, **neutral):
+    rows, generations = generate(vlm, [encoded], steps, [draws], streamer, **neutral), []
+    refuse_nan(vlm, draws.nan)
+    for row in rows:
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations

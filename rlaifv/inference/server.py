@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from rlaifv.fingerprint import digest
 from rlaifv.params import ServerParams
 from rlaifv.records import T, write_atomic
-from rlaifv.vlm.images import open_image
+from rlaifv.vlm.images import FORMATS, is_upright, open_image
 
 log = logging.getLogger(__name__)
 
@@ -402,8 +402,6 @@ def mass(top: Iterable[tuple[str, float]], words: Sequence[str]) -> float:
 SENT_AS_IT_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 """Formats of images that every server takes."""
 
-ORIENTATION = 0x0112
-
 
 def data_url(path: Path) -> str:
     """An image file as a data URL: its own bytes where every server sees in them what we see (RGB or gray, upright, one
@@ -411,15 +409,13 @@ def data_url(path: Path) -> str:
 
     Raises FileNotFoundError or ValueError as `open_image` does.
     """
-    open_image(path)
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as file:
-        kind, upright = file.format, file.getexif().get(ORIENTATION, 1) == 1
+    image, data = open_image(path), path.read_bytes()
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        kind = file.format
         plain = file.mode in ("RGB", "L") and "transparency" not in file.info and getattr(file, "n_frames", 1) == 1
-        if kind in SENT_AS_IT_IS and upright and plain:
-            return f"data:{SENT_AS_IT_IS[kind]};base64,{base64.b64encode(data).decode()}"
-        turned = ImageOps.exif_transpose(file).convert("RGB")
-    return encoded_url(turned, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
+    if kind in SENT_AS_IT_IS and plain and is_upright(data):
+        return f"data:{SENT_AS_IT_IS[kind]};base64,{base64.b64encode(data).decode()}"
+    return encoded_url(image, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
 
 
 def encoded_url(image: Image.Image, kind: str) -> str:

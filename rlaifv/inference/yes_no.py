@@ -24,7 +24,7 @@ from rlaifv.inference.server import (
 from rlaifv.params import ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.store import SCRATCH
-from rlaifv.vlm.chat_format import encode_questions, prompt_text, special_tokens_needed
+from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_model
 
@@ -123,6 +123,31 @@ def judge_many(
         answer_of = dict(zip(asked, zip(p_yes, p_no, strict=True), strict=True))
         answers.append([answer_of[question] for question in questions])
     return answers
+
+
+def judge_fit(
+    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
+) -> list[list[tuple[float, float] | UnfitText]]:
+    """`judge_many`, with the reason in place of the answer to a question that cannot be put to this model."""
+    try:
+        return judge_many(vlm, items)
+    except UnfitText:  # seldom, so only now is each question tried alone
+        reasons = [[unfit(vlm, image, question) for question in questions] for image, questions in items]
+    fit = [
+        (image, [question for question, reason in zip(questions, row, strict=True) if not reason])
+        for (image, questions), row in zip(items, reasons, strict=True)
+    ]
+    judged = map(iter, judge_many(vlm, fit))
+    return [[reason or next(answers) for reason in row] for row, answers in zip(reasons, judged, strict=True)]
+
+
+def unfit(vlm: VLM, image: Image.Image, question: str) -> UnfitText | None:
+    """Why a question cannot be put to this model; None if it can."""
+    try:
+        encode_questions(vlm, image, [question])
+    except UnfitText as error:
+        return error
+    return None
 
 
 def judge(vlm: VLM, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:

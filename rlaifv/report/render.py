@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rlaifv.records import RATES
-from rlaifv.vlm.images import open_image
+from rlaifv.vlm.images import FORMATS, open_image
 
 SHOWN_BY_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 
@@ -74,7 +74,7 @@ def data_uri(picture: Figure | Path) -> str:
         picture.savefig(stream, format="PNG", metadata={"Software": None})
     else:
         pixels = open_image(picture)
-        with Image.open(picture) as image:
+        with Image.open(picture, formats=FORMATS) as image:
             shown = image.format in SHOWN_BY_BROWSERS
         if shown:
             stream.write(picture.read_bytes())

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
+from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, uniforms
 from rlaifv.params import DivideParams
 from rlaifv.records import Candidate, Claim, Reject
 from rlaifv.store import Store
+from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, encode_questions
 from rlaifv.vlm.loading import VLM, loaded
 
 log = logging.getLogger(__name__)
@@ -129,17 +130,25 @@ def _attempt(
     return divisions
 
 
-def _ask(vlm: VLM, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Generation]:
+def _ask(vlm: VLM, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Generation | UnfitText]:
     # a reply depends on its prompt alone: the random numbers are those of (seed, prompt, attempt)
-    distinct = list(dict.fromkeys(prompts))
-    streams = [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in distinct]
+    encoded: dict[str, EncodedPrompt] = {}
+    replies: dict[str, Generation | UnfitText] = {}
+    for prompt in dict.fromkeys(prompts):
+        try:
+            encoded[prompt] = encode_questions(vlm, None, [prompt], room=params.max_new_tokens)
+        except UnfitText as error:
+            replies[prompt] = error
+    streams = [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in encoded]
     decoding = Decoding(params.temperature, 0, params.top_p, params.max_new_tokens)
-    generations = generate_batch(vlm, [Prompt(None, prompt) for prompt in distinct], streams, decoding)
-    replies = {prompt: samples[0] for prompt, samples in zip(distinct, generations, strict=True)}
+    generations = sample_encoded(vlm, list(encoded.values()), streams, decoding)
+    replies |= {prompt: samples[0] for prompt, samples in zip(encoded, generations, strict=True)}
     return [replies[prompt] for prompt in prompts]
 
 
-def _parse(reply: Generation, header: str, params: DivideParams) -> tuple[list[str], str]:
+def _parse(reply: Generation | UnfitText, header: str, params: DivideParams) -> tuple[list[str], str]:
+    if isinstance(reply, UnfitText):
+        return [], str(reply)
     if reply.finish_reason == "length":
         return [], f"the divider's reply was cut at divide.max_new_tokens = {params.max_new_tokens}"
     try:

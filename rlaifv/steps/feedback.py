@@ -3,15 +3,17 @@
 import hashlib
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
-from rlaifv.inference.yes_no import judge_many, look, yes_no_ids
+from rlaifv.inference.yes_no import judge_fit, look, yes_no_ids
 from rlaifv.params import FeedbackParams
 from rlaifv.records import Claim, Judgement, Reject, batched, read_records, to_json, write_atomic
 from rlaifv.store import Store
+from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.loading import VLM, loaded
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,9 @@ def feedback(
 
     `load` gives the labeler; it is called when something is left to do. Claims are grouped by image; identical
     questions about one image are asked once and their answer is given to all claims that need it. With the ablation
-    `coin_share` a coin judges that share of the claims. Returns the counts of judgements, of rejected claims and of
-    distinct questions.
+    `coin_share` a coin judges that share of the claims. A claim is rejected when its image cannot be read, when its
+    question cannot be put to the labeler (one of its special tokens is in it, or the context is too short) and when
+    P(yes) or P(no) is not finite. Returns the counts of judgements, of rejected claims and of distinct questions.
     """
     by_image: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
@@ -52,9 +55,16 @@ def feedback(
             readable.append(group)
             items.append((image, [f"{claim.question} {params.suffix}" for claim in group]))
         judgements = []
-        for group, answers in zip(readable, judge_many(labeler(), items), strict=True):
+        for group, answers in zip(readable, judge_fit(labeler(), items), strict=True):
             for claim, answer in zip(group, answers, strict=True):
+                if isinstance(answer, UnfitText):
+                    rejects.append(Reject(claim.id, "feedback", str(answer)))
+                    continue
                 p_yes, p_no = coin(claim.id, coin_share) or answer
+                if not math.isfinite(p_yes + p_no):
+                    reason = f"the labeler's P(yes) is {p_yes} and P(no) {p_no}: try another labeler.dtype"
+                    rejects.append(Reject(claim.id, "feedback", reason))
+                    continue
                 judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, labeler().fingerprint))
         return judgements, rejects
 
@@ -81,7 +91,7 @@ def describe_labeler(vlm: VLM | ServedLabeler, suffix: str) -> str:
 def warn_of_low_mass(judgements: Sequence[Judgement], minimum: float, name: str) -> None:
     """Warn when the labeler puts little probability on any answer: the prompt does not fit it."""
     mass = sum(j.p_yes + j.p_no for j in judgements) / max(len(judgements), 1)
-    if judgements and mass < minimum:
+    if judgements and not mass >= minimum:
         log.warning(
             f"{name} puts only {mass:.2f} of its probability on yes or no (feedback.min_answer_mass is {minimum:.2f}): "
             "the question or feedback.suffix does not fit this labeler"

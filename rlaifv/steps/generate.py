@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
+from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, uniforms
 from rlaifv.params import GenerateParams
 from rlaifv.records import Candidate, Instruction, Reject, batched
 from rlaifv.store import Store
+from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, check_text, encode_questions
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, loaded
 
@@ -32,18 +33,21 @@ def generate(
     """Write `params.samples` candidates per instruction to `out`; return the counts of candidates and rejects.
 
     `load` gives the policy; it is called when something is left to do.
-    An empty answer and an image that cannot be read are rejected; an answer cut at `max_new_tokens` is kept and
-    marked (`finish_reason` "length"). `temperature_spread` is an ablation, see `temperature_of`.
+    Rejected are an image that cannot be read, a question that the policy cannot be asked (one of its special tokens is
+    in it, or the context has no room for `max_new_tokens` after it), an empty answer, and one that spells a special
+    token. An answer cut at `max_new_tokens` is kept and marked (`finish_reason` "length"). `temperature_spread` is an
+    ablation, see `temperature_of`.
     """
 
     def sample_chunk(chunk: Sequence[Instruction]) -> tuple[list[Candidate], list[Reject]]:
         candidates: list[Candidate] = []
         rejects: list[Reject] = []
         readable: list[Instruction] = []
-        prompts: list[Prompt] = []
+        prompts: list[EncodedPrompt] = []
         for instruction in chunk:
             try:
-                prompts.append(Prompt(open_image(image_root / instruction.image_path), instruction.question))
+                image = open_image(image_root / instruction.image_path)
+                prompts.append(encode_questions(policy(), image, [instruction.question], room=params.max_new_tokens))
                 readable.append(instruction)
             except (OSError, ValueError) as error:
                 rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
@@ -55,14 +59,18 @@ def generate(
         for temperature, samples in itertools.groupby(range(params.samples), temperatures.__getitem__):
             numbers = list(samples)
             decoding = Decoding(temperature, params.top_k, params.top_p, params.max_new_tokens)
-            drawn = generate_batch(policy(), prompts, [stream[numbers] for stream in streams], decoding)
+            drawn = sample_encoded(policy(), prompts, [stream[numbers] for stream in streams], decoding)
             for kept, more in zip(generations, drawn, strict=True):
                 kept += more
         for instruction, samples in zip(readable, generations, strict=True):
             for s, generation in enumerate(samples):
                 name, answer = f"{instruction.id}#{s}", generation.text.strip()
-                if not answer:
-                    rejects.append(Reject(name, "generate", "the answer is empty"))
+                try:
+                    if not answer:
+                        raise UnfitText("the answer is empty")
+                    check_text(policy(), answer)
+                except UnfitText as error:
+                    rejects.append(Reject(name, "generate", str(error)))
                     continue
                 tokens, end = len(generation.token_ids), generation.finish_reason
                 candidates.append(Candidate(name, instruction.id, s, answer, tokens, end, seed, policy().fingerprint))

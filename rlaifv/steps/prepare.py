@@ -1,43 +1,78 @@
 """Prepare: read instruction files, check every image, and fix the order in which iterations take instructions."""
 
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlaifv.params import PrepareParams, SplitParams
-from rlaifv.records import Instruction, Reject, read_jsonl, write_jsonl
+from rlaifv.records import Instruction, Reject, parse_json, read_lines, write_jsonl
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import check_rejects
 from rlaifv.vlm.images import open_image
 
+IMAGE_PLACES = re.compile(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$")
+"""Where LLaVA's instruction files say that a question comes with an image: before or after it."""
 
-def parse_instruction(row: dict[str, Any]) -> Instruction:
+
+def text_of(row: dict[str, Any], name: str, default: str | None = None) -> str:
+    """A field that must be text (an id may be a whole number as well); `default` for one that is missing or null.
+
+    Raises ValueError for any other value and for text that no UTF-8 file can hold.
+    """
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ValueError(f"has no field {name!r}")
+    if name in ("id", "ds_question_id") and type(value) is int:
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.40}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character, {value[error.start]!r}") from None
+    return value
+
+
+def parse_instruction(row: Any) -> Instruction:
     """An instruction from our JSONL or from the original's (`ds_question_id`, `image_path`, `metainfos`).
 
-    The original uses the image's path as id, for several questions too: the question is made part of the id.
-    Raises KeyError for a field that is missing or null.
+    The original uses the image's path as id, for several questions too: the question is made part of the id. LLaVA's
+    `<image>` before or after a question is taken out: the model's own template says where the image goes. Raises
+    ValueError for what is no instruction.
     """
-    row = {key: value for key, value in row.items() if value is not None}
-    if "ds_question_id" in row:
-        question = str(row.get("question", ""))
-        suffix = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
-        name = Path(str(row["ds_question_id"])).stem
-        reference = str(row.get("metainfos", {}).get("reference", ""))
-        source = str(row.get("origin_dataset", row.get("ds_name", "")))
-        return Instruction(f"{name}-{suffix}", str(row["image_path"]), question, reference, source)
-    row = {"reference": "", "source": ""} | row
-    return Instruction(**{field.name: str(row[field.name]) for field in fields(Instruction)})
+    if not isinstance(row, dict):
+        raise ValueError(f"is no object with fields: {row!r:.40}")
+    original = "ds_question_id" in row
+    name = text_of(row, "ds_question_id" if original else "id")
+    image_path, asked = text_of(row, "image_path"), text_of(row, "question")
+    question = IMAGE_PLACES.sub("", asked)
+    if not question.strip():
+        raise ValueError("the question is empty")
+    if not name.strip():
+        raise ValueError("the id is empty")
+    if not original:
+        return Instruction(name, image_path, question, text_of(row, "reference", ""), text_of(row, "source", ""))
+    about = row.get("metainfos") or {}
+    if not isinstance(about, dict):
+        raise ValueError(f"metainfos is {about!r:.40}, expected an object")
+    suffix = hashlib.blake2b(asked.encode(), digest_size=4).hexdigest()
+    source = text_of(row, "origin_dataset", text_of(row, "ds_name", ""))
+    return Instruction(f"{Path(name).stem}-{suffix}", image_path, question, text_of(about, "reference", ""), source)
 
 
 def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], list[Reject]]:
     """All usable instructions of a file, in its order, and a reject for every other row.
 
-    A row is rejected when a field is missing, the question is empty, the id was seen before, or its image is
-    missing or cannot be decoded. Every image is decoded once here, so that no later stage meets a broken one.
+    A row is rejected when it is not JSON, a field is missing or no text, the question is empty, the id was seen
+    before, or its image is missing, outside `image_root` or cannot be decoded. Every image is decoded once here, so
+    that no later stage meets a broken one.
     """
     kept: list[Instruction] = []
     rejects: list[Reject] = []
@@ -46,25 +81,20 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
     @cache
     def image_problem(name: str) -> str:
         try:
-            open_image(image_root / name)
+            open_image(inside(image_root, name))
         except (OSError, ValueError) as error:
             return str(error)
         return ""
 
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, line in read_lines(path):
         place = f"{path.name}:{number}"
-        if not isinstance(row, dict):
-            rejects.append(Reject(place, "prepare", f"{place} is no object with fields: {str(row)[:40]}"))
-            continue
         try:
-            instruction = parse_instruction(row)
-        except KeyError as error:
-            rejects.append(Reject(place, "prepare", f"{place} has no field {error}"))
+            instruction = parse_instruction(parse_json(line))
+        except (ValueError, RecursionError) as error:
+            rejects.append(Reject(place, "prepare", f"{place}: {error}"))
             continue
         if instruction.id in seen:
             problem = f"the id {instruction.id!r} was used before"
-        elif not instruction.question.strip():
-            problem = "the question is empty"
         else:
             problem = image_problem(instruction.image_path)
         if problem:
@@ -73,6 +103,14 @@ def read_instructions(path: Path, image_root: Path) -> tuple[list[Instruction], 
             kept.append(instruction)
         seen.add(instruction.id)
     return kept, rejects
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file below a folder; ValueError for one that lies elsewhere, by its name or by a link."""
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # the folder may be a link itself
+        raise ValueError(f"image {name} lies outside {folder}: put it, or a hard link to it, below prepare.image_root")
+    return path
 
 
 def in_iteration_order(instructions: Sequence[Instruction], seed: int) -> list[Instruction]:

@@ -23,7 +23,7 @@ from transformers import set_seed
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
-from rlaifv.records import write_atomic
+from rlaifv.records import to_json, write_atomic
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
@@ -94,7 +94,7 @@ def train(
     job["dev"] = asked
     lock = lock_folder(run, "train")
     try:
-        write_atomic(run / "job.json", json.dumps(job, indent=2))
+        write_atomic(run / "job.json", to_json(job, indent=2))
         result = read_finished(run, published(params))
         if result is None:
             launch(run / "job.json", params) if params.processes > 1 else run_job(job)
@@ -219,7 +219,7 @@ def run_job(job: dict) -> None:
     for name in ("pairs_per_second", "tokens_per_second"):  # their medians, None for a run of one step
         values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
         result[name] = statistics.median(values) if values else None
-    write_atomic(run / FINISHED, json.dumps(result))
+    write_atomic(run / FINISHED, to_json(result))
 
 
 if __name__ == "__main__":

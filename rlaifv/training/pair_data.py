@@ -98,8 +98,7 @@ class PairData:
             folder = Path(self._temporary.name) / "pairs"
         with PartialState().main_process_first():
             if not folder.is_dir():
-                positions = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
-                write_pairs(vlm, path, max_length or positions or 1 << 31, folder)
+                write_pairs(vlm, path, max_length or vlm.context or 1 << 31, folder)
         self.images, self.prompts = open_arrow(folder / "images.arrow"), open_arrow(folder / "prompts.arrow")
         self.pairs = StoredPairs(open_arrow(folder / "pairs.arrow"))
         self.rejects = [Reject(**row) for row in read_jsonl(folder / "rejects.jsonl")]

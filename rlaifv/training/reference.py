@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rlaifv.fingerprint import digest
-from rlaifv.records import write_atomic
+from rlaifv.records import to_json, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -53,4 +53,4 @@ class ReferenceStore:
     def save(self, logps: np.ndarray) -> None:
         """Write log-probs [2, pairs] atomically: a killed run leaves the old file or the new one, never half of one."""
         numbers = logps.tolist()
-        write_atomic(self.path, json.dumps({"made_of": self.made_of, "logps": numbers, "digest": digest(numbers)}))
+        write_atomic(self.path, to_json({"made_of": self.made_of, "logps": numbers, "digest": digest(numbers)}))

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rlaifv.fingerprint import files_below
-from rlaifv.records import write_atomic
+from rlaifv.records import to_json, write_atomic
 from rlaifv.store import FINISHED, link_or_copy
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_published(run: Path) -> Parts:
 def record_whole(run: Path, part: str, *, instead_of: Collection[str] = ()) -> None:
     """Record that `part` (a path in the run's folder) is complete, and drop what it is there `instead_of`."""
     parts = {name: files for name, files in read_whole(run).items() if name not in {part, *instead_of}}
-    write_atomic(run / WHOLE, json.dumps({**parts, part: digests(run / part)}))
+    write_atomic(run / WHOLE, to_json({**parts, part: digests(run / part)}))
     for old in instead_of:
         remove(run / old)
 
@@ -88,7 +88,7 @@ def go_on_from(run: Path) -> Path | None:
             kept, found = dict(whole), run / name
     if found is None and any((run / "trainer").glob("*")):
         log.warning("train: nothing whole to resume from in %s: starting anew", run)
-    write_atomic(run / WHOLE, json.dumps(kept))
+    write_atomic(run / WHOLE, to_json(kept))
     for path in [*(run / "trainer").glob("*"), *(run / "published").glob("*")]:
         if path.relative_to(run).as_posix() not in kept:
             remove(path)

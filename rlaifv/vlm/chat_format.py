@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -14,12 +15,16 @@ from rlaifv.vlm.templates import with_variables
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """What a checkpoint reads a chat with: all of it but the weights. `processor` is None for a text-only model."""
+    """What a checkpoint reads a chat with: all of it but the weights. `processor` is None for a text-only model.
+
+    `context` is the most tokens that the language model was made for; None where its configuration does not say.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None
     name: str
     eos_token_ids: list[int] = field(default_factory=list)
+    context: int | None = None
 
     @property
     def sees_images(self) -> bool:
@@ -61,8 +66,38 @@ def prompt_text(
     return prompt + separator + answer + end
 
 
+class UnfitText(ValueError):
+    """A text that cannot be put to this model as it is."""
+
+
+@lru_cache(maxsize=8)
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that steer a model and stand for no text. Added tokens that are not special do not count: Gemma has `\\n\\n`
+    among them, Qwen3 `<think>`. Nor does the unknown token, which any strange word becomes."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+
+
+def check_text(vlm: Reader, text: str) -> None:
+    """Raise UnfitText where the model would read a part of a text as a token of its own (`<image>`, `</s>`,
+    `<|im_end|>`), so that a question could end its turn, or bring an image that is not there; and where the text alone
+    is longer than the model's context."""
+    ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if found := control_ids(vlm.tokenizer).union(vlm.eos_token_ids).intersection(ids):
+        token = vlm.tokenizer.decode([next(i for i in ids if i in found)])
+        raise UnfitText(f"{text[:40]!r} holds {token!r}, which the tokenizer reads as a token of its own: take it out")
+    check_length(vlm, len(ids), f"{text[:40]!r} is")
+
+
+def check_length(vlm: Reader, tokens: int, what: str) -> None:
+    """Raise UnfitText for more tokens than the model's context holds."""
+    if vlm.context and tokens > vlm.context:
+        raise UnfitText(f"{what} {tokens} tokens, the context holds {vlm.context}")
+
+
 def turn(vlm: Reader, role: str, text: str, image: bool = False) -> dict:
-    """One message of a chat; `image` puts the picture before its text."""
+    """One message of a chat; `image` puts the picture before its text. UnfitText for what `check_text` refuses."""
+    check_text(vlm, text)
     picture = [{"type": "image"}] if image else []
     return {"role": role, "content": [*picture, {"type": "text", "text": text}] if vlm.sees_images else text}
 
@@ -105,15 +140,18 @@ def encode(vlm: Reader, image: Image.Image | None, question: str, answers: Seque
     return EncodedPrompt(ids, rows, [common_length(row, ids) for row in rows], inputs)
 
 
-def encode_questions(vlm: Reader, image: Image.Image | None, questions: Sequence[str]) -> EncodedPrompt:
+def encode_questions(vlm: Reader, image: Image.Image | None, questions: Sequence[str], room: int = 0) -> EncodedPrompt:
     """Tokenize several prompts about one image.
 
     `rows` are the complete prompts, up to where the model's answer begins (so `answer_starts` are their lengths), and
-    `prompt_ids` is what they have in common.
+    `prompt_ids` is what they have in common. `room` more tokens must fit the context after each, else UnfitText.
     """
     if not questions:
         return EncodedPrompt([], [], [], {})
     rows, inputs = tokenize(vlm, image, [prompt_text(vlm, q, image=image is not None) for q in questions])
+    longest = max(map(len, rows))
+    answer = f" and the {room} of an answer" if room else ""
+    check_length(vlm, longest + room, f"prompt, image{answer} are")
     shared = min(common_length(rows[0], row) for row in rows)
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
 

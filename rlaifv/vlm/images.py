@@ -7,8 +7,17 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened. Pillow knows forty more, some of which start other programs (Ghostscript for EPS)."""
+
 MAX_IMAGE_PIXELS = 64_000_000
 """An image with more pixels is refused before it is decoded (a small file can hide a huge picture)."""
+
+MIN_SIDE = 4
+"""Pixels of the shorter side; libraries take a side of 1 or 3 for the color channels."""
+
+MAX_ASPECT = 100
+"""Longer side / shorter side. Processors scale by the shorter one: CLIP's would make 4 GB of a 5000x1 picture."""
 
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
@@ -29,22 +38,36 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"image {name} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}")
-                return upright_rgb(image)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                problem = refused(image)
+                if not problem:
+                    return upright_rgb(image)
     except UnidentifiedImageError:  # its own text holds a memory address, another one in every run
-        raise ValueError(f"image {name} cannot be decoded: it is in no known image format") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name} cannot be decoded: {error}") from None
+        raise ValueError(f"image {name} cannot be decoded: it is no {', '.join(FORMATS)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # garbled bytes break Pillow's readers in many ways
+        raise ValueError(f"image {name} cannot be decoded: {error or type(error).__name__}") from None
+    raise ValueError(f"image {name} {problem}")
+
+
+def refused(image: Image.Image) -> str:
+    """Why an image is not decoded, from its header alone; "" if it is."""
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        return f"has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}"
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        return f"has {width}x{height} pixels: a side must have {MIN_SIDE}, and at most {MAX_ASPECT} times the other's"
+    if image.mode in ("I", "F"):
+        return "has 32-bit values, whose white is not known: save it with 8 or 16 bits a color"
+    return ""
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened image as RGB, turned as its EXIF says."""
     if (turn := orientation(image)) in TURNS:
         image = image.transpose(TURNS[turn])
-    if image.mode.startswith("I"):  # 16 bits: Pillow would cut its values off at 255
+    if image.mode.startswith("I;16"):  # the upper 8 bits, as of 16-bit color; Pillow would cut its values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 

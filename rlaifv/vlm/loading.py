@@ -170,7 +170,8 @@ def read(folder: Path, config: PreTrainedConfig, path: str, settings: Mapping[st
     own = folder / GENERATION_CONFIG_NAME
     generation = GenerationConfig.from_pretrained(folder) if own.is_file() else None
     ends = end_token_ids(generation, tokenizer)
-    reader = Reader(tokenizer=tokenizer, processor=processor, name=path, eos_token_ids=ends)
+    context = context_length(config)
+    reader = Reader(tokenizer=tokenizer, processor=processor, name=path, eos_token_ids=ends, context=context)
     if settings.get("system") and settings["system"] not in prompt_text(reader, "Is it?", image=False):
         raise ValueError(f"{path}: its chat template leaves system turns out: write system: null")
     return reader
@@ -179,6 +180,11 @@ def read(folder: Path, config: PreTrainedConfig, path: str, settings: Mapping[st
 def auto_class(config: PreTrainedConfig) -> type:
     """Which of transformers' classes loads a model: one that sees images, or a plain language model."""
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a language model was made for; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def refuse_blind(config: PreTrainedConfig, who: str) -> None:

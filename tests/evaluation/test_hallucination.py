@@ -1,13 +1,15 @@
 """Answers by greedy decoding or beam search, in order; and two models compared on the same rows."""
 
 import io
+import math
 
 import pytest
 import torch
 from PIL import Image
 from tiny_llava import WORDS, picture, save_tiny_llava
 
-from rlaifv.evaluation.hallucination import Split, hallucination, paired_test
+from rlaifv.evaluation import hallucination as hallucination_module
+from rlaifv.evaluation.hallucination import Question, Split, answer_questions, hallucination, paired_test
 from rlaifv.inference.decoding import beam_search, best_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.vlm.chat_format import encode
@@ -67,6 +69,14 @@ def test_beams_find_likelier_answers_than_greedy_decoding(tmp_path):
     ]
     assert all(beam >= greedy - 1e-4 for greedy, beam in pairs)
     assert any(beam > greedy + 1e-3 for greedy, beam in pairs)
+
+
+def test_a_model_that_answers_with_no_number_is_not_measured(model, tmp_path, monkeypatch):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    questions = [Question(name, "0.png", "is there a dog ?", "no", "existence") for name in "ab"]
+    monkeypatch.setattr(hallucination_module, "judge_many", lambda vlm, items: [[(0.1, 0.9), (math.nan, 0.9)]])
+    with pytest.raises(FloatingPointError, match="of 1 of 2 questions are not finite, first of b"):
+        answer_questions(model, Split("test", [], {}, {}, questions, tmp_path), "", 8)
 
 
 def rows(answers: list[str]) -> list[dict[str, str]]:

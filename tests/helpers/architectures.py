@@ -53,7 +53,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from rlaifv.vlm.loading import VLM, end_token_ids
+from rlaifv.vlm.loading import VLM, context_length, end_token_ids
 from rlaifv.vlm.processors import image_only
 
 WORDS = """is there a an the in image on left right of red blue green cat dog table umbrella kite person what color
@@ -150,6 +150,7 @@ def vlm_of(model, tokenizer, processor, name: str) -> VLM:
         name=name,
         fingerprint=f"{name}-fingerprint",
         eos_token_ids=end_token_ids(model.generation_config, tokenizer),
+        context=context_length(model.config),
     )
 
 

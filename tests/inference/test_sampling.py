@@ -112,6 +112,14 @@ def test_running_out_of_memory_halves_the_prompts_and_changes_nothing(llava, mon
     assert "out of memory" in caplog.text
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_nothing_is_drawn_from_a_model_that_computes_nan(shared):
+    vlm = build("llava")
+    vlm.model.get_output_embeddings().weight.data[7] = torch.nan
+    with pytest.raises(FloatingPointError, match="llava computes NaN instead of probabilities"):
+        generate_batch(vlm, some_prompts(), streams(3, 2), SETTINGS, shared=shared)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,11 +8,11 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from openai_server import seen
-from PIL import Image
+from PIL import ExifTags, Image
 
-from rlaifv.inference import server
 from rlaifv.inference.server import (
     PROBES,
     NoReply,
@@ -84,12 +84,14 @@ def test_an_image_travels_as_its_files_own_bytes(serve, tmp_path, kind, name):
 def test_what_a_server_might_see_in_another_way_is_written_anew(tmp_path):
     photo = Image.new("RGB", (64, 32), (200, 30, 30))
     turned = Image.Exif()
-    turned[server.ORIENTATION] = 6  # the camera was held upright
+    turned[ExifTags.Base.Orientation] = 6  # the camera was held upright
     url = data_url(saved(tmp_path / "turned.jpg", photo, exif=turned))
     kind, image = decoded(url)
-    assert kind == "image/jpeg" and image.size == (32, 64) and image.getexif().get(server.ORIENTATION, 1) == 1
+    assert kind == "image/jpeg" and image.size == (32, 64) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     glass = Image.new("RGBA", (8, 8), (10, 200, 10, 0))  # some servers put it on white, we leave alpha out
-    for file in (saved(tmp_path / "glass.png", glass), saved(tmp_path / "drawn.bmp", photo)):
+    deep = Image.fromarray(np.full((8, 8), 32768, np.uint16))
+    files = [(glass, "glass.png"), (photo, "drawn.bmp"), (deep, "deep.png")]
+    for file in (saved(tmp_path / name, image) for image, name in files):
         kind, image = decoded(data_url(file))
         assert kind == "image/png" and image.mode == "RGB" and image.tobytes() == open_image(file).tobytes()
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -178,6 +180,7 @@ def test_another_model_behind_the_same_name_is_not_used_until_the_stage_models_h
     monkeypatch.setattr(models, "SCRATCH", tmp_path)
     monkeypatch.setattr("rlaifv.inference.yes_no.SCRATCH", tmp_path)
     fields = {"revision": None, "dtype": "float32", "device": "auto"}
+    fields |= {"load_in_4bit": False, "processor": {}, "template": {}, "system": None}
     record = models.describe(ModelParams(path=serve("well"), **fields), PARAMS)
     assert load_labeler(record, PARAMS).fingerprint == record.fingerprint
     replaced = models.describe(ModelParams(path=serve("other"), **fields), PARAMS)

@@ -68,7 +68,7 @@ def test_a_whole_answer_is_one_claim_in_its_own_words_and_no_divider_is_asked(tm
 
 def judged(tmp_path, monkeypatch, share: float) -> dict[str, tuple[float, float]]:
     """(p_yes, p_no) of 400 claims by a labeler that always says (0.7, 0.2), `share` of them by the coin."""
-    monkeypatch.setattr(feedback_module, "judge_many", lambda _, items: [[(0.7, 0.2)] * len(q) for _, q in items])
+    monkeypatch.setattr(feedback_module, "judge_fit", lambda _, items: [[(0.7, 0.2)] * len(q) for _, q in items])
     monkeypatch.setattr(feedback_module, "describe_labeler", lambda *_: '{"labeler": "x"}\n')
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     claims = [Claim(f"a#0/{k}", "a#0", f"claim {k}", f"question {k}?") for k in range(400)]

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from tiny_llava import save_tiny_llava
 
-from rlaifv.inference.sampling import uniforms
+from rlaifv.inference.sampling import Generation, uniforms
 from rlaifv.params import load_params
 from rlaifv.records import Instruction, read_jsonl
+from rlaifv.steps import generate as generate_module
 from rlaifv.steps.generate import generate
 from rlaifv.store import Store
 from rlaifv.vlm.loading import load_vlm
@@ -63,6 +64,35 @@ def test_a_missing_image_rejects_its_samples_and_the_run_goes_on(policy, instruc
     kept, rejects = answers(policy, [broken, *instructions[1:]], tmp_path)
     assert {key[0] for key in kept} <= {"1", "2"}
     assert sum("gone.png does not exist" in reject["reason"] for reject in rejects) == PARAMS.samples
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        ("what <image> is it ?", "holds '<image>', which"),
+        ("</s> describe it", "holds '</s>', which"),
+        ("dog " * 244, "prompt, image and the 8 of an answer are 2"),
+        ("dog " * 9000, "is 9000 tokens, the context holds"),
+    ],
+    ids=["image", "end", "no room", "endless"],
+)
+def test_a_question_that_the_policy_cannot_be_asked_rejects_its_samples_and_no_others(
+    policy, instructions, tmp_path, question, reason
+):
+    hostile = dataclasses.replace(instructions[0], question=question)
+    kept, rejects = answers(policy, [hostile, *instructions[1:]], tmp_path)
+    others, _ = answers(policy, instructions[1:], tmp_path)
+    assert kept == others
+    assert sum(reason in reject["reason"] for reject in rejects) == PARAMS.samples
+
+
+def test_an_answer_that_spells_a_special_token_is_rejected(policy, instructions, tmp_path, monkeypatch):
+    spelled = Generation("a dog </s> <image>", [1, 2], "stop")
+    monkeypatch.setattr(
+        generate_module, "sample_encoded", lambda _, prompts, streams, decoding: [[spelled] * 3 for _ in prompts]
+    )
+    kept, rejects = answers(policy, instructions, tmp_path)
+    assert not kept and len(rejects) == 9 and "holds '</s>'" in rejects[0]["reason"]
 
 
 def test_the_random_numbers_of_a_sample_are_its_own():

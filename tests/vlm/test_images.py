@@ -48,7 +48,7 @@ def test_a_broken_exif_block_does_not_lose_the_picture():
 
 
 def test_sixteen_bits_are_scaled_and_not_cut_off():
-    deep = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
+    deep = Image.fromarray(np.array([[0, 256, 32768, 65535]] * 4, np.uint16))
     assert np.asarray(decode_image(file_of(deep), "deep"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
