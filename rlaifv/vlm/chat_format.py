@@ -78,15 +78,14 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset({*special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 
 
-def check_text(vlm: Reader, text: str) -> None:
-    """Raise UnfitText where the model would read a part of a text as a token of its own (`<image>`, `</s>`,
-    `<|im_end|>`), so that a question could end its turn, or bring an image that is not there; and where the text alone
-    is longer than the model's context."""
+def check_text(vlm: Reader, text: str) -> int:
+    """How many tokens a text has. Raises UnfitText where the model would read a part of it as a token of its own
+    (`<image>`, `</s>`, `<|im_end|>`), so that a question could end its turn, or bring an image that is not there."""
     ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     if found := control_ids(vlm.tokenizer).union(vlm.eos_token_ids).intersection(ids):
         token = vlm.tokenizer.decode([next(i for i in ids if i in found)])
         raise UnfitText(f"{text[:40]!r} holds {token!r}, which the tokenizer reads as a token of its own: take it out")
-    check_length(vlm, len(ids), f"{text[:40]!r} is")
+    return len(ids)
 
 
 def check_length(vlm: Reader, tokens: int, what: str) -> None:
@@ -96,8 +95,11 @@ def check_length(vlm: Reader, tokens: int, what: str) -> None:
 
 
 def turn(vlm: Reader, role: str, text: str, image: bool = False) -> dict:
-    """One message of a chat; `image` puts the picture before its text. UnfitText for what `check_text` refuses."""
-    check_text(vlm, text)
+    """One message of a chat; `image` puts the picture before its text. UnfitText for what `check_text` refuses,
+    and for a question that alone is longer than the model's context."""
+    tokens = check_text(vlm, text)
+    if role == "user":  # an answer's length counts together with its prompt's, which is not known here
+        check_length(vlm, tokens, f"{text[:40]!r} is")
     picture = [{"type": "image"}] if image else []
     return {"role": role, "content": [*picture, {"type": "text", "text": text}] if vlm.sees_images else text}
 
