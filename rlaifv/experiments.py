@@ -121,13 +121,15 @@ def _group(name: str, listed: Listed, file: str, base: Mapping, code: str) -> Gr
 
 
 def overrides(overlay: Mapping[str, Any], where: str, path: str = "") -> Iterator[str]:
-    """An overlay as `dvc exp run --set-param` takes it: in Hydra's syntax, in which ~ removes a key and + adds one."""
+    """An overlay as `dvc exp run --set-param` takes it: in Hydra's syntax, in which ~ removes a key, + adds one, and
+    ++ adds or sets one."""
     for key, value in overlay.items():
         if key in NAMED:
             yield f"~{key}"
             yield from overrides(value, where, f"+{key}.") if value else [f"+{key}={{}}"]
         elif isinstance(value, Mapping):
-            yield from overrides(value, where, f"{path}{key}.")
+            added = "++" if key in ("processor", "template") else ""  # sections without keys of their own
+            yield from overrides(value, where, f"{added}{path}{key}.")
         else:
             text = json.dumps(value, ensure_ascii=False)
             if "\\" in text or "$" in text:

@@ -89,7 +89,7 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
         source = getattr(profile, role)
         print(f"{role}: {source.path}" + (f" at {source.revision}" if source.revision else ""))
         if role in sources:
-            print("\n".join(prepared(role, getattr(small, role), image, small.feedback.suffix)), flush=True)
+            print("\n".join(prepared(role, small, image)), flush=True)
     run(folder)
     print("\n".join(times(folder)))
     print(f"{name}: every stage has run, in {(time.monotonic() - started) / 60:.1f} minutes")
@@ -163,15 +163,15 @@ def without_4_bits(content: dict[str, Any]) -> list[str]:
     return [f"4 bits: not rehearsed without bitsandbytes and a GPU ({', '.join(wanted)})"]
 
 
-def prepared(role: str, model: ModelParams, image: Image.Image, suffix: str) -> Iterator[str]:
+def prepared(role: str, params: Params, image: Image.Image) -> Iterator[str]:
     """Load the role's small model as the stages do, and say how it will be spoken to.
 
     Raises ValueError for a template or a tokenizer that the role cannot be played with.
     """
-    vlm = load_model(describe(model))
+    vlm = load_model(describe(model := getattr(params, role), params.server))
     question = {
         "policy": QUESTION,
-        "labeler": f"Is there a dog in the image? {suffix}",
+        "labeler": f"Is there a dog in the image? {params.feedback.suffix}",
         "divider": CLAIMS_PROMPT.format(question=QUESTION, answer="There is a dog."),
     }[role]
     prompt, of_image = folded_prompt(vlm, None if role == "divider" else image, question)

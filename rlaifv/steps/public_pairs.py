@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 
 from rlaifv.fingerprint import LARGE, digest_files
 from rlaifv.records import json_object
-from rlaifv.steps.pairs import words
 
 PAIR = ("question", "chosen", "rejected")
 
@@ -74,8 +73,8 @@ def count_pairs(files: Sequence[Path]) -> dict[str, object]:
             rejects[reason] += 1
             continue
         pairs += 1
-        chosen += words(row["chosen"])
-        rejected += words(row["rejected"])
+        chosen += len(row["chosen"].split())
+        rejected += len(row["rejected"].split())
         prompts.add((row["image_path"], row["question"]))
         origin = json_object(row["origin_split"])
         made_by.update(f"{key}: {value}" for key, value in origin.items() if isinstance(value, str | int))

@@ -147,7 +147,7 @@ def with_special(tokenizer: PreTrainedTokenizerBase, added: list[str]) -> PreTra
 
 def learned(split: pre_tokenizers.PreTokenizer, alphabet: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Pieces and merges of a byte-pair encoding of this project's own English."""
-    text = [CLAIMS_PROMPT, QUESTIONS_PROMPT, "Yes yes No no", (ROOT / "README.md").read_text()]
+    text = [CLAIMS_PROMPT, QUESTIONS_PROMPT, "Yes yes No no " * 100, (ROOT / "README.md").read_text()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = split
     trainer = trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False)

@@ -42,4 +42,4 @@ if __name__ == "__main__":
     (folder / "run").mkdir()
     paths = {"policy": str(folder / "model"), "pairs": str(folder / "pairs.parquet"), "run": str(folder / "run")}
     before = memory("VmRSS")
-    job.run_job({**paths, "params": dataclasses.asdict(params), "seed": 0, "made_of": {}})
+    job.run_job({**paths, "params": dataclasses.asdict(params), "seed": 0, "made_of": {}, "dev": None})

@@ -75,7 +75,7 @@ def test_a_wrong_profile_stops_at_once_in_one_line(hub, tmp_path):
         tmp_path / "copy",
         moved=text.replace(policy.revision, "f" * 40),
         blind=text.replace(policy.path, reads.path).replace(policy.revision, reads.revision),
-        thinks=text.replace(policy.path, VL).replace(policy.revision, "null"),
+        thinks=text.replace(policy.path, VL).replace(policy.revision, "null").replace("do_pad: true", ""),
     )
     full = ["llava15-7b", "--gpu", "H100", "--gpus", "8", "--disk", "50"]
     moved, blind, thinks, full, unknown = stopped(

@@ -63,7 +63,7 @@ def test_an_image_is_stored_once_and_a_prompt_encoded_once(vlm, parquet, tmp_pat
 def test_opening_them_again_tokenizes_and_reads_nothing(vlm, parquet, tmp_path, monkeypatch):
     first = PairData(vlm, parquet, folder=tmp_path / "pairs")
     monkeypatch.setattr(pair_data, "encode", lambda *_: pytest.fail("tokenized again"))
-    monkeypatch.setattr(pair_data.pq, "ParquetFile", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr("rlaifv.steps.public_pairs.pq.ParquetFile", lambda *_, **__: pytest.fail("read again"))
     again = PairData(vlm, parquet, folder=tmp_path / "pairs")
     assert again.rejects == first.rejects and again.pairs.ids == first.pairs.ids
     assert all(np.array_equal(a.chosen, b.chosen) for a, b in zip(again.pairs, first.pairs, strict=True))

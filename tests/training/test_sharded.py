@@ -18,7 +18,7 @@ from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText
 
 from rlaifv import ROOT
-from rlaifv.training import policy
+from rlaifv.vlm import loading
 
 __all__ = ["folder"]  # a fixture: pytest finds it by its name in this module
 
@@ -116,6 +116,6 @@ def test_lora_on_a_4_bit_base_trains_from_it_and_goes_on_to_the_same_bytes_after
 
 
 def test_4_bits_without_bitsandbytes_says_what_to_install(folder, monkeypatch):
-    monkeypatch.setattr(policy, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="needs bitsandbytes, which is not installed: pip install bitsandb"):
         run(folder, "no-bitsandbytes", dataclasses.replace(PARAMS, lora_r=4, load_in_4bit=True))
