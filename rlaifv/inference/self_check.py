@@ -49,6 +49,8 @@ class Float32(TorchDispatchMode):
                 return x.float() if x.dtype in HALF else x
             return torch.float32 if isinstance(x, torch.dtype) and x in HALF else x
 
+        if func.is_view and func.overloadpacket is not torch.ops.aten.to:
+            return func(*args, **(kwargs or {}))  # of weights as they are: what computes with the view widens it
         args, kwargs = tree_map(widened, (args, kwargs or {}))
         return func(*args, **kwargs)
 
