@@ -47,6 +47,7 @@ rounds: $(READY) ## four iterations against one of as many instructions, and sel
 	python -m rlaifv.experiments rounds
 
 rehearsals: $(READY) ## rehearse every profile against a hub of look-alikes: a table of minutes
+	REHEARSE=1 python -m pytest tests/profiles/test_rehearsal.py
 	python tests/rehearse_all.py
 
 test: $(READY) ## run the tests

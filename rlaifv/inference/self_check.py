@@ -43,6 +43,15 @@ class Float32(TorchDispatchMode):
     """Every operation in float32, whatever the weights are kept in: half-precision tensors are widened as an operation
     reads them, and what asks for half precision gets float32."""
 
+    def __enter__(self):
+        # convolutions in TF32, torch's default, round to ten bits (H200: 0.01 nats of a 34B between two batch sizes)
+        self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        return super().__exit__(*raised)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         def widened(x):
             if isinstance(x, torch.Tensor):

@@ -5,6 +5,7 @@ imported, so rehearsals are processes of their own.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def test_a_wrong_profile_stops_at_once_in_one_line(hub, tmp_path):
     assert not (folder / "scratch").exists(), "nothing was begun"
 
 
+@pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes minutes: `make rehearsals` runs it, and every profile")
 def test_a_rehearsal_goes_from_hub_ids_to_the_report_without_fetching_weights(hub, tmp_path):
     folder = checkout(tmp_path / "copy")
     done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "llava15-7b", timeout=900)
