@@ -56,13 +56,6 @@ def test_noise_is_accepted_and_a_mask_wrong_by_one_token_is_not(seed, monkeypatc
 
 
 @pytest.mark.parametrize("name", [*BUILDERS, "llama"])
-def test_convolutions_do_not_round_in_float32():
-    before = torch.backends.cudnn.allow_tf32
-    with Float32():
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
-
-
 def test_a_bfloat16_model_computed_in_float32_is_the_float32_model(name):
     vlm = build(name)
     vlm.model.to(torch.bfloat16)
@@ -82,3 +75,10 @@ def test_only_places_that_are_asked_are_compared():
     for branch, wanted in zip(tree.branches, tree.wanted, strict=True):
         assert len(wanted) <= 8 and wanted.stop == len(branch)
     assert all(vlm.tokenizer.eos_token_id not in branch for branch in tree.branches)
+
+
+def test_convolutions_do_not_round_in_float32():
+    before = torch.backends.cudnn.allow_tf32
+    with Float32():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
