@@ -79,8 +79,8 @@ SETTINGS = ("processor", "template", "system")
 class ModelRecord:
     """Who plays a role in a run (policy, labeler or divider), as the stage `models` found it.
 
-    `fingerprint` changes with any byte of a checkpoint, with the commit of a hub model, with `settings`, or with a
-    server's address and model name. `processor`, `template` and `system` are those of `ModelParams`.
+    `fingerprint` changes with any byte of a checkpoint, with the commit of a hub model, with `settings`, or with what
+    a server's model is called and answers. `processor`, `template` and `system` are those of `ModelParams`.
     """
 
     path: str

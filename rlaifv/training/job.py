@@ -24,6 +24,7 @@ from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import to_json, write_atomic
+from rlaifv.stage import gpu_peak
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
@@ -32,7 +33,7 @@ from rlaifv.training.dev_scores import Dev
 from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
 from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import PairData
-from rlaifv.training.policy import add_lora, freeze, load_policy, own_device, sharded, whole_device
+from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
@@ -45,7 +46,7 @@ class TrainResult:
     """What a training run did. `rejects` are (pair id, reason); `layout` is how pairs went through the model.
 
     Tokens per second are those of two rows a pair, prompt and image included, however they were computed. The peak is
-    that of tensors on the GPU that held most, reference log-probs and all, in 10⁹ bytes; None without a GPU.
+    the process's that held most of a GPU (`stage.gpu_peak`), reference log-probs and all; None without a GPU.
     """
 
     checkpoints: list[str]
@@ -202,7 +203,7 @@ def run_job(job: dict) -> None:
     writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
     trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    peaks = gather_object([torch.cuda.max_memory_allocated(own_device()) / 1e9 if torch.cuda.is_available() else 0])
+    peaks = gather_object([gpu_peak()])
     if not state.is_main_process:
         return
     history = trainer.state.log_history

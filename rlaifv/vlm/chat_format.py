@@ -205,11 +205,9 @@ def folded_prompt(vlm: Reader, image: Image.Image | None, question: str) -> tupl
     for many, group in groupby(runs, key=lambda run: run[1] >= MANY):
         if many:
             for token, count in group:
-                text, image_tokens, before = (
-                    f"{text}{vlm.tokenizer.decode([token])}×{count}",
-                    image_tokens + count,
-                    [token],
-                )
+                text += f"{vlm.tokenizer.decode([token])}×{count}"
+                image_tokens += count
+                before = [token]
         else:  # decoded behind the token before, because a tokenizer drops the space that a text begins with
             part = vlm.tokenizer.decode([*before, *(token for token, count in group for _ in range(count))])
             text += part.removeprefix(vlm.tokenizer.decode(before))
