@@ -41,10 +41,10 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
-	python -m rlaifv.experiments ablations
+	python -m rlaifv.profiles.experiments ablations
 
 rounds: $(READY) ## four iterations against one of as many instructions, and self-alignment
-	python -m rlaifv.experiments rounds
+	python -m rlaifv.profiles.experiments rounds
 
 rehearsals: $(READY) ## rehearse every profile against a hub of look-alikes: a table of minutes
 	REHEARSE=1 python -m pytest tests/profiles/test_rehearsal.py

@@ -1,1 +1,1 @@
-"""Profiles of params/: choosing one, and rehearsing one before it is paid for."""
+"""Profiles of params/: choosing one, rehearsing one before it is paid for, comparing several as experiments."""

@@ -1,6 +1,6 @@
 """Experiments: ablations of the method and comparisons of iterations, each one `dvc exp run` with a few other values.
 
-    python -m rlaifv.experiments ablations     # or: rounds
+    python -m rlaifv.profiles.experiments ablations     # or: rounds
 
 runs what experiments/experiments.yaml lists under that name, each in a temporary copy of the repository (the workspace
 stays as it is; stages that are equal come from DVC's run cache), and collects what came out in metrics/NAME.json,
@@ -258,7 +258,9 @@ def run_group(group: Group) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; a wrong list and a failed experiment end it with one line and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m rlaifv.experiments", description="Run a group of experiments")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaifv.profiles.experiments", description="Run a group of experiments"
+    )
     parser.add_argument("group", help="a group of experiments/experiments.yaml")
     options = parser.parse_args(arguments)
     try:

@@ -11,10 +11,20 @@ from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from rlaifv import ROOT, experiments
+from rlaifv import ROOT
 from rlaifv.evaluation.outcome import describe_inputs, flat_rows, score_run
-from rlaifv.experiments import LIST, Experiment, collect, load_groups, needed, overrides, run_group, write_results
 from rlaifv.params import DEFAULT, ParamsError, check_params, load_params, merge, read_content, read_yaml
+from rlaifv.profiles import experiments
+from rlaifv.profiles.experiments import (
+    LIST,
+    Experiment,
+    collect,
+    load_groups,
+    needed,
+    overrides,
+    run_group,
+    write_results,
+)
 from rlaifv.report.findings import experiments_html, findings_html, self_feedback_html, verdict
 from rlaifv.results import Result
 from rlaifv.steps.models import describe_models
