@@ -2,15 +2,26 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from architectures import ANSWERS, BUILDERS, QUESTIONS, build, picture
+from architectures import ANSWERS, BUILDERS, QUESTIONS, build, picture, vlm_of
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from rlaifv.inference.logprobs import run_rows
-from rlaifv.inference.reward import Rated, score
+from rlaifv.inference.reward import Rated, score, score_rows
 from rlaifv.training.checkpoints import write_checkpoint
-from rlaifv.vlm.chat_format import UnfitText, encode, prompt_text, render, turn
+from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, common_length, encode, prompt_text, render, turn
+from rlaifv.vlm.images import open_image
 from rlaifv.vlm.reward_format import (
     FORMAT,
     RewardFormat,
@@ -146,3 +157,60 @@ def test_a_checkpoint_without_prompt_or_with_another_vector_is_no_reward_model(s
     (folder / FORMAT).unlink()
     with pytest.raises(FileNotFoundError, match=r"is no reward model: it has no reward\.json"):
         load_reward_model(str(folder))
+
+
+def llava_rlhf(golden: Path) -> RewardModel:
+    """LLaVA-RLHF's reward model in its released layout: a linear projector, the tower beside it, LoRA to be added."""
+    sft, tower, lora = (
+        load_file(golden / f"{name}.safetensors")
+        for name in ("sft_model/model", "clip_tower/model", "rm_lora_adapter_model/adapter_model")
+    )
+    config = json.loads((golden / "sft_model/config.json").read_text())
+    adapter = json.loads((golden / "rm_lora_adapter_model/adapter_config.json").read_text())
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    text = LlamaConfig(**{name: config[name] for name in sizes}, vocab_size=config["vocab_size"] + 1, bos_token_id=1)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**json.loads((golden / "clip_tower/config.json").read_text())),
+            text_config=text,
+            image_token_index=config["vocab_size"],
+            projector_hidden_act="linear",
+            vision_feature_layer=config["mm_vision_select_layer"],
+        )
+    )
+    weights = model.state_dict()
+    for name, weight in {key: value.float() for key, value in sft.items() if "rotary" not in key}.items():
+        if (a := f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight") in lora:
+            scale = adapter["lora_alpha"] / adapter["r"]
+            weight = weight + scale * lora[a.replace("lora_A", "lora_B")].float() @ lora[a].float()
+        if "mm_projector" in name:
+            name = name.replace("mm_projector", "multi_modal_projector.linear_1")
+        elif name.startswith("model."):
+            name = name.replace("model.", "model.language_model.", 1)
+        weights[name][: len(weight)] = weight  # its vocabulary has one row less: <image> is none of its tokens
+    weights["model.multi_modal_projector.linear_2.weight"].copy_(torch.eye(config["hidden_size"]))
+    weights["model.multi_modal_projector.linear_2.bias"].zero_()
+    for name, weight in tower.items():
+        weights[name.replace("vision_model.", "model.vision_tower.", 1)].copy_(weight)
+    head = RewardHead(config["hidden_size"]).requires_grad_(False)
+    head.load_state_dict(load_file(golden / "rm_lora_adapter_model/reward_head.safetensors"))
+    tokenizer = build("llava").tokenizer
+    return RewardModel(vlm_of(model.eval(), tokenizer, CLIPImageProcessorPil(), "llava-rlhf"), head, PLAIN)
+
+
+def test_the_released_layout_of_llava_rlhf_gives_the_original_rewards(shared):
+    golden = shared / "golden_models" / "llava_rlhf"
+    model = llava_rlhf(golden)
+    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    prepare = CLIPImageProcessorPil(**size)
+    photo = open_image(shared / "real" / "examples" / "test.jpeg")
+    square = Image.new("RGB", (max(photo.size),) * 2, tuple(int(255 * mean) for mean in prepare.image_mean))
+    square.paste(photo, tuple((max(photo.size) - side) // 2 for side in photo.size))
+    inputs = dict(prepare(square, return_tensors="pt"))
+    cases = json.loads((golden / "expected.json").read_text())["rewards"]
+    image_token = model.vlm.network.config.image_token_id
+    rows = [[j for i in case["input_ids"] for j in ([image_token] * 576 if i == -200 else [i])] for case in cases]
+    common = min(common_length(rows[0], row) for row in rows)
+    encoded = EncodedPrompt(rows[0][:common], rows, [len(row) for row in rows], inputs)
+    for way in (None, False):
+        assert score_rows(model, [encoded], shared=way)[0] == pytest.approx([c["reward"] for c in cases], abs=1e-4)
