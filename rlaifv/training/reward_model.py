@@ -7,6 +7,7 @@ image and question as in DPO, whose rows, layouts and run folder are used here a
 
 import dataclasses
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
+from rlaifv import ROOT
 from rlaifv.fingerprint import digest_files, stage_sources
 from rlaifv.inference.yes_no import yes_no_ids
-from rlaifv.params import RewardModelParams, TrainParams, check_train
+from rlaifv.params import RewardModelParams, RewardRun, TrainParams, check_train
 from rlaifv.records import Reject, read_records, write_atomic, write_jsonl
 from rlaifv.steps.preferences import Preference
-from rlaifv.store import progress
+from rlaifv.store import link_or_copy, progress
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints
 from rlaifv.training.dpo import PairCollator, PairScorer, StepTrainer, training_arguments
@@ -30,10 +32,11 @@ from rlaifv.training.job import TrainResult, carry_out, start_process, take_step
 from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import IMAGES, PAIRS, PROMPTS, TOKEN_TYPES, EncodedPair, PairData, arrow_file
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
+from rlaifv.training.run_folder import remove
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.images import decode_image
 from rlaifv.vlm.loading import VLM
-from rlaifv.vlm.reward_format import RewardFormat, RewardHead, encode_answers, write_reward_files
+from rlaifv.vlm.reward_format import PLACE, RewardFormat, RewardHead, encode_answers, write_reward_files
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +226,30 @@ def train_reward_model(
     identity = {**made_of, **asked, "params": {**settings, "collapse_nats": None}}
     job = {"base": base, "preferences": str(preferences), "image_root": str(image_root), "params": settings, **asked}
     return carry_out("reward_model", identity, job, params, out, scratch, run_job)
+
+
+def read_prompt(reward: RewardModelParams, run: RewardRun) -> str:
+    """What asks a run's reward model for a score: the joint, and its file's text without space around it.
+
+    Raises ValueError where the file has a place for facts and the run none to put there, or the other way round.
+    """
+    name = reward.prompt if run.facts == "none" else reward.facts_prompt
+    if not (ROOT / name).is_file():
+        raise FileNotFoundError(f"no file {name}: write what asks for a score into it (reward_model.prompt)")
+    text = (ROOT / name).read_text(encoding="utf-8").strip()
+    if (PLACE in text) != (run.facts != "none"):
+        has = "has a" if PLACE in text else "has no"
+        raise ValueError(f"{name} {has} {PLACE}, and the facts of the run are {run.facts}")
+    return reward.joint + text
+
+
+def publish_last(result: TrainResult, out: Path) -> None:
+    """Make the last checkpoint of a run the reward model in `out`."""
+    partial = out.with_name(out.name + ".partial")
+    for old in (partial, out):
+        remove(old)
+    shutil.copytree(result.checkpoints[-1], partial, copy_function=link_or_copy)
+    partial.rename(out)
 
 
 def run_job(job: dict) -> None:
