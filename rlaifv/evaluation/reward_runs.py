@@ -9,13 +9,22 @@ import numpy as np
 from rlaifv import ROOT
 from rlaifv.evaluation.reward_accuracy import ScoredAnswers, ScoredPair, accuracy, best_of_n, length_correlation
 from rlaifv.inference.reward import Rated, score
-from rlaifv.params import RewardModelParams, RewardRun
+from rlaifv.params import DivideParams, RewardModelParams, RewardRun
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, Reject, read_records
-from rlaifv.steps.facts import accepted_claims, claims_of_others, in_order, read_facts, with_facts
+from rlaifv.steps.facts import (
+    accepted_claims,
+    claims_of_others,
+    fact_claims,
+    in_order,
+    read_facts,
+    unsupported,
+    with_facts,
+)
 from rlaifv.steps.preferences import Preference, held_out, hold_out, read_preferences
 from rlaifv.tinyworld.annotator import annotate, false_of
 from rlaifv.tinyworld.coco import read_scenes
 from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM
 from rlaifv.vlm.reward_format import RewardModel
 
 Find = Callable[[str, Sequence[str]], Sequence[str]]
@@ -135,6 +144,45 @@ def measure(model: RewardModel, data: RewardData, root: Path, batch_size: int = 
     return {**found, "length_correlation": length_correlation(answers), "best_of_n": best_of_n(answers)}
 
 
+def measure_claims(
+    divider: VLM, data: RewardData, settings: RewardModelParams, iteration: Path, params: DivideParams, seed: int
+) -> dict[str, object]:
+    """The same of facts as claims, without a reward model: an answer's reward is minus the number of its claims that
+    are none of the claims in its image's captions (`steps.facts.unsupported`)."""
+    table = read_facts(ROOT / settings.captions)
+    images = dict.fromkeys([p.image_path for p in data.held] + [item.instruction.image_path for item in data.asked])
+    texts = {i: in_order(table.get(Path(i).name, []), settings.facts, seed, i) for i in images}
+    known = fact_claims(divider, texts, params, seed)
+    answer_of = {c.id: c.answer for c in read_records(iteration / "candidates" / "candidates.jsonl", Candidate)}
+    claims: dict[str, list[str]] = {}
+    for claim in read_records(iteration / "claims" / "claims.jsonl", Claim):
+        said = claims.setdefault(answer_of[claim.candidate_id], [])
+        if claim.claim not in said:
+            said.append(claim.claim)
+
+    def reward(image: str, answer: str) -> float:
+        return -float(unsupported(claims.get(answer, []), known[image]))
+
+    pairs = [
+        ScoredPair(p.id, p.image_path, p.kind, *(reward(p.image_path, answer) for answer in (p.chosen, p.rejected)))
+        for p in data.held
+    ]
+    answers = [
+        ScoredAnswers(
+            item.instruction.image_path,
+            [reward(item.instruction.image_path, c.answer) for c in item.candidates],
+            [c.n_tokens for c in item.candidates],
+            item.false_claims,
+        )
+        for item in data.asked
+    ]
+    return {
+        "accuracy": accuracy(pairs),
+        "length_correlation": length_correlation(answers),
+        "best_of_n": best_of_n(answers),
+    }
+
+
 def look_and_score(
     model: RewardModel, rated: Sequence[tuple[str, Rated]], root: Path, batch_size: int
 ) -> list[list[float]]:
@@ -161,3 +209,20 @@ def look_and_score(
             for number in groups[key]:
                 found[number] = [next(left) for _ in rated[number][1].answers]
     return found
+
+
+def table_row(measured: dict) -> dict[str, object]:
+    """A reward model's `measure` in one row; of what has an interval [value, low, high]."""
+
+    def bounds(rate: dict) -> list[float]:
+        return [rate["value"], *rate["interval"]]
+
+    row = {name: measured[name] for name in ("run", "taste", "facts", "pairs")}
+    row |= {"labels_right": measured["agreement"], "right": bounds(measured["accuracy"])}
+    row["calibration_error"] = measured["accuracy"]["calibration"]["error"]
+    if "best_of_n" in measured:
+        best = measured["best_of_n"]
+        row["length_correlation"] = bounds(measured["length_correlation"])
+        row |= {f"best_of_n_{name}": bounds(best[name]) for name in ("error", "tokens")}
+        row |= {f"all_{name}": bounds(best[f"{name}_of_all"]) for name in ("error", "tokens")}
+    return row | {"image_effect": measured.get("image_effect")}
