@@ -338,6 +338,7 @@ class RewardModelParams(Section):
     lora_alpha: Count
     checkpoints_per_epoch: Count  # the last one is used; what a killed run goes on from is written with each
     processes: Count  # (GPUs), each with the whole model
+    best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
 
 
 class ReportParams(Section):
