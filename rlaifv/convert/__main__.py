@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlaifv.convert.folder import whole_folder
 from rlaifv.convert.layouts import PARTS, Layout, fetch, fetch_weights, find_layout
 from rlaifv.convert.llava import convert_llava
-from rlaifv.convert.original import memory_of, to_original
+from rlaifv.convert.original import ORIGINAL, memory_of, to_original
 from rlaifv.convert.reward import SYSTEM as REWARD_SYSTEM
 from rlaifv.convert.reward import base_fingerprint, read_format, write_head
 from rlaifv.convert.tokens import SYSTEM
@@ -65,9 +65,8 @@ def restore(source: str, out: Path, options: argparse.Namespace) -> list[str]:
     kind = read_config(folder, source).model_type
     if kind not in ("llava", "rlaifv_omnilmm") or (folder / "reward.json").is_file():
         raise ValueError(f"{source} has no original layout: it is a {'reward model' if kind == 'llava' else kind}")
-    memory = (
-        memory_of(folder, options.like and fetch(options.like, None, TEXT_FILES), source) if kind == "llava" else None
-    )
+    like = fetch(options.like, None, [*TEXT_FILES, f"{ORIGINAL}/*"]) if options.like else None
+    memory = memory_of(folder, like, source) if kind == "llava" else None
     with whole_folder(out, {"back": source, "files": file_states(sorted(folder.glob("*.*")))}) as partial:
         if memory:
             return to_original(folder, memory, partial, source)
@@ -104,9 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=Path, help="the published prompt file of LLaVA-RLHF's reward model")
     parser.add_argument("--facts", type=Path, help="a file with the sentence that introduces the facts in that prompt")
     parser.add_argument("--to", choices=("ours", "original"), default="ours", help="original: the way back")
-    parser.add_argument(
-        "--like", help="on the way back: a converted checkpoint whose layout is taken (default: its own)"
-    )
+    parser.add_argument("--like", help="on the way back: a converted checkpoint with the layout (default: its own)")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     try:

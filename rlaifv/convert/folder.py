@@ -19,8 +19,8 @@ def whole_folder(out: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     """The folder `OUT.partial`, which becomes `out` when the block ends well; what an earlier start of the same job has
     left in it is there again.
 
-    Raises FileExistsError where `out` is there already, or `OUT.partial` is somebody else's; `store.InUse` while another
-    process is at it.
+    Raises FileExistsError where `out` is there already, or `OUT.partial` is somebody else's, and `store.InUse` while
+    another process is at it.
     """
     partial, text = out.with_name(f"{out.name}.partial"), json.dumps(job, sort_keys=True, indent=1, default=str) + "\n"
     if out.exists():
@@ -28,9 +28,7 @@ def whole_folder(out: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     lock = lock_folder(partial, f"writing {out}")
     try:
         if partial.exists() and not (partial / JOB).is_file():
-            raise FileExistsError(
-                f"{partial}, where the work is to be done, is there already and no part of it: move it"
-            )
+            raise FileExistsError(f"{partial}, in which it is to be written, is something else: move it")
         if partial.exists() and (partial / JOB).read_text() != text:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)

@@ -104,10 +104,10 @@ def convert_llava(layout: Layout, out: Path, *, tower: str | None, dtype: str | 
     left_out = save_generation(layout.base, out)
     remember(layout.base, config, [*map(tensors, files), extra.items()], out)
     write_shards(numbered, out, partial(converted, source=layout.name, adapter=adapter, linear=linear, dtype=target))
+    side, square = ours.vision_config.image_size, "padded" if config.get("image_aspect_ratio") == "pad" else "cut"
     return [
-        f"image encoder: {'from the model’s own files' if inside else place}; "
-        f"{'one linear layer' if linear else 'two layers'} behind it; images of {ours.vision_config.image_size} pixels, "
-        + ("padded to a square" if config.get("image_aspect_ratio") == "pad" else "cut to a square"),
+        f"image encoder: {'the one in the release’s files' if inside else place}, for images of {side} pixels, {square} "
+        f"to a square; behind it {'one linear layer' if linear else 'two layers'}",
         f"{len(adapter.pairs)} weights with the adapter's sum, scale {adapter.scale:g}" if adapter.pairs else "",
         f"chats begin with: {system}",
         left_out,

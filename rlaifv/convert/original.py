@@ -108,9 +108,9 @@ def to_original(checkpoint: Path, memory: Path, out: Path, name: str) -> list[st
     write_shards(
         parts, out, lambda known, weight: [(known, fitted(weight, known, places[known][1]).to(places[known][0]))]
     )
-    rounded = {weight.dtype for known, weight in ours.items() if known in places and narrower(weight, places[known][0])}
+    wider = {w.dtype for known, w in ours.items() if known in places and w.dtype.itemsize > places[known][0].itemsize}
     return [
-        *(f"{dtype} weights are rounded to the released type".removeprefix("torch.") for dtype in rounded),
+        *(f"{dtype} weights are rounded to the released type".removeprefix("torch.") for dtype in wider),
         *(["the image encoder stays out, as in the release: the original fetches mm_vision_tower"] if unused else []),
     ]
 
@@ -135,7 +135,3 @@ def merge_projector(ours: dict[str, torch.Tensor]) -> None:
 def fitted(weight: torch.Tensor, name: str, shape: list[int]) -> torch.Tensor:
     """A table of the vocabulary without the rows that were added for `<image>` behind the original's."""
     return weight[: shape[0]] if name in ("model.embed_tokens.weight", "lm_head.weight") else weight
-
-
-def narrower(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    return weight.dtype.itemsize > dtype.itemsize

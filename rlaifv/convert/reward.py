@@ -9,8 +9,8 @@ from rlaifv.vlm.loading import load_reader
 from rlaifv.vlm.reward_format import PLACE, RewardFormat, RewardHead, write_reward_files
 
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 """What a reward model's conversation begins with (`vicuna_v1`)."""
 
