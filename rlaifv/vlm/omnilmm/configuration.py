@@ -1,5 +1,7 @@
 """The configuration of an OmniLMM; the defaults are the sizes of the 12B."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig, PreTrainedConfig
 
@@ -35,7 +37,7 @@ class OmniLMMConfig(PreTrainedConfig):
     """
 
     model_type = "rlaifv_omnilmm"
-    sub_configs_defaults = {"vision_config": OmniLMMVisionConfig, "text_config": MistralConfig}
+    sub_configs_defaults: ClassVar = {"vision_config": OmniLMMVisionConfig, "text_config": MistralConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

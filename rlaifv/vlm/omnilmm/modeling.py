@@ -2,7 +2,7 @@
 language model's, which stand below `model.language_model`."""
 
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -100,8 +100,8 @@ class OmniLMMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OmniLMMVisionBlock", "OmniLMMResampler"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["OmniLMMVisionBlock", "OmniLMMResampler"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -244,7 +244,7 @@ class OmniLMMForConditionalGeneration(OmniLMMPreTrainedModel, GenerationMixin):
     As published, a repetition penalty sees the tokens of the answer alone, not those of the prompt.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: OmniLMMConfig):
         super().__init__(config)

@@ -1,6 +1,6 @@
 """What an OmniLMM reads: a picture squashed to a square, and Zephyr's chat with its places for an image."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -34,7 +34,7 @@ class OmniLMMImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
-    size = {"height": 448, "width": 448}
+    size: ClassVar = {"height": 448, "width": 448}
     default_to_square = True
     do_resize = True
     do_rescale = True
