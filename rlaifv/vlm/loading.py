@@ -1,7 +1,6 @@
 """Load a checkpoint with its processor and chat template, the same for generation, feedback, training and chat."""
 
 import gc
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager

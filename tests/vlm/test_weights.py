@@ -2,8 +2,8 @@
 
 import json
 import logging
+import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,7 +162,10 @@ def test_an_adapter_that_fits_is_merged(whole, adapter):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda name, value: {} if "layers.1" in name and "lora_A" in name else {name: value}, r"lacks \d+ weights? \("),
+        (
+            lambda name, value: {} if "layers.1" in name and "lora_A" in name else {name: value},
+            r"lacks \d+ weights? \(",
+        ),
         (lambda name, value: {name.replace("layers", "blocks"): value}, r"lacks \d+ weights .* and holds \d+ weights"),
         (lambda name, value: {name: value[:, :1].clone()}, "is another model's: .*size mismatch"),
     ],
@@ -170,8 +173,7 @@ def test_an_adapter_that_fits_is_merged(whole, adapter):
 def test_an_adapter_that_does_not_fit_is_refused(whole, adapter, capfd, change, said):
     rewrite(adapter, change)
     line = refusal(lambda: load_vlm(str(whole), device="cpu", adapter=str(adapter)), capfd)
-    assert line.startswith(f"the adapter {adapter} ")
-    pytest.raises(ValueError, lambda: load_vlm(str(whole), device="cpu", adapter=str(adapter))).match(said)
+    assert line.startswith(f"the adapter {adapter} ") and re.search(said, line)
 
 
 # ---- what has to be rewritten first
@@ -185,7 +187,9 @@ def test_an_adapter_that_does_not_fit_is_refused(whole, adapter, capfd, change, 
         {"model_type": "omnilmm", "mm_vision_tower": "eva02", "num_query": 64},
     ],
 )
-def test_an_original_layout_is_never_loaded_and_the_command_that_converts_it_is_named(own, tmp_path, monkeypatch, capfd):
+def test_an_original_layout_is_never_loaded_and_the_command_that_converts_it_is_named(
+    own, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "config.json").write_text(json.dumps(own))
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
     path = str(tmp_path)
