@@ -1,16 +1,12 @@
-"""A tiny random OmniLMM in the layout of the releases, and its tokenizer's kind: Zephyr's."""
+"""A tiny random OmniLMM in the layout of the releases."""
 
 import json
 from pathlib import Path
 
 import torch
-from lookalikes import filled, learned
+from lookalikes import zephyr_tokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AddedToken, PreTrainedTokenizerFast
 
-IMAGE_TOKENS = ["<im_patch>", "<im_start>", "<im_end>"]
-BOXES = ["<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>"]
 HEADS = 2
 """Of the image encoder; in no file."""
 
@@ -42,22 +38,6 @@ CONFIG = {
     "num_query": 4,
 }
 WIDTH, INNER, BLOCKS, PATCH, GRID = 32, 48, 2, 14, 3
-
-
-def zephyr_tokenizer(size: int | None = None) -> PreTrainedTokenizerFast:
-    """Byte-pair pieces with a `▁` before every piece of text, also behind a special token, the bytes for all else;
-    `size` pieces, or as many as were learned."""
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces, merges = learned(pre_tokenizers.Metaspace(), [])
-    vocabulary = filled(first, pieces, size or len(dict.fromkeys([*first, *pieces])), [])
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(parts)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*first[:3], *IMAGE_TOKENS, *BOXES)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", model_max_length=2048, **names)
 
 
 def random_weights(vocabulary: int) -> dict[str, torch.Tensor]:
