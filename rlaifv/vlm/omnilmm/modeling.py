@@ -144,8 +144,8 @@ class OmniLMMVisionModel(OmniLMMPreTrainedModel):
         x = self.patch_embed(pixel_values)
         first, grid = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         # antialiased although it enlarges: PyTorch's bicubic kernel is another one then
-        grid = resize_grid(grid, isqrt(x.shape[1]), antialias=True)[None].to(x.dtype)
-        x = torch.cat([(self.cls_token + first).expand(len(x), -1, -1).to(x.dtype), x + grid], 1)
+        grid = resize_grid(grid, isqrt(x.shape[1]), antialias=True).to(x)
+        x = torch.cat([(self.cls_token + first).expand(len(x), -1, -1).to(x), x + grid], 1)
         for block in self.blocks:
             x = block(x)
         return BaseModelOutputWithPooling(last_hidden_state=self.norm(x)[:, 1:])
