@@ -152,6 +152,14 @@ def test_too_few_image_tokens_are_refused(tiny):
         tiny.model(torch.tensor([ids]), encoded.inputs["pixel_values"])
 
 
+def test_an_adapter_does_not_send_gradients_through_the_tower(tiny):
+    tiny.model.enable_input_require_grads()  # as with LoRA and recomputed activations
+    encoded = encode_questions(tiny, picture(), [QUESTION])
+    assert not tiny.model.get_image_features(encoded.inputs["pixel_values"]).pooler_output.requires_grad
+    assert tiny.model(torch.tensor(encoded.rows), **encoded.inputs).logits.requires_grad
+    tiny.model.disable_input_require_grads()
+
+
 def test_a_system_turn_takes_the_place_of_the_models_own_sentence(tiny):
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
     own = tiny.processor.apply_chat_template([asked], add_generation_prompt=True)

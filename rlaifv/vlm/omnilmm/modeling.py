@@ -136,9 +136,6 @@ class OmniLMMVisionModel(OmniLMMPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embed
-
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """(B, 3, side, side) → `last_hidden_state` (B, patches, D): those of the patches, row by row."""
         x = self.patch_embed(pixel_values)
