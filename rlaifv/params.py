@@ -58,6 +58,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=1)]
 Share = Annotated[float, _expect("a value from 0 to 1", lambda v: 0 <= v <= 1)]
 Fraction = Annotated[float, _expect("a value from 0 to below 1", lambda v: 0 <= v < 1)]
 LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
@@ -170,6 +171,7 @@ class GenerateParams(Section):
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
+    repetition_penalty: Penalty
     max_new_tokens: Count
     batch_size: Count
     max_reject_rate: Share
@@ -244,6 +246,7 @@ class EvaluateParams(Section):
     """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
 
     beams: Count
+    repetition_penalty: Penalty
     max_new_tokens: Count
     batch_size: Count
 

@@ -124,7 +124,7 @@ def answer(
             questions = read_questions(item)
             asked = digest([digest_files(*(ROOT / path for path in item.questions)), [str(q.image) for q in questions]])
             store = store_of(f"{name}-{asked}")  # the benchmark's own files are no dependency that DVC knows
-            work = partial(_answer_chunk, policy, item=item, max_new_tokens=params.max_new_tokens)
+            work = partial(_answer_chunk, policy, item=item, params=params)
             store.run(batched(questions, params.batch_size), work)
             folder = out / "benchmarks" / name
             count, rejected = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
@@ -137,7 +137,7 @@ def answer(
 
 
 def _answer_chunk(
-    policy: Callable[[], VLM], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, max_new_tokens: int
+    policy: Callable[[], VLM], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, params: EvaluateParams
 ) -> tuple[list[dict], list[Reject]]:
     readable, prompts, rejects = [], [], []
     for question in chunk:
@@ -148,7 +148,9 @@ def _answer_chunk(
             continue
         readable.append(question)
         prompts.append(Prompt(image, f"{question.text} {item.suffix}".strip()))
-    rows, texts = [], fit_answers(policy(), prompts, item.beams, max_new_tokens) if prompts else []
+    rows, texts = [], []
+    if prompts:
+        texts = fit_answers(policy(), prompts, item.beams, params.max_new_tokens, params.repetition_penalty)
     for question, text in zip(readable, texts, strict=True):
         if isinstance(text, UnfitText):
             rejects.append(Reject(question.id, "benchmarks", str(text)))

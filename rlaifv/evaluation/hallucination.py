@@ -95,7 +95,7 @@ def model_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[s
     rows = []
     for chunk in batched(split.instructions, params.batch_size):
         prompts = [Prompt(open_image(split.image_root / i.image_path), i.question) for i in chunk]
-        answers = fit_answers(vlm, prompts, params.beams, params.max_new_tokens)
+        answers = fit_answers(vlm, prompts, params.beams, params.max_new_tokens, params.repetition_penalty)
         rows += [
             {"id": i.id, "image": i.image_path, "question": i.question}
             | ({"reason": str(answer)} if isinstance(answer, UnfitText) else {"answer": answer})

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import prefix_path
@@ -54,7 +54,9 @@ class Generation:
 @dataclass(frozen=True)
 class Decoding:
     """How a token is chosen, in the order of transformers' warpers, and where an unfinished answer is cut
-    (`finish_reason` "length"); temperature 0 is greedy, top_k 0 and top_p 1 switch those off.
+    (`finish_reason` "length"); temperature 0 is greedy, top_k 0 and top_p 1 switch those off. `repetition_penalty`
+    above 1 makes tokens less likely that the answer has already (arXiv 1909.05858, section 4.1); those of the prompt
+    do not count.
 
     Raises ValueError for a setting outside its range.
     """
@@ -63,9 +65,11 @@ class Decoding:
     top_k: int
     top_p: float
     max_new_tokens: int
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+        impossible = self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1
+        if impossible or self.repetition_penalty < 1:
             raise ValueError(f"impossible decoding settings {self}")
 
 
@@ -164,6 +168,14 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
+def penalized(logits: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (rows, V) with those of the tokens `said` (rows, n) divided by `penalty`, negative ones multiplied."""
+    if penalty == 1 or not said.numel():
+        return logits
+    own = logits.gather(-1, said)
+    return logits.scatter(-1, said, torch.where(own < 0, own * penalty, own / penalty))
+
+
 def unlikely(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """Which tokens top-p drops: the least likely ones, lower ids first, as long as they add up to 1 - top_p at most.
 
@@ -221,7 +233,9 @@ class Decode:
         """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
         self.nan |= lost(self.logits)
         uniform = self.streams[self.slots, self.step].flatten()
-        chosen = draw(self.logits.flatten(0, 1), uniform, decoding).view_as(self.slots)
+        said = self.tokens[self.slots, : self.step].flatten(0, 1)
+        logits = penalized(self.logits.flatten(0, 1), said, decoding.repetition_penalty)
+        chosen = draw(logits, uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
         self.tokens[self.slots, self.step] = chosen
         self.length[self.slots] = torch.where(ended, self.step, self.length[self.slots])
@@ -325,15 +339,19 @@ def generate(
     max_new_tokens: int,
     processors: Sequence[LogitsProcessor] = (),
     streamer: BaseStreamer | None = None,
+    repetition_penalty: float = 1.0,
     **config: Any,
 ) -> list[list[int]]:
     """transformers' own decoding of prompts of one length with like images; the new tokens of every row.
 
     What the checkpoint's generation_config.json says counts only where `config` (the rest of a GenerationConfig) and
-    the settings here leave it open; end tokens are the model's. Raises FloatingPointError where that computes NaN.
+    the settings here leave it open; end tokens are the model's. `repetition_penalty` is that of `Decoding`, and comes
+    before `processors`. Raises FloatingPointError where that computes NaN.
     """
     watch = Watch()
     ids = torch.tensor([e.prompt_ids for e in encoded], device=vlm.device)
+    if repetition_penalty != 1:
+        processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty, ids.shape[1]), *processors]
     output = vlm.network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -367,7 +385,7 @@ def sample_plain(
     steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
     generations = []
-    for row in generate(vlm, [encoded], steps, [draws], streamer, **neutral):
+    for row in generate(vlm, [encoded], steps, [draws], streamer, decoding.repetition_penalty, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations
