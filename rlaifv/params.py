@@ -300,6 +300,32 @@ class SelfFeedbackParams(Section):
     batch_size: Count  # instructions at a time
 
 
+class RewardWeights(Section):
+    """What each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
+
+    claims: NotNegative  # minus the number of claims that the labeler rejects
+    recall: NotNegative  # share of the facts that are stated
+    length: NotNegative  # minus the share by which an answer is longer or shorter than the base model's
+    stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
+    correct: NotNegative  # the right answer to a question that has one
+    reward_model: NotNegative  # a learned reward model's score
+
+
+class RlooParams(Section):
+    """Reinforcement learning (RLOO, arXiv 2402.14740); optimizer, schedule, LoRA and dtype are those of `train`."""
+
+    steps: Count  # of the optimizer
+    prompts: Count  # instructions of a step
+    samples: Annotated[int, Field(ge=2, le=2**31 - 1)]  # answers to each: what one is compared with
+    micro_batch_size: Count  # answers per forward pass; the rest of a step's is accumulated
+    learning_rate: LearningRate
+    beta: NotNegative  # what a nat of log π/π_ref costs
+    temperature: Positive
+    max_new_tokens: Count
+    checkpoints: Count  # written in equal distances; dev chooses one
+    rewards: dict[FileName, RewardWeights]  # the runs of `make rloo`, by name
+
+
 class ReportParams(Section):
     gallery: Count
 
@@ -329,6 +355,7 @@ class Params(Section):
     ablation: AblationParams
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
+    rloo: RlooParams
     report: ReportParams
 
 
@@ -422,6 +449,17 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
+def _rloo_problems(params: RlooParams) -> Iterator[str]:
+    step = params.prompts * params.samples
+    if step % params.micro_batch_size:
+        yield f"micro_batch_size {params.micro_batch_size} does not divide prompts x samples = {step}"
+    if params.checkpoints > params.steps:
+        yield f"checkpoints {params.checkpoints} are more than its {params.steps} steps"
+    for name, weights in params.rewards.items():
+        if not any(vars(weights).values()):
+            yield f"rewards.{name}: all weights are 0, so that there is nothing to learn"
+
+
 def _train_problems(params: TrainParams) -> Iterator[str]:
     per_pass = params.micro_batch_size * params.processes
     if params.batch_size % per_pass:
@@ -465,6 +503,7 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    yield from (f"rloo.{problem}" for problem in _rloo_problems(params.rloo))
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 

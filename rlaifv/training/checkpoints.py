@@ -33,7 +33,7 @@ class WriteCheckpoints(TrainerCallback):
     """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
     can go on from.
 
-    `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path. With
+    `trainer` trains a policy, or a `dpo.PairScorer` that holds one; `vlm` and `policy` are the model that training began with and its path. With
     `dev` a checkpoint is scored at once. Weights that are not among the best go only when a state is saved: what a
     killed run would train again decides about none of them.
     """
@@ -71,7 +71,8 @@ class WriteCheckpoints(TrainerCallback):
         if not trainer.accelerator.is_main_process:
             return
         weights = {name.removeprefix("policy."): weight for name, weight in weights.items()}
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped).policy
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model = getattr(model, "policy", model)
         if params.lora_r:
             remove(self.run / "adapter")
             model.save_pretrained(self.run / "adapter", state_dict=weights)
