@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks")
+NAMED = ("iterations", "benchmarks", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -301,7 +301,7 @@ class SelfFeedbackParams(Section):
 
 
 class RewardWeights(Section):
-    """What each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
+    """One run of reinforcement learning: what each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
 
     claims: NotNegative  # minus the number of claims that the labeler rejects
     recall: NotNegative  # share of the facts that are stated
@@ -323,7 +323,6 @@ class RlooParams(Section):
     temperature: Positive
     max_new_tokens: Count
     checkpoints: Count  # written in equal distances; dev chooses one
-    rewards: dict[FileName, RewardWeights]  # the runs of `make rloo`, by name
 
 
 class ReportParams(Section):
@@ -356,6 +355,7 @@ class Params(Section):
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
     rloo: RlooParams
+    rloo_runs: dict[FileName, RewardWeights]
     report: ReportParams
 
 
@@ -449,15 +449,16 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
-def _rloo_problems(params: RlooParams) -> Iterator[str]:
-    step = params.prompts * params.samples
-    if step % params.micro_batch_size:
-        yield f"micro_batch_size {params.micro_batch_size} does not divide prompts x samples = {step}"
-    if params.checkpoints > params.steps:
-        yield f"checkpoints {params.checkpoints} are more than its {params.steps} steps"
-    for name, weights in params.rewards.items():
+def _rloo_problems(params: Params) -> Iterator[str]:
+    rloo = params.rloo
+    step = rloo.prompts * rloo.samples
+    if step % rloo.micro_batch_size:
+        yield f"rloo.micro_batch_size {rloo.micro_batch_size} does not divide prompts x samples = {step}"
+    if rloo.checkpoints > rloo.steps:
+        yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
+    for name, weights in params.rloo_runs.items():
         if not any(vars(weights).values()):
-            yield f"rewards.{name}: all weights are 0, so that there is nothing to learn"
+            yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
 
 
 def _train_problems(params: TrainParams) -> Iterator[str]:
@@ -503,7 +504,7 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
-    yield from (f"rloo.{problem}" for problem in _rloo_problems(params.rloo))
+    yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 

@@ -33,9 +33,9 @@ class WriteCheckpoints(TrainerCallback):
     """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
     can go on from.
 
-    `trainer` trains a policy, or a `dpo.PairScorer` that holds one; `vlm` and `policy` are the model that training began with and its path. With
-    `dev` a checkpoint is scored at once. Weights that are not among the best go only when a state is saved: what a
-    killed run would train again decides about none of them.
+    `trainer` trains a policy, or a `dpo.PairScorer` that holds one; `vlm` and `policy` are the model that training
+    began with and its path. With `dev` a checkpoint is scored at once. Weights that are not among the best go only when
+    a state is saved: what a killed run would train again decides about none of them.
     """
 
     def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str, dev: Dev | None = None):

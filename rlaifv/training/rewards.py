@@ -11,7 +11,8 @@ from statistics import fmean
 
 from rlaifv.evaluation.nouns import noun_forms, tokenize
 
-IDLE = frozenset("a an the this that it its is are was be there and in on at of to image picture photo scene".split())
+IDLE = frozenset(("a", "an", "the", "this", "that", "it", "its", "is", "are", "was", "be", "there", "and", "in", "on"))
+IDLE |= {"at", "of", "to", "image", "picture", "photo", "scene"}
 """Words that tell no claim from another."""
 
 
@@ -95,8 +96,8 @@ def neutral(values: Sequence[float | None], group: int) -> list[float | None]:
     of nothing else stays as it is.
 
     An answer's advantage is its reward minus the mean of its group's others. TRL leaves an answer out of that only
-    where *all* its rewards are None, and otherwise counts one as 0, which for `claims` is the best there is. At the mean
-    it has no advantage, and with m of n known the others have those among themselves times n(m - 1) / (m(n - 1)).
+    where *all* its rewards are None, and otherwise counts one as 0, which for `claims` is the best there is. At the
+    mean it has no advantage, and with m of n known the others have those among themselves times n(m - 1) / (m(n - 1)).
     """
     filled: list[float | None] = []
     for start in range(0, len(values), group):

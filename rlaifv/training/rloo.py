@@ -12,13 +12,11 @@ computed once for all k answers, and answer s of instruction i in step t comes f
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -102,7 +102,7 @@ def train_rloo(
         "tasks": [dataclasses.asdict(task) for task in tasks],
         "made_of": made_of,
         "weights": dataclasses.asdict(weights),
-        "params": dataclasses.asdict(params) | {"rewards": None},
+        "params": dataclasses.asdict(params),
         "train": dataclasses.asdict(settings) | {"collapse_nats": None, "resume_every": None},
         "source": stage_sources("rloo"),
         "seed": seed,
@@ -277,7 +277,9 @@ class ClaimTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
         """Our samples in place of TRL's, with their end token."""
         vlm, params = self.vlm, self.params
-        encoded = [encode_questions(vlm, image, [task.question]) for image, task in zip(self.images, self.now, strict=True)]
+        encoded = [
+            encode_questions(vlm, image, [task.question]) for image, task in zip(self.images, self.now, strict=True)
+        ]
         for item, ids, task in zip(encoded, prompt_ids[:: params.samples], self.now, strict=True):
             if item.prompt_ids != list(ids):
                 raise RuntimeError(f"{vlm.name}: TRL tokenizes the prompt of {task.id} in another way than it is asked")
@@ -319,6 +321,19 @@ class ClaimTrainer(RLOOTrainer):
                 "and keeps the checkpoints before it; lower rloo.learning_rate or use train.dtype float32"
             )
         return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What a run goes on from: the weights that learn, by the names that they have here. transformers 5.23 saves a
+        LLaVA by its names on the hub, which its Trainer does not find again: it goes on from the base model's weights,
+        with a warning."""
+        if isinstance(self.model, PeftModel):
+            return super().save_model(output_dir, _internal_call)
+        learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(learned, Path(output_dir) / "model.safetensors")
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: TRL writes one beside everything that a run can go on from."""
@@ -367,9 +382,7 @@ class Watch(TrainerCallback):
         )
 
 
-def rloo_arguments(
-    params: RlooParams, train: TrainParams, weights: list[float], folder: Path, seed: int
-) -> RLOOConfig:
+def rloo_arguments(params: RlooParams, train: TrainParams, weights: list[float], folder: Path, seed: int) -> RLOOConfig:
     """TRL's arguments for our parameters; `folder` is where the Trainer writes what it goes on from."""
     args = RLOOConfig(
         output_dir=str(folder),

@@ -75,7 +75,7 @@ class Judges:
         ]
 
     def _divide(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[Division]]:
-        """The divider's claims of every answer, and of the facts of tasks that are new; equal texts are divided once."""
+        """The divider's claims of every answer and of the facts of new tasks; equal texts are divided once."""
         new = [task for task in tasks if task.id not in self.facts]
         asked = [(task.question, text) for task, row in zip(tasks, texts, strict=True) for text in row]
         asked += [(task.question, fact) for task in new for fact in task.facts]
