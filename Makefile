@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
+
+rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
+	dvc repro experiments/dvc.yaml:rloo_compare
+	dvc repro --single-item --force report
+	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.profiles.experiments ablations
@@ -79,4 +84,4 @@ tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothin
 	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback .dvc/cache .dvc/tmp
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/rloo .dvc/cache .dvc/tmp

@@ -323,6 +323,7 @@ class RlooParams(Section):
     temperature: Positive
     max_new_tokens: Count
     checkpoints: Count  # written in equal distances; dev chooses one
+    compared: Count  # the first so many test instructions, on which methods are also sampled and judged
 
 
 class ReportParams(Section):

@@ -5,18 +5,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 
 from rlaifv.inference.sampling import Generation
 from rlaifv.inference.server import ServedLabeler
-from rlaifv.inference.yes_no import judge_fit, look
-from rlaifv.params import DivideParams
+from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.params import DivideParams, ServerParams
+from rlaifv.records import Candidate, Instruction, ModelRecord
 from rlaifv.steps.divide import Division, divide_answers
 from rlaifv.training.rewards import Judged
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM
+from rlaifv.vlm.loading import VLM, load_model
 
 Prompted = tuple[Image.Image, str, Sequence[str], Sequence[str]]
 """Image, question, answers to it, and facts."""
@@ -34,6 +36,37 @@ class Task:
     usual: float
     facts: tuple[str, ...] = ()
     gold: str = ""
+
+
+SHORT = 3
+"""Words of a reference that is itself the right answer ("no", "a red cup"); a longer one is a text about the image."""
+
+
+def make_tasks(instructions: Sequence[Instruction], candidates: Sequence[Candidate]) -> list[Task]:
+    """The instructions with the mean length of the base model's `candidates` to them (0 where it has none). An
+    instruction's reference is the right answer where it is `SHORT`, else the facts."""
+    lengths: dict[str, list[int]] = {}
+    for candidate in candidates:
+        lengths.setdefault(candidate.instruction_id, []).append(candidate.n_tokens)
+    tasks = []
+    for i in instructions:
+        usual, short = fmean(lengths.get(i.id, [0])), len(i.reference.split()) <= SHORT
+        facts, gold = ((), i.reference) if short else ((i.reference,), "")
+        tasks.append(Task(i.id, i.image_path, i.question, usual, facts, gold))
+    return tasks
+
+
+def load_judges(
+    divider: ModelRecord,
+    labeler: ModelRecord,
+    server: ServerParams,
+    params: DivideParams,
+    suffix: str,
+    seed: int,
+    image_root: Path,
+) -> "Judges":
+    """The judges of a run, without a reward model; all are in memory at once, beside the policy."""
+    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root)
 
 
 @dataclass

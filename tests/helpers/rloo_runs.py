@@ -19,6 +19,7 @@ PARAMS = RlooParams(
     temperature=1.0,
     max_new_tokens=10,
     checkpoints=3,
+    compared=2,
 )
 TRAIN = TrainParams(dtype="float32", warmup_ratio=0.0)
 NONE = RewardWeights(claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0)
