@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks", "reward_runs")
+NAMED = ("iterations", "benchmarks", "reward_runs", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -344,6 +344,32 @@ class RewardModelParams(Section):
     best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
 
 
+class RewardWeights(Section):
+    """One run of reinforcement learning: what each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
+
+    claims: NotNegative  # minus the number of claims that the labeler rejects
+    recall: NotNegative  # share of the facts that are stated
+    length: NotNegative  # minus the share by which an answer is longer or shorter than the base model's
+    stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
+    correct: NotNegative  # the right answer to a question that has one
+    reward_model: NotNegative  # a learned reward model's score
+
+
+class RlooParams(Section):
+    """Reinforcement learning (RLOO, arXiv 2402.14740); optimizer, schedule, LoRA and dtype are those of `train`."""
+
+    steps: Count  # of the optimizer
+    prompts: Count  # instructions of a step
+    samples: Annotated[int, Field(ge=2, le=2**31 - 1)]  # answers to each: what one is compared with
+    micro_batch_size: Count  # answers per forward pass; the rest of a step's is accumulated
+    learning_rate: LearningRate
+    beta: NotNegative  # what a nat of log π/π_ref costs
+    temperature: Positive
+    max_new_tokens: Count
+    checkpoints: Count  # written in equal distances; dev chooses one
+    compared: Count  # the first so many test instructions, on which methods are also sampled and judged
+
+
 class ReportParams(Section):
     gallery: Count
 
@@ -375,6 +401,8 @@ class Params(Section):
     self_feedback: SelfFeedbackParams
     reward_model: RewardModelParams
     reward_runs: dict[FileName, RewardRun]
+    rloo: RlooParams
+    rloo_runs: dict[FileName, RewardWeights]
     report: ReportParams
 
 
@@ -468,6 +496,18 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
+def _rloo_problems(params: Params) -> Iterator[str]:
+    rloo = params.rloo
+    step = rloo.prompts * rloo.samples
+    if step % rloo.micro_batch_size:
+        yield f"rloo.micro_batch_size {rloo.micro_batch_size} does not divide prompts x samples = {step}"
+    if rloo.checkpoints > rloo.steps:
+        yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
+    for name, weights in params.rloo_runs.items():
+        if not any(vars(weights).values()):
+            yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
+
+
 def _train_problems(params: TrainParams) -> Iterator[str]:
     per_pass = params.micro_batch_size * params.processes
     if params.batch_size % per_pass:
@@ -523,6 +563,7 @@ def _problems(params: Params) -> Iterator[str]:
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
     yield from _reward_problems(params)
+    yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 

@@ -44,11 +44,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled answer; `token_ids` leaves out the end token, `finish_reason` is "stop" or "length"."""
+    """One sampled answer; `token_ids` leaves out the end token, `finish_reason` is "stop" or "length". `end_id` is the
+    end token that was drawn, None where the answer was cut."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Decode:
         """What was drawn, by the samples' numbers. Raises FloatingPointError where it was drawn from NaN."""
         refuse_nan(self.vlm, bool(self.nan))
         ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
-        return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
+        return [generation(self.vlm, ids, end) for ids, end in ended]
 
 
 def lost(logits: torch.Tensor) -> torch.Tensor:
@@ -306,8 +308,11 @@ def sample_shared(
     return [found[start : start + samples] for start in range(0, len(found), samples)]
 
 
-def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
-    return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
+def generation(vlm: VLM, drawn: list[int], end: int) -> Generation:
+    """What was drawn up to its end token, which is at `end`; an answer that was cut has none."""
+    ids, end_id = drawn[:end], next(iter(drawn[end:]), None)
+    text = vlm.tokenizer.decode(ids, skip_special_tokens=True)
+    return Generation(text, ids, "length" if end_id is None else "stop", end_id)
 
 
 class DrawFromStream(LogitsProcessor):
@@ -387,7 +392,7 @@ def sample_plain(
     generations = []
     for row in generate(vlm, [encoded], steps, [draws], streamer, decoding.repetition_penalty, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
-        generations.append(generation(vlm, row[:end], end < steps))
+        generations.append(generation(vlm, row, end))
     return generations
 
 
