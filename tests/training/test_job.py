@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from rlaifv import ROOT
 from rlaifv.params import TrainParams
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.training import job
-from rlaifv.training.dpo import EpochOrder, Watch
+from rlaifv.training.dpo import EpochOrder, Watch, write_log
 from rlaifv.training.job import TrainResult, launch, train
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.reference import ReferenceStore
@@ -257,6 +258,14 @@ def test_a_step_starts_with_its_longest_pairs_and_which_pairs_it_has_is_left_to_
 def test_parameters_that_cannot_work_together_stop_before_anything_is_loaded(folder, change, message):
     with pytest.raises(ValueError, match=message):
         run(folder, "wrong", dataclasses.replace(PARAMS, **change))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_log_takes_no_number_that_is_not_finite(tmp_path, value):
+    history = [{"step": 1, "loss": 0.7, "grad_norm": 1.0}, {"step": 2, "loss": 0.6, "rewards/margins": value}]
+    with pytest.raises(FloatingPointError, match=f"step 2: rewards/margins is {value}, expected a finite number"):
+        write_log(history, tmp_path / "log.csv")
+    assert not (tmp_path / "log.csv").exists()
 
 
 DIES = """
