@@ -545,6 +545,8 @@ def _problems(params: Params) -> Iterator[str]:
     for key, path in paths.items():  # not shown
         if has_secret(path):
             yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
+        if key in ("policy.path", "divider.path") and re.match("https?://", path, re.IGNORECASE):
+            yield f"{key}: only the labeler may be behind a server: give a folder or a hub id"
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key

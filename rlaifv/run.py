@@ -76,12 +76,11 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
     # jsonschema would build a grammar of IRIs, 2 seconds of every stage; without that module it leaves them unchecked
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     executed = RUNS / parameters.get("iteration", "") / notebook.name
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    executed.unlink(missing_ok=True)  # DVC may have linked it to its cache
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     logging.getLogger("papermill.translators").setLevel(logging.ERROR)
@@ -90,6 +89,8 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        executed.unlink(missing_ok=True)  # DVC may have linked it to its cache
         papermill.execute_notebook(
             str(notebook),
             str(executed),
@@ -117,6 +118,11 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
             "again; it goes on where it was",
             file=sys.stderr,
         )
+        return 1
+    except (OSError, RuntimeError, NoSuchKernel) as error:  # of papermill and Jupyter themselves
+        room = NO_ROOM if FULL.search(str(error)) else ""
+        said = " ".join(str(error).split())
+        print(f"{notebook.stem}: {room}{type(error).__name__}: {said} ({executed})", file=sys.stderr)
         return 1
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name

@@ -193,8 +193,8 @@ def open_judge(
             choice = server.complete([{"role": role, "content": text} for role, text in turns if text], **options)
         except (NoReply, ServerRefused) as error:  # also of one row alone, such as a prompt that is too long
             return NoReply(str(error))
-        text = choice.message.content
-        return text if text and text.strip() else NoReply("an empty reply")
+        text = str(choice.message.content or "").encode(errors="replace").decode()  # half a character is in no file
+        return text if text.strip() else NoReply("an empty reply")
 
     def ask(requests: Sequence[Request]) -> Iterator[str | NoReply]:
         with ThreadPoolExecutor(params.concurrency) as pool:

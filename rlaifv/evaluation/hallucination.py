@@ -164,17 +164,21 @@ def paired_test(
 
 
 def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
-    """The model's p_yes and p_no for every yes/no question of the split; a `reason` in their place where the question
-    cannot be put to this model."""
+    """The model's p_yes and p_no for every yes/no question of the split; a `reason` in their place where the image
+    cannot be read or the question cannot be put to this model."""
     by_image: dict[str, list[Question]] = defaultdict(list)
     for question in split.questions:
         by_image[question.image_path].append(question)
     rows = []
     for chunk in batched(sorted(by_image.items()), batch_size):
-        items = [
-            (look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
-        ]
-        for (_, group), answers in zip(chunk, judge_fit(vlm, items), strict=True):
+        groups, items = [], []
+        for path, group in chunk:
+            try:
+                items.append((look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]))
+                groups.append(group)
+            except (OSError, ValueError) as error:
+                rows += [{"id": q.id, "type": q.type, "answer": q.answer, "reason": str(error)} for q in group]
+        for group, answers in zip(groups, judge_fit(vlm, items), strict=True):
             rows += [
                 {"id": q.id, "type": q.type, "answer": q.answer}
                 | ({"reason": str(answer)} if isinstance(answer, UnfitText) else dict(zip(P, answer, strict=True)))

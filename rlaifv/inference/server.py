@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 
 from rlaifv.fingerprint import digest
 from rlaifv.params import ServerParams, has_secret
-from rlaifv.records import T, write_atomic
+from rlaifv.records import T, to_json, write_atomic
 from rlaifv.vlm.images import FORMATS, is_upright, open_image
 
 log = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ class ReplyCache:
             self._replies[self._asked(row)].append(reply)
             if self.path:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "reply": reply}, ensure_ascii=False) + "\n")
+                    file.write(to_json({**row, "reply": reply}) + "\n")
 
 
 def is_served(path: str) -> bool:

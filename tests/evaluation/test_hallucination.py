@@ -100,13 +100,14 @@ def rows(answers: list[str]) -> list[dict[str, str]]:
 
 
 def hostile_split(tmp_path: Path) -> Split:
-    """Four instructions and three questions, of which two and one hold special tokens or are far too long."""
+    """Four instructions and four questions, of which two each cannot be asked: special tokens, length, no image."""
     (tmp_path / "a.png").write_bytes(picture(0))
     asked = ["describe it .", "a </s> dog", "is there a cat ?", "dog " * 300]
     instructions = [Instruction(f"i{k}", "a.png", question) for k, question in enumerate(asked)]
     questions = [
         Question(f"q{k}", "a.png", text, "yes", "colour") for k, text in enumerate(["a dog ?", "<image> ?", "no ?"])
     ]
+    questions.append(Question("q3", "gone.png", "is it ?", "no", "colour"))
     return Split("test", instructions, {"7": {"dog"}}, {"a.png": "7"}, questions, tmp_path)
 
 
@@ -117,11 +118,11 @@ def test_rows_that_cannot_be_put_to_a_model_are_named_counted_and_left_out_of_it
         metrics, answers = measure(model, split, EvaluateParams(beams=beams, max_new_tokens=4, batch_size=3), "")
     assert [row["id"] for row in answers] == ["i0", "i2"] and metrics["n"] == 2
     rejects = {row["id"]: row["reason"] for row in [*metrics["rejects"], *metrics["yes_no"]["rejects"]]}
-    assert rejects.keys() == {"i1", "i3", "q1"} and metrics["yes_no"]["n"] == 2
+    assert rejects.keys() == {"i1", "i3", "q1", "q3"} and metrics["yes_no"]["n"] == 2
     assert "'</s>'" in rejects["i1"] and "300 tokens, the context holds 256" in rejects["i3"]
     assert [message.split(" cannot")[0] for message in caplog.messages] == [
         "2 of 4 test instructions",
-        "1 of 3 test questions",
+        "2 of 4 test questions",
     ]
 
 
