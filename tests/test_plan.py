@@ -257,3 +257,13 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as stop:
         plan.main(["--params", str(file)])
     assert str(stop.value).startswith("plan: no checkpoint at 'models/absent'") and "\n" not in str(stop.value)
+
+
+def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):
+    found = planned(profile("rlaifv-12b-self"), 8)
+    policy = plan.measure(profile("rlaifv-12b-self").policy)
+    assert policy.parameters / 1e9 == pytest.approx(11.61, abs=0.01)
+    assert (policy.image, policy.seeing / 1e12) == (64, pytest.approx(8.95, abs=0.05)), "1,024 patches of an image"
+    assert need(found, "feedback").flops / 1e12 == about(2 * 7.1e-3 * 4.6e6 + 4000 * 8.95)
+    assert need(found, "train").flops / 1e12 == about(398e3 + 4000 * 5 * 8.95)
+    assert found.shortages()[0] == []

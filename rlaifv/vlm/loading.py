@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
+import rlaifv.vlm.omnilmm  # noqa: F401  transformers' Auto classes know it from here on
 from rlaifv import ROOT
 from rlaifv.records import ModelRecord, json_object
 from rlaifv.vlm.chat_format import Reader, prompt_text, shows_images, thinks_first
