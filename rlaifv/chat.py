@@ -21,7 +21,7 @@ from transformers.generation import BaseStreamer
 
 from rlaifv import ROOT
 from rlaifv.inference.logprobs import continuation_logprobs
-from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, sample_plain, uniforms
+from rlaifv.inference.sampling import Decoding, Generation, generate, sample_encoded, sample_plain, uniforms
 from rlaifv.steps.self_feedback import AnswerLogps, best_of_n, check_same_tokens
 from rlaifv.vlm.chat_format import EncodedPrompt, expand_image, render, turn
 from rlaifv.vlm.images import decode_image, open_image, refused, upright_rgb
@@ -83,10 +83,19 @@ class Chat:
     max_new_tokens: int = 256
     seed: int = 0
     repetition_penalty: float = 1.0
+    beams: int = 1
     history: list[tuple[str, str]] = field(default_factory=list)
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
-        """The whole answer, which joins the history; `streamer` is told of its tokens as they are decoded."""
+        """The whole answer, which joins the history; `streamer` is told of its tokens as they are decoded. With several
+        `beams` it is the likeliest that a search finds, and no streamer is told."""
+        if self.beams > 1:
+            search = {"num_beams": self.beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
+            search |= {"repetition_penalty": self.repetition_penalty}
+            (row,) = generate(self.vlm, [self.encode(question)], self.max_new_tokens, **search)
+            said = self.vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
+            self.history.append((question, said))
+            return said
         numbers, decoding = self.random_numbers(1), self.decoding(self.temperature)
         (said,) = sample_plain(self.vlm, self.encode(question), numbers, decoding, streamer)
         self.history.append((question, said.text.strip()))
@@ -167,10 +176,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="P", help="1.1 for RLAIF-V 12B; 1 (the default): none"
     )
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="search with N beams: 3 for RLAIF-V 7B")
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
+        if options.beams > 1 and (options.best_of > 1 or options.temperature):
+            raise ValueError("--beams looks for the likeliest answer: leave --best-of and --temperature out")
         image = read_image(options.image)
         model = options.model or default_model()
         vlm = load_chat_model(model)
@@ -190,9 +202,12 @@ def main(arguments: list[str] | None = None) -> None:
             options.max_new_tokens,
             options.seed,
             options.repetition_penalty,
+            options.beams,
         )
         for question in [options.question] if options.question is not None else ask_for_questions():
-            if options.best_of == 1:
+            if options.beams > 1:
+                print(chat.ask(question), flush=True)
+            elif options.best_of == 1:
                 chat.ask(question, Aloud(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True))
             else:
                 print(chat.ask_best(question, options.best_of)[0], flush=True)

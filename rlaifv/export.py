@@ -26,7 +26,7 @@ from rlaifv.records import RATES, to_json, write_atomic
 from rlaifv.report.render import render
 from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
-from rlaifv.steps.pairs import SCHEMA
+from rlaifv.steps.pairs import COLUMNS
 
 
 def lineage(params: Params, iteration: str) -> list[str]:
@@ -64,6 +64,8 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "whole"
         write_folder(partial, params, params_file, chain, results, license_name)
+        for place in (partial, *partial.rglob("*")):
+            place.chmod(0o755 if place.is_dir() else 0o644)  # whoever shares the disk may use it
         if out.is_dir():
             out.rmdir()
         partial.rename(out)
@@ -91,7 +93,7 @@ def check_pairs(path: Path, pairs: int) -> None:
         found = pq.read_metadata(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be exported: {str(error).splitlines()[0]}; run `dvc repro` again") from None
-    if missing := set(SCHEMA.names) - set(found.schema.to_arrow_schema().names):
+    if missing := COLUMNS.keys() - set(found.schema.to_arrow_schema().names):
         raise ValueError(f"{path} cannot be exported: it lacks {', '.join(sorted(missing))}")
     if found.num_rows != pairs:
         raise ValueError(f"{path} cannot be exported: {found.num_rows} pairs, but the run counted {pairs}")
@@ -171,8 +173,8 @@ def model_card(
 
 
 def dataset_card(params: Params, results: Mapping[str, Result], license_name: str | None) -> str:
-    """The README.md of the pairs; its metadata tells `datasets` the splits and that `image` is an image."""
-    features = [{"name": f.name, "dtype": "image" if f.name == "image" else str(f.type)} for f in SCHEMA]
+    """The README.md of the pairs; its metadata tells `datasets` which files are which iteration's.
+    That `image` is an image, the files say themselves."""
     made = {name: result for name, result in results.items() if name != "0"}
     total = sum(result.pairs["pairs"] for result in made.values())
     data = DatasetCardData(
@@ -182,12 +184,9 @@ def dataset_card(params: Params, results: Mapping[str, Result], license_name: st
         tags=["rlaif-v", "preference", "dpo"],
         size_categories=size_category(total),
         configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": f"iteration_{k}", "path": f"data/iteration_{k}.parquet"} for k in made],
-            }
+            {"config_name": name, "data_files": [{"split": "train", "path": f"data/{files}.parquet"}]}
+            for name, files in [("default", "*"), *((f"iteration_{k}", f"iteration_{k}") for k in made)]
         ],
-        dataset_info={"features": features},
     )
     return render(
         "dataset_card.md",
@@ -195,6 +194,7 @@ def dataset_card(params: Params, results: Mapping[str, Result], license_name: st
         temperature=params.generate.temperature,
         labeler=model_name(params.labeler),
         results=results,
+        made=list(made),
         total=total,
     )
 

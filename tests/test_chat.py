@@ -189,3 +189,15 @@ def test_a_checkpoints_own_generation_defaults_change_an_answer_nowhere(folder, 
     numbers = [np.zeros((1, 12))]
     plain = generate_batch(strict, [Prompt(image, QUESTION)], numbers, GREEDY, shared=False)
     assert plain[0][0].text.strip() == expected[0]
+
+
+def test_beams_say_what_their_search_finds_and_draw_nothing(folder, policy, capsys):
+    chat = Chat(policy, read_image(folder / "cat.png"), beams=3, max_new_tokens=8)
+    first = chat.ask(QUESTION)
+    assert first == beam_search(policy, [Prompt(chat.image, QUESTION)], 3, 8)[0]
+    assert chat.history == [(QUESTION, first)]
+    told = ["--image", str(folder / "cat.png"), "--model", str(folder / "policy"), "--question", QUESTION]
+    main([*told, "--beams", "3", "--max-new-tokens", "8"])
+    assert capsys.readouterr().out == f"{first}\n"
+    with pytest.raises(SystemExit, match="leave --best-of and --temperature out"):
+        main([*told, "--beams", "3", "--temperature", "0.7"])

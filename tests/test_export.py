@@ -1,6 +1,7 @@
 """An exported folder loads with the libraries' own loaders, and its cards say what the run measured."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -58,9 +59,13 @@ def test_model_and_dataset_load_from_the_exported_folder(finished_run):
     trained = AutoModelForImageTextToText.from_pretrained(Paths("2").policy)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     AutoProcessor.from_pretrained(out / "model")
-    pairs = datasets.load_dataset(str(out / "dataset"), cache_dir=str(finished_run / "cache"))
-    assert {name: len(split) for name, split in pairs.items()} == {"iteration_1": 1, "iteration_2": 2}
-    row = pairs["iteration_2"][0]
+    load = functools.partial(datasets.load_dataset, str(out / "dataset"), cache_dir=str(finished_run / "cache"))
+    assert {name: len(load(name, split="train")) for name in ("iteration_1", "iteration_2")} == {
+        "iteration_1": 1,
+        "iteration_2": 2,
+    }
+    row, *others = load(split="train")
+    assert len(others) == 2, "and all of them by default"
     assert (row["chosen"], row["rejected"], row["chosen_score"]) == ("a dog", "a cat", 0)
     assert row["image"].size == (24, 24)
 
@@ -182,6 +187,13 @@ def test_a_folder_of_the_users_beside_it_stays(finished_run):
     (beside / "thesis.txt").write_text("years of work")
     main(["--iteration", "2", "--out", str(finished_run / "mine")])
     assert (beside / "thesis.txt").read_text() == "years of work"
+
+
+def test_everybody_may_read_what_was_exported(finished_run):
+    out = finished_run / "release"
+    main(["--iteration", "1", "--out", str(out)])
+    for place in (out, *out.rglob("*")):
+        assert place.stat().st_mode & 0o777 == (0o755 if place.is_dir() else 0o644)
 
 
 def test_nothing_is_overwritten(finished_run):

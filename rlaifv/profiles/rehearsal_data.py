@@ -118,7 +118,7 @@ def drawn_pair(number: int, row: dict[str, Any], images: Path) -> dict[str, Any]
         "rejected": "There is a kite at the top of the picture.",
         "origin_dataset": instruction.source,
         "origin_split": json.dumps({"model": "drawn"}),
-        "idx": number,
+        "idx": str(number),
         "image_path": instruction.image_path,
         "chosen_score": 0,
         "rejected_score": -1,

@@ -1,5 +1,6 @@
 """Browse what an iteration made of one image: candidates, their claims with P(yes), and the pairs."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def load_iteration(paths: Paths, prepared: Path, image_root: Path) -> list[dict]
         candidates[candidate.instruction_id].append({**vars(candidate), "score": score, "claims": judged})
     columns = ["origin_split", "chosen", "rejected", "chosen_score", "rejected_score"]
     for pair in pq.read_table(paths.pairs, columns=columns).to_pylist():
-        pairs[pair["origin_split"]].append(pair)
+        pairs[json.loads(pair["origin_split"])["instruction"]].append(pair)
     return [
         {"instruction": i, "image": image_root / i.image_path, "candidates": candidates[i.id], "pairs": pairs[i.id]}
         for i in read_records(prepared / "train.jsonl", Instruction)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,22 +16,42 @@ import pyarrow.parquet as pq
 from rlaifv.params import PairsParams
 from rlaifv.records import Candidate, Claim, Instruction, Judgement
 
+COLUMNS = {
+    "ds_name": "string",
+    "image": "image",
+    "question": "string",
+    "chosen": "string",
+    "rejected": "string",
+    "origin_dataset": "string",
+    "origin_split": "string",
+    "idx": "string",
+    "image_path": "string",
+    "chosen_score": "int64",
+    "rejected_score": "int64",
+    "trl_prompt": "messages",
+    "trl_chosen": "messages",
+    "trl_rejected": "messages",
+}
+"""The columns of the public RLAIF-V dataset, the two scores, and the texts once more as the turns of a chat: TRL puts a
+picture into no other."""
+
+VALUE = {"_type": "Value"}
+TYPES = {
+    "string": (pa.string(), VALUE | {"dtype": "string"}),
+    "int64": (pa.int64(), VALUE | {"dtype": "int64"}),
+    "image": (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}),
+    "messages": (
+        pa.list_(pa.field("element", pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        [dict.fromkeys(("role", "content"), VALUE | {"dtype": "string"})],
+    ),
+}
+"""What a column is to Arrow, and to `datasets`, which reads it in the file's own schema."""
+
+FEATURES = {name: TYPES[kind][1] for name, kind in COLUMNS.items()}
 SCHEMA = pa.schema(
-    [
-        ("ds_name", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("question", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("origin_dataset", pa.string()),
-        ("origin_split", pa.string()),
-        ("idx", pa.int64()),
-        ("image_path", pa.string()),
-        ("chosen_score", pa.int64()),
-        ("rejected_score", pa.int64()),
-    ]
+    [(name, TYPES[kind][0]) for name, kind in COLUMNS.items()],
+    metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
-"""The columns of the public RLAIF-V dataset, and the two scores."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,10 @@ def statistics(pairs: Sequence[Pair], before_balance: Sequence[Pair], r: float) 
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) -> None:
-    """Write parquet in the public dataset's columns, images inside, so that any tool for that dataset reads it."""
+    """Write parquet in the public dataset's columns, images inside, so that any tool for that dataset reads it.
+
+    `origin_split` is JSON as there: the model that answered, and with us the id of the instruction.
+    """
     rows = [
         {
             "ds_name": name,
@@ -161,11 +185,14 @@ def write_pairs(path: Path, pairs: Sequence[Pair], image_root: Path, name: str) 
             "chosen": pair.chosen.answer,
             "rejected": pair.rejected.answer,
             "origin_dataset": pair.instruction.source,
-            "origin_split": pair.instruction.id,
-            "idx": index,
+            "origin_split": json.dumps({"model": pair.chosen.model, "instruction": pair.instruction.id}),
+            "idx": str(index),
             "image_path": pair.instruction.image_path,
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
+            "trl_prompt": [{"role": "user", "content": pair.instruction.question}],
+            "trl_chosen": [{"role": "assistant", "content": pair.chosen.answer}],
+            "trl_rejected": [{"role": "assistant", "content": pair.rejected.answer}],
         }
         for index, pair in enumerate(pairs)
     ]

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlaifv.fingerprint import LARGE, digest_files
@@ -25,12 +26,33 @@ def parquet_files(path: Path) -> list[Path]:
 
 def check_columns(file: Path, columns: Sequence[str]) -> set[str]:
     """The columns of a file; ValueError where one of `columns` is neither among them nor in the JSON of `text`, where
-    older releases keep question, chosen and rejected."""
+    older releases keep question, chosen and rejected, and where `image` holds something else than image files."""
     names = set(pq.read_schema(file).names)
     needed = [name for name in columns if name == "image" or (name in PAIR and "text" not in names)]
     if missing := [name for name in needed if name not in names]:
         raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are {', '.join(sorted(names))}")
+    if "image" in columns:
+        check_images(file)
     return names
+
+
+def check_images(file: Path) -> None:
+    """ValueError unless the column `image` holds the bytes of image files, plain or beside their paths, in some row."""
+    kind, metadata = pq.read_schema(file).field("image").type, pq.read_metadata(file)
+    plain = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if not plain and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+        problem = f"is {kind}"
+    else:
+        place = "image" if plain else "image.bytes"
+        groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
+        cells = [group.column(k) for group in groups for k in range(group.num_columns)]
+        filled = [
+            cell.statistics is None or cell.statistics.num_values for cell in cells if cell.path_in_schema == place
+        ]
+        if any(filled) or not filled:
+            return
+        problem = "holds no bytes, only paths"
+    raise ValueError(f"{file}: its column image {problem}: write the bytes of the image files into it")
 
 
 def public_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict]:
@@ -42,6 +64,8 @@ def public_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict]
         for batch in pq.ParquetFile(file, memory_map=True).iter_batches(batch_size=64, columns=wanted):
             for row in batch.to_pylist():
                 text = json_object(row.pop("text", None))
+                if isinstance(row.get("image"), bytes):  # a plain column
+                    row["image"] = {"bytes": row["image"], "path": None}
                 yield {name: row[name] if row.get(name) is not None else text.get(name) for name in columns}
 
 
@@ -77,7 +101,8 @@ def count_pairs(files: Sequence[Path]) -> dict[str, object]:
         rejected += len(row["rejected"].split())
         prompts.add((row["image_path"], row["question"]))
         origin = json_object(row["origin_split"])
-        made_by.update(f"{key}: {value}" for key, value in origin.items() if isinstance(value, str | int))
+        named = {key: value for key, value in origin.items() if isinstance(value, str | int) and key != "instruction"}
+        made_by.update(f"{key}: {value}" for key, value in named.items())
     if not pairs:
         raise ValueError(f"no pair to learn from in {', '.join(map(str, files))}: {dict(rejects)}")
     return {

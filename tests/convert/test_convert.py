@@ -11,12 +11,18 @@ import torch
 from original_llava import pieces, save_adapter, save_original, sentencepiece_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_llava import save_pairs
 from transformers import AutoModelForImageTextToText
 
 import rlaifv.convert.weights
 from rlaifv.convert.__main__ import main
 from rlaifv.convert.weights import all_tensors
+from rlaifv.params import load_params
 from rlaifv.training.checkpoints import write_checkpoint
+from rlaifv.training.dpo import PairScorer
+from rlaifv.training.packed_pairs import choose_layout
+from rlaifv.training.pair_data import PairData
+from rlaifv.training.policy import freeze
 from rlaifv.vlm.chat_format import UnfitText, encode, prompt_text
 from rlaifv.vlm.loading import load_reader, load_vlm
 
@@ -91,6 +97,14 @@ def test_the_tokenizer_spells_and_merges_as_sentencepiece_and_has_a_place_for_im
     for text in ("<image> again", "a </s> b"):
         with pytest.raises(UnfitText):
             prompt_text(reader, text)
+
+
+def test_a_converted_checkpoint_is_trained_packed_and_from_kept_features(tmp_path):
+    vlm = load_vlm(str(convert(save_original(tmp_path, max_position_embeddings=1024), tmp_path / "out")), device="cpu")
+    data = PairData(vlm, save_pairs(tmp_path / "pairs.parquet", 4))
+    params = load_params().train
+    freeze(vlm.model, params)
+    assert choose_layout(PairScorer(vlm.model), vlm, data, params) == "packed, features kept"
 
 
 def test_what_a_user_should_know_is_said(tmp_path, capsys):

@@ -10,9 +10,18 @@ from pathlib import Path
 from hub import Hub
 from published import CONFIGS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AddedToken,
+    LlamaTokenizer,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from rlaifv import ROOT
+from rlaifv.convert.tokens import SYSTEM, chat_template
 from rlaifv.params import load_params
 from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
 from rlaifv.vlm.omnilmm import OmniLMMImageProcessor, OmniLMMProcessor
@@ -88,6 +97,14 @@ def write(path: Path, content: dict) -> None:
 
 
 def llava(path: Path) -> None:
+    if path.name.startswith("data--"):  # converted by this package
+        tokens = {"unk_token": None, "pad_token": "</s>", "extra_special_tokens": {"image_token": "<image>"}}
+        tokenizer = llama_tokenizer(32000, ["<image>", "<s>", "</s>"], [], add_bos_token=True, **tokens)
+        looks = LlavaImageProcessorPil(do_pad=True, size=CLIP["size"], crop_size=CLIP["crop_size"])
+        parts = {"image_processor": looks, "tokenizer": tokenizer, "chat_template": chat_template(path, SYSTEM)}
+        LlavaProcessor(**parts, **TILES).save_pretrained(path)
+        write(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+        return
     tokenizer = llama_tokenizer(
         32000, ["<unk>", "<s>", "</s>"], ["<image>", "<pad>"], add_bos_token=True, pad_token="<pad>"
     )

@@ -75,6 +75,18 @@ CONFIGS = {
             "vocab_size": 64064,
         },
     },
+    "data/checkpoints/rlaif-v-7b": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 0,
+        "vision_config": TOWER,
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32000,
+        },
+    },
     "data/checkpoints/omnilmm-12b": {
         "architectures": ["OmniLMMForConditionalGeneration"],
         "model_type": "rlaifv_omnilmm",

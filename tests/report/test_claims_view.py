@@ -10,7 +10,13 @@ from rlaifv.records import Candidate, Claim, Instruction, Judgement, write_jsonl
 from rlaifv.report.claims_view import load_iteration
 from rlaifv.report.render import render
 
-PAIR = {"origin_split": "<i>", "chosen": "<a>", "rejected": "b", "chosen_score": 0, "rejected_score": -2}
+PAIR = {
+    "origin_split": '{"instruction": "<i>"}',
+    "chosen": "<a>",
+    "rejected": "b",
+    "chosen_score": 0,
+    "rejected_score": -2,
+}
 
 
 def page(folder, pairs) -> str:
@@ -36,5 +42,5 @@ def test_a_candidate_stands_with_its_score_and_its_judged_claims(tmp_path):
 
 
 def test_its_pairs_stand_below(tmp_path):
-    html = page(tmp_path, [PAIR, {**PAIR, "origin_split": "another"}])
+    html = page(tmp_path, [PAIR, {**PAIR, "origin_split": '{"instruction": "another"}'}])
     assert "<b>chosen</b> (0) &lt;a&gt;" in html and "<b>rejected</b> (-2) b" in html and "none:" not in html

@@ -1,9 +1,18 @@
 """Scores, pairs and the length balance do what the paper says, for any answers."""
 
+import json
+import math
+
+import datasets
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from tiny_llava import picture, save_tiny_llava
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer
 
 from rlaifv.params import PairsParams
 from rlaifv.records import Candidate, Claim, Instruction, Judgement
@@ -112,8 +121,39 @@ def test_parquet_has_the_public_columns_and_the_image_inside(tmp_path):
     (tmp_path / "a.png").write_bytes(b"picture")
     write_pairs(tmp_path / "pairs.parquet", [pair(2, 3)], tmp_path, "name")
     table = pq.read_table(tmp_path / "pairs.parquet")
-    assert table.schema.equals(SCHEMA)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
     assert table.to_pylist()[0]["image"] == {"bytes": b"picture", "path": "a.png"}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Four pairs about a picture, as `write_pairs` leaves them, read by `datasets` with nothing said about them."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    answers = [candidate("i", s, text) for s, text in enumerate(("a dog .", "a cat ."))]
+    pairs = [Pair(Instruction("i", "a.png", "what is in the image ?"), *answers, 0, -1)] * 4
+    write_pairs(tmp_path / "pairs.parquet", pairs, tmp_path, "name")
+    file = str(tmp_path / "pairs.parquet")
+    return datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_parquet_says_itself_that_images_are_images_and_origins_json(published):
+    assert isinstance(published[0]["image"], Image.Image)
+    assert all(json.loads(row["origin_split"]) == {"model": "model", "instruction": "i"} for row in published)
+    assert published["idx"][:] == ["0", "1", "2", "3"]
+
+
+def test_trl_trains_on_the_parquet_with_its_columns_renamed(published, tmp_path):
+    texts = {"chosen": "chosen_text", "rejected": "rejected_text"}
+    chats = {f"trl_{name}": name for name in ("prompt", "chosen", "rejected")}
+    model = save_tiny_llava(tmp_path / "model")
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "max_length": None}
+    trainer = DPOTrainer(
+        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32),
+        args=DPOConfig(output_dir=str(tmp_path / "out"), save_strategy="no", **settings),
+        train_dataset=published.rename_columns(texts).rename_columns(chats),
+        processing_class=AutoProcessor.from_pretrained(model),
+    )
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_no_pairs_stops_the_run_with_the_way_out():

@@ -68,6 +68,30 @@ def test_a_file_without_a_column_is_one_line_that_names_it_and_those_there_are(t
         parquet_files(file)
 
 
+def test_a_plain_column_of_image_bytes_is_read(tmp_path):
+    file = write(tmp_path / "a.parquet", {"image": b"GIF8"})
+    assert first_pair([file])["image"]["bytes"] == b"GIF8"
+    assert [image for _, _, image in read_rows(file)] == [b"GIF8"]
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("a.gif", "is string"),
+        ({"path": "a.gif"}, "is struct<path: string>"),
+        ({"bytes": None, "path": "a.gif"}, "holds no bytes, only paths"),
+    ],
+)
+def test_images_that_are_elsewhere_are_refused_with_file_and_column(tmp_path, image, said):
+    table = pa.Table.from_pylist([{**ROW, "image": image}])
+    if isinstance(image, dict) and "bytes" in image:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = table.set_column(0, "image", pa.array([image], kind))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet: its column image {said}: write the bytes"):
+        parquet_files(tmp_path)
+
+
 def test_nothing_to_learn_from_and_no_file_at_all_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"no pair to learn from in .*a\.parquet: \{'chosen is empty': 1\}"):
         count_pairs([write(tmp_path / "a.parquet", {"chosen": ""})])
