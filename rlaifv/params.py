@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks")
+NAMED = ("iterations", "benchmarks", "reward_runs", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -303,6 +303,73 @@ class SelfFeedbackParams(Section):
     batch_size: Count  # instructions at a time
 
 
+class RewardRun(Section):
+    """One reward model: whose preferences it learns, and what it reads beside an answer."""
+
+    taste: NotNegative  # for length, of the embedded world's annotators; 0 where people have preferred
+    facts: Literal["none", "captions", "accepted"]  # accepted: what the labeler accepts of other answers to the image
+
+
+class RewardModelParams(Section):
+    """Fact-RLHF's reward models (arXiv 2309.14525). What is not here is as in `train`: LoRA's layers, dtype, packed
+    rows and the like."""
+
+    preferences: Name | None  # LLaVA-Human-Preference-10K's .json, or pairs as parquet; null: embedded annotators
+    flipped: Share  # of the annotators' labels
+    per_instruction: Count  # pairs of answers that an annotator is asked about, at most
+    pairs: Count | None  # to learn from, at most; null: all
+    held_out: Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]  # share of the images
+    captions: Name | None  # facts by image: COCO captions, image_to_caption.json, or A-OKVQA's questions
+    facts: Count  # that are read of an image, at most
+    base: Name | None  # what becomes a reward model: a folder or hub id; null: the policy before alignment
+    prompt: Name  # file of the text that asks for a score
+    facts_prompt: Name | None  # the same with {factual_prompt} where the facts go
+    joint: Text  # between an answer's end token and that text
+    facts_intro: Text  # before the facts
+    fact_line: Text  # of each, for {}
+    head: Literal["yes_no", "random"]  # how the vector begins: the output layer's row of yes less that of no, or noise
+    regularizer: NotNegative  # of the rewards' mean
+    learning_rate: LearningRate
+    epochs: Count
+    batch_size: Count
+    micro_batch_size: Count
+    scheduler: Scheduler
+    warmup_ratio: Fraction
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
+    lora_r: CountOrZero  # 0 trains all weights
+    lora_alpha: Count
+    checkpoints_per_epoch: Count  # the last one is used; what a killed run goes on from is written with each
+    processes: Count  # (GPUs), each with the whole model
+    best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
+
+
+class RewardWeights(Section):
+    """One run of reinforcement learning: what each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
+
+    claims: NotNegative  # minus the number of claims that the labeler rejects
+    recall: NotNegative  # share of the facts that are stated
+    length: NotNegative  # minus the share by which an answer is longer or shorter than the base model's
+    stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
+    correct: NotNegative  # the right answer to a question that has one
+    reward_model: NotNegative  # a learned reward model's score
+
+
+class RlooParams(Section):
+    """Reinforcement learning (RLOO, arXiv 2402.14740); optimizer, schedule, LoRA and dtype are those of `train`."""
+
+    steps: Count  # of the optimizer
+    prompts: Count  # instructions of a step
+    samples: Annotated[int, Field(ge=2, le=2**31 - 1)]  # answers to each: what one is compared with
+    micro_batch_size: Count  # answers per forward pass; the rest of a step's is accumulated
+    learning_rate: LearningRate
+    beta: NotNegative  # what a nat of log π/π_ref costs
+    temperature: Positive
+    max_new_tokens: Count
+    checkpoints: Count  # written in equal distances; dev chooses one
+    compared: Count  # the first so many test instructions, on which methods are also sampled and judged
+
+
 class ReportParams(Section):
     gallery: Count
 
@@ -332,6 +399,10 @@ class Params(Section):
     ablation: AblationParams
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
+    reward_model: RewardModelParams
+    reward_runs: dict[FileName, RewardRun]
+    rloo: RlooParams
+    rloo_runs: dict[FileName, RewardWeights]
     report: ReportParams
 
 
@@ -425,6 +496,18 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
+def _rloo_problems(params: Params) -> Iterator[str]:
+    rloo = params.rloo
+    step = rloo.prompts * rloo.samples
+    if step % rloo.micro_batch_size:
+        yield f"rloo.micro_batch_size {rloo.micro_batch_size} does not divide prompts x samples = {step}"
+    if rloo.checkpoints > rloo.steps:
+        yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
+    for name, weights in params.rloo_runs.items():
+        if not any(vars(weights).values()):
+            yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
+
+
 def _train_problems(params: TrainParams) -> Iterator[str]:
     per_pass = params.micro_batch_size * params.processes
     if params.batch_size % per_pass:
@@ -448,9 +531,20 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
         yield f"accelerate_config {params.accelerate_config} does not exist"
 
 
+def has_secret(path: str) -> bool:
+    """Whether a server's address holds a user, a password or a query: keys stand there, and a path gets into files."""
+    return bool(re.match(r"https?://([^/?#]*@|[^#]*\?)", path, re.IGNORECASE))
+
+
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
+    paths = {f"{role}.path": getattr(params, role).path for role in ("policy", "labeler", "divider")}
+    for name, item in params.benchmarks.items():
+        paths |= {f"benchmarks.{name}.judge.base_url": item.judge.base_url or ""} if item.judge else {}
+    for key, path in paths.items():  # not shown
+        if has_secret(path):
+            yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
@@ -468,8 +562,28 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    yield from _reward_problems(params)
+    yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
+
+
+def _reward_problems(params: Params) -> Iterator[str]:
+    reward = params.reward_model
+    if reward.batch_size % (reward.micro_batch_size * reward.processes):
+        yield (
+            f"reward_model.batch_size {reward.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{reward.micro_batch_size} x {reward.processes}"
+        )
+    if "{}" not in reward.fact_line:
+        yield f"reward_model.fact_line {reward.fact_line!r} has no {{}} for the fact"
+    for name, run in params.reward_runs.items():
+        if run.facts != "none" and not reward.facts_prompt:
+            yield f"reward_runs.{name}.facts: {run.facts} needs reward_model.facts_prompt"
+        if run.facts == "captions" and not reward.captions:
+            yield f"reward_runs.{name}.facts: captions needs reward_model.captions, the file of them"
+        if run.taste and reward.preferences:
+            yield f"reward_runs.{name}.taste: {run.taste:g} is of embedded annotators: with preferences write 0.0"
 
 
 def _benchmark_problems(item: BenchmarkParams) -> Iterator[str]:

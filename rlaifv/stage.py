@@ -139,21 +139,23 @@ class Stage:
             raise FileNotFoundError(f"no {path.relative_to(ROOT)} yet: run the stage models (dvc repro)")
         return ModelRecord(**json.loads(path.read_text()))
 
-    def finish(self, peak_gpu_gb: float = 0.0) -> None:
+    def finish(self, peak_gpu_gb: float = 0.0, part: str = "") -> None:
         """Record wall time and peak memory (outside `data/`: they differ from run to run) and show the session.
 
-        `peak_gpu_gb` is the largest of a GPU by processes that the stage started; this process's own is looked up.
+        `part` names one of several runs of a stage. `peak_gpu_gb` is the largest of a GPU by processes that the stage
+        started; this process's own is looked up.
         """
         minutes = (time.time() - psutil.Process().create_time()) / 60  # imports count: a user waits for them
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 * (1 if sys.platform != "darwin" else 2**-10)
-        record = {"stage": self.label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
+        label = f"{self.label}{part and '-' + part}"
+        record = {"stage": label, "minutes": round(minutes, 3), "peak_memory_gb": round(peak, 2)}
         if peak_gpu := max(peak_gpu_gb, gpu_peak()):
             record["peak_gpu_gb"] = round(peak_gpu, 2)
         record["policy"] = self._all.policy.path  # whose times these are: another profile's say nothing of them
-        write_atomic(RUNS / "timings" / f"{self.label}.json", to_json(record) + "\n")
+        write_atomic(RUNS / "timings" / f"{label}.json", to_json(record) + "\n")
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "peft", "datasets", "dvc"))
         on_gpu = f", {peak_gpu:.2f} GB on a GPU" if peak_gpu else ""
-        print(f"{self.label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB{on_gpu}")
+        print(f"{label}: {minutes:.2f} minutes, peak memory {peak:.2f} GB{on_gpu}")
         print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores; {versions}")
 
 

@@ -106,8 +106,8 @@ def convert_llava(layout: Layout, out: Path, *, tower: str | None, dtype: str | 
     write_shards(numbered, out, partial(converted, source=layout.name, adapter=adapter, linear=linear, dtype=target))
     side, square = ours.vision_config.image_size, "padded" if config.get("image_aspect_ratio") == "pad" else "cut"
     return [
-        f"image encoder: {'the one in the release’s files' if inside else place}, for images of {side} pixels, {square} "
-        f"to a square; behind it {'one linear layer' if linear else 'two layers'}",
+        f"image encoder: {'in the release’s files' if inside else place}, for images of {side} pixels, {square} to a "
+        f"square; behind it {'one linear layer' if linear else 'two layers'}",
         f"{len(adapter.pairs)} weights with the adapter's sum, scale {adapter.scale:g}" if adapter.pairs else "",
         f"chats begin with: {system}",
         left_out,

@@ -29,6 +29,15 @@ def false_claims(text: str, scene: Scene) -> int:
     return sum(not is_true(claim, scene) for claim in claims(text))
 
 
+def known_truth(instances: Path) -> Callable[[str, str], int] | None:
+    """`false_claims` of an answer to the image at a path, for the embedded world's images that `instances` lists; None
+    where there is no such file: of real images nobody knows."""
+    if not instances.is_file():
+        return None
+    scenes = read_scenes(instances)
+    return lambda image_path, answer: false_claims(answer, scenes[int(Path(image_path).stem)])
+
+
 def truth_of(claim: Claim, scene: Scene) -> tuple[bool, str, bool]:
     """Whether a claim is true, its type, and whether its question is another text than this world's question for it:
     the labeler is then asked about something else, which is the divider's error.

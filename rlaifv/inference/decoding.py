@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from rlaifv.inference.memory import budget_for, sampling_bytes
 from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
-from rlaifv.vlm.chat_format import encode
+from rlaifv.vlm.chat_format import UnfitText, encode_questions, unfit
 from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
 
@@ -23,6 +24,20 @@ def best_answers(
     return [samples[0].text.strip() for samples in generations]
 
 
+def fit_answers(
+    vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> list[str | UnfitText]:
+    """`best_answers`, with the reason in place of the answer to a prompt that cannot be put to this model."""
+    best = partial(best_answers, vlm, beams=beams, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    try:
+        return best(prompts)
+    except UnfitText:  # seldom, so only now is each prompt tried alone
+        reasons = [unfit(vlm, prompt.image, prompt.text) for prompt in prompts]
+    fit = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if not reason]
+    answers = iter(best(fit))
+    return [reason or next(answers) for reason in reasons]
+
+
 def beam_search(
     vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int, repetition_penalty: float = 1.0
 ) -> list[str]:
@@ -32,7 +47,7 @@ def beam_search(
     """
     search = {"num_beams": beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
     search |= {"repetition_penalty": repetition_penalty}
-    encoded = [encode(vlm, prompt.image, prompt.text) for prompt in prompts]
+    encoded = [encode_questions(vlm, prompt.image, [prompt.text]) for prompt in prompts]
     groups: dict[tuple, list[int]] = defaultdict(list)
     for place, e in enumerate(encoded):
         groups[inputs_shape(e.inputs), len(e.prompt_ids)].append(place)

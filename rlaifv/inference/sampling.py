@@ -44,11 +44,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled answer; `token_ids` leaves out the end token, `finish_reason` is "stop" or "length"."""
+    """One sampled answer; `token_ids` leaves out the end token, `finish_reason` is "stop" or "length". `end_id` is the
+    end token that was drawn, None where the answer was cut."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Decode:
 
     def append(self, decoding: Decoding) -> None:
         """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
-        self.nan |= self.logits.isnan().any()
+        self.nan |= lost(self.logits)
         uniform = self.streams[self.slots, self.step].flatten()
         logits = self.logits.flatten(0, 1)
         if decoding.repetition_penalty != 1:
@@ -273,11 +275,16 @@ class Decode:
         """What was drawn, by the samples' numbers. Raises FloatingPointError where it was drawn from NaN."""
         refuse_nan(self.vlm, bool(self.nan))
         ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
-        return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
+        return [generation(self.vlm, ids, end) for ids, end in ended]
+
+
+def lost(logits: torch.Tensor) -> torch.Tensor:
+    """Whether no probabilities come of these: one is NaN or too large to be a number (float16 ends at 65504)."""
+    return ~logits.amax().isfinite()
 
 
 def refuse_nan(vlm: VLM, nan: bool) -> None:
-    """Raise FloatingPointError for logits that were NaN: what was drawn from them is no answer of the model's."""
+    """Raise FloatingPointError for logits that were `lost`: what was drawn from them is no answer of the model's."""
     if nan:
         raise FloatingPointError(f"{vlm.name} computes NaN instead of probabilities: use another dtype or checkpoint")
 
@@ -301,21 +308,33 @@ def sample_shared(
     return [found[start : start + samples] for start in range(0, len(found), samples)]
 
 
-def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
-    return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
+def generation(vlm: VLM, drawn: list[int], end: int) -> Generation:
+    """What was drawn up to its end token, which is at `end`; an answer that was cut has none."""
+    ids, end_id = drawn[:end], next(iter(drawn[end:]), None)
+    text = vlm.tokenizer.decode(ids, skip_special_tokens=True)
+    return Generation(text, ids, "length" if end_id is None else "stop", end_id)
 
 
 class DrawFromStream(LogitsProcessor):
     """Leaves transformers' own sampling loop one token to choose: the one that the stream draws."""
 
     def __init__(self, uniforms: np.ndarray, decoding: Decoding):
-        self.uniforms, self.decoding, self.step, self.nan = torch.from_numpy(uniforms), decoding, 0, False
+        self.uniforms, self.decoding, self.step = torch.from_numpy(uniforms), decoding, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.nan |= bool(scores.isnan().any())
         chosen = draw(scores.float(), self.uniforms[:, self.step].to(scores.device), self.decoding)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+class Watch(LogitsProcessor):
+    """Changes nothing; `nan` is whether any scores were `lost`."""
+
+    nan: bool | torch.Tensor = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.nan = lost(scores) | self.nan
+        return scores
 
 
 @torch.inference_mode()
@@ -332,8 +351,9 @@ def generate(
 
     What the checkpoint's generation_config.json says counts only where `config` (the rest of a GenerationConfig) and
     the settings here leave it open; end tokens are the model's. `repetition_penalty` is that of `Decoding`, and comes
-    before `processors`.
+    before `processors`. Raises FloatingPointError where that computes NaN.
     """
+    watch = Watch()
     ids = torch.tensor([e.prompt_ids for e in encoded], device=vlm.device)
     if repetition_penalty != 1:
         processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty, ids.shape[1]), *processors]
@@ -348,10 +368,11 @@ def generate(
             pad_token_id=vlm.tokenizer.pad_token_id,
             **config,
         ),
-        logits_processor=list(processors),
+        logits_processor=[watch, *processors],
         streamer=streamer,
         **collate_inputs(vlm, [e.inputs for e in encoded], [ids.shape[1]] * len(ids)),
     )
+    refuse_nan(vlm, bool(watch.nan))
     return output[:, ids.shape[1] :].tolist()
 
 
@@ -368,12 +389,10 @@ def sample_plain(
         return []
     steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
-    rows = generate(vlm, [encoded], steps, [draws], streamer, decoding.repetition_penalty, **neutral)
-    refuse_nan(vlm, draws.nan)
     generations = []
-    for row in rows:
+    for row in generate(vlm, [encoded], steps, [draws], streamer, decoding.repetition_penalty, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
-        generations.append(generation(vlm, row[:end], end < steps))
+        generations.append(generation(vlm, row, end))
     return generations
 
 

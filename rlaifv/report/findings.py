@@ -1,7 +1,7 @@
 """Findings: the report's sections on what is measured beside the pipeline.
 
-`make ablations`, `make rounds` and `make self-feedback` leave small files in `metrics/`. They may be older than the run
-that the report is about, so each section says which checkpoints and settings its numbers are of.
+`make ablations`, `make rounds`, `make self-feedback` and `make rloo` leave small files in `metrics/`. They may be older
+than the run that the report is about, so each section says which checkpoints and settings its numbers are of.
 """
 
 import json
@@ -30,6 +30,8 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
+    if (file := metrics / "rloo.json").is_file():
+        sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
     return Markup().join(sections)
 
 
@@ -87,3 +89,8 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
         aligned=aligned,
         figure=plots.best_of_n(curves),
     )
+
+
+def rloo_html(result: Mapping, base: str) -> Markup:
+    """The section on reinforcement learning beside DPO; `base` is the fingerprint of this run's base model."""
+    return render("rloo.html", result=result, base=base, figure=plots.rloo(result["logs"]))

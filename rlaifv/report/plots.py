@@ -91,6 +91,26 @@ def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
+def rloo(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Reinforcement learning by step, a color per run: sampled answers with a false claim, as the labeler has it and,
+    dotted, as it is; tokens; KL to the base. Means of ten steps, because each has other instructions."""
+    panels = {"judged_hallucination": ("Sampled answers with a false claim (%)", 100)}
+    panels |= {"tokens": ("Tokens of an answer", 1), "kl": ("KL to the base (nats a token)", 1)}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    colors = plt.cm.viridis(np.linspace(0.15, 0.8, len(logs)))
+    for (name, rows), color in zip(logs.items(), colors, strict=True):
+        table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
+        for axis, (column, (title, scale)) in zip(axes, panels.items(), strict=True):
+            axis.plot(scale * table[column], color=color, label=name)
+            axis.set(title=title, xlabel="step")
+        if "true_hallucination" in table:
+            axes[0].plot(100 * table["true_hallucination"], ":", color=color, label=f"{name}, truth")
+    for axis in axes[:2]:
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    return figure
+
+
 def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_drop: float) -> Figure:
     """Dev hallucination and recall of every checkpoint, the chosen one marked, the base as dashed lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9))
@@ -209,10 +229,12 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     of `best_of_n.curve` per policy. The first policy is dashed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     rates = ("response_hallucination", "recall")
-    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
+    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b", "reward_model": "#8e44ad"}
     for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
         for method, color in colors.items():
             mine = [row for row in rows if row["method"] == method]
+            if not mine:
+                continue
             at = [row["n"] for row in mine]
             style = {"linestyle": line, "marker": "o", "markersize": 3, "color": color}
             values = {rate: 100 * np.array([row[rate] for row in mine]) for rate in rates}

@@ -33,9 +33,9 @@ class WriteCheckpoints(TrainerCallback):
     """Writes checkpoint k after k/n of all steps, and after every `resume_every`-th lets the Trainer write one that it
     can go on from.
 
-    `trainer` trains a `dpo.PairScorer`; `vlm` and `policy` are the model that training began with and its path. With
-    `dev` a checkpoint is scored at once. Weights that are not among the best go only when a state is saved: what a
-    killed run would train again decides about none of them.
+    `trainer` trains a policy, or a `dpo.PairScorer` that holds one; `vlm` and `policy` are the model that training
+    began with and its path. With `dev` a checkpoint is scored at once. Weights that are not among the best go only when
+    a state is saved: what a killed run would train again decides about none of them.
     """
 
     def __init__(self, trainer: Trainer, vlm: VLM, params: TrainParams, run: Path, policy: str, dev: Dev | None = None):
@@ -70,16 +70,21 @@ class WriteCheckpoints(TrainerCallback):
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if not trainer.accelerator.is_main_process:
             return
-        weights = {name.removeprefix("policy."): weight for name, weight in weights.items()}
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped).policy
+        own = {name.removeprefix("policy."): w for name, w in weights.items() if not name.startswith("reward_head.")}
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model = getattr(model, "policy", model)
         if params.lora_r:
             remove(self.run / "adapter")
-            model.save_pretrained(self.run / "adapter", state_dict=weights)
+            model.save_pretrained(self.run / "adapter", state_dict=own)
             with whole_models(trainer):
                 merge(self.policy, self.run / "adapter", out, params.dtype)
         else:
-            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, own)
+        self.complete(out, weights)
         record_whole(self.run, part)
+
+    def complete(self, out: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write what else belongs to the checkpoint `out`; `weights` are all that the trainer's module has."""
 
 
 def write_checkpoint(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-WORDS = "▁A ▁chat ▁is ▁it ▁a ▁the ▁picture ▁dog ▁cat ▁No ▁Yes ▁US ER".split()
+WORDS = ["▁A", "▁chat", "▁is", "▁it", "▁a", "▁the", "▁picture", "▁dog", "▁cat", "▁No", "▁Yes", "▁US", "ER"]
 CONFIG = {
     "architectures": ["LlavaLlamaForCausalLM"],
     "model_type": "llava_llama",
@@ -79,7 +79,8 @@ def save_original(
         config: changes of `CONFIG`; without `mm_projector_type` (None) the projector is one linear layer.
     """
     torch.manual_seed(seed)
-    config = {key: value for key, value in (CONFIG | {"vocab_size": len(pieces())} | config).items() if value is not None}
+    config = CONFIG | {"vocab_size": len(pieces())} | config
+    config = {key: value for key, value in config.items() if value is not None}
     text = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "model_type", "torch"))}
     weights = dict(LlamaForCausalLM(LlamaConfig(**text, initializer_range=0.2)).state_dict())
     width, hidden = config["mm_hidden_size"], config["hidden_size"]
@@ -119,7 +120,8 @@ def write_weights(out: Path, weights: dict[str, torch.Tensor], shards: int, bin:
     stem, ending = ("pytorch_model", "bin") if bin else ("model", "safetensors")
     names = sorted(weights)
     groups = [names[k::shards] for k in range(shards)]
-    files = [f"{stem}-{k:05d}-of-{shards:05d}.{ending}" for k in range(1, shards + 1)] if shards > 1 else [f"{stem}.{ending}"]
+    parts = [f"-{k:05d}-of-{shards:05d}" for k in range(1, shards + 1)] if shards > 1 else [""]
+    files = [f"{stem}{part}.{ending}" for part in parts]
     for file, group in zip(files, groups, strict=True):
         content = {name: weights[name].contiguous() for name in group}
         torch.save(content, out / file) if bin else save_file(content, out / file, metadata={"format": "pt"})

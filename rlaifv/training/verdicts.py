@@ -1,0 +1,144 @@
+"""What the judges of reinforcement learning say of a step's answers: divider, labeler and, if there is one, a reward
+model. Divider and labeler are asked in the words of the method's own steps (`steps.divide`, `steps.feedback`)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from PIL import Image
+
+from rlaifv.inference.sampling import Generation
+from rlaifv.inference.server import ServedLabeler
+from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.params import DivideParams, ServerParams
+from rlaifv.records import Candidate, Instruction, ModelRecord
+from rlaifv.steps.divide import Division, divide_answers
+from rlaifv.training.rewards import Judged
+from rlaifv.vlm.chat_format import UnfitText
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM, load_model
+
+Prompted = tuple[Image.Image, str, Sequence[str], Sequence[str]]
+"""Image, question, answers to it, and facts."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An instruction as reinforcement learning asks it: `usual` is the mean length in tokens of the base model's
+    answers to it, `facts` are texts that are true of the image (captions), `gold` is the right answer, "" if unknown.
+    """
+
+    id: str
+    image_path: str
+    question: str
+    usual: float
+    facts: tuple[str, ...] = ()
+    gold: str = ""
+
+
+SHORT = 3
+"""Words of a reference that is itself the right answer ("no", "a red cup"); a longer one is a text about the image."""
+
+
+def make_tasks(instructions: Sequence[Instruction], candidates: Sequence[Candidate]) -> list[Task]:
+    """The instructions with the mean length of the base model's `candidates` to them (0 where it has none). An
+    instruction's reference is the right answer where it is `SHORT`, else the facts."""
+    lengths: dict[str, list[int]] = {}
+    for candidate in candidates:
+        lengths.setdefault(candidate.instruction_id, []).append(candidate.n_tokens)
+    tasks = []
+    for i in instructions:
+        usual, short = fmean(lengths.get(i.id, [0])), len(i.reference.split()) <= SHORT
+        facts, gold = ((), i.reference) if short else ((i.reference,), "")
+        tasks.append(Task(i.id, i.image_path, i.question, usual, facts, gold))
+    return tasks
+
+
+def load_judges(
+    divider: ModelRecord,
+    labeler: ModelRecord,
+    server: ServerParams,
+    params: DivideParams,
+    suffix: str,
+    seed: int,
+    image_root: Path,
+) -> "Judges":
+    """The judges of a run, without a reward model; all are in memory at once, beside the policy."""
+    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root)
+
+
+@dataclass
+class Judges:
+    """The loaded models that rewards are computed with, and how they are asked; `score` is a reward model, from prompts
+    to the scores of their answers."""
+
+    divider: VLM
+    labeler: VLM | ServedLabeler
+    params: DivideParams
+    suffix: str
+    seed: int
+    image_root: Path
+    score: Callable[[Sequence[Prompted]], list[list[float]]] | None = None
+    facts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a task's as claims, divided when first needed
+
+    def judge(self, tasks: Sequence[Task], answers: Sequence[Sequence[Generation]]) -> list[list[Judged]]:
+        """What rewards look at, of the answers to each task."""
+        texts = [[answer.text.strip() for answer in row] for row in answers]
+        divisions = self._divide(tasks, texts)
+        verdicts = self._ask_labeler(tasks, divisions)
+        scores = self._score(tasks, texts)
+        return [
+            [
+                Judged(
+                    text=text,
+                    tokens=len(answer.token_ids),
+                    finished=answer.finish_reason == "stop",
+                    usual=task.usual,
+                    claims=None if division.problem else tuple(division.claims),
+                    accepted=tuple(said[q] for q in division.questions if q in said),
+                    facts=self.facts[task.id] or None,
+                    gold=task.gold,
+                    score=score,
+                )
+                for answer, text, division, score in zip(*of_task, strict=True)
+            ]
+            for task, said, *of_task in zip(tasks, verdicts, answers, texts, divisions, scores, strict=True)
+        ]
+
+    def _divide(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[Division]]:
+        """The divider's claims of every answer and of the facts of new tasks; equal texts are divided once."""
+        new = [task for task in tasks if task.id not in self.facts]
+        asked = [(task.question, text) for task, row in zip(tasks, texts, strict=True) for text in row]
+        asked += [(task.question, fact) for task in new for fact in task.facts]
+        asked = list(dict.fromkeys(asked))
+        found = dict(zip(asked, divide_answers(self.divider, asked, self.params, self.seed), strict=True))
+        for task in new:
+            claims = [claim for fact in task.facts for claim in found[task.question, fact].claims]
+            self.facts[task.id] = tuple(dict.fromkeys(claims))
+        return [[found[task.question, text] for text in row] for task, row in zip(tasks, texts, strict=True)]
+
+    def _ask_labeler(self, tasks: Sequence[Task], divisions: Sequence[Sequence[Division]]) -> list[dict[str, bool]]:
+        """For each task, question → whether its claim is accepted (a tie is not); an image's questions are asked
+        together, each once. A question that the labeler cannot be asked, or has no finite answer to, is left out."""
+        questions = [list(dict.fromkeys(q for division in row for q in division.questions)) for row in divisions]
+        items = [
+            (look(self.labeler, self.image_root / task.image_path), [f"{q} {self.suffix}" for q in asked])
+            for task, asked in zip(tasks, questions, strict=True)
+        ]
+        return [
+            {
+                question: answer[0] > answer[1]
+                for question, answer in zip(asked, replies, strict=True)
+                if not isinstance(answer, UnfitText) and math.isfinite(sum(answer))
+            }
+            for asked, replies in zip(questions, judge_fit(self.labeler, items), strict=True)
+        ]
+
+    def _score(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[float | None]]:
+        """The reward model's scores; None where there is none."""
+        if self.score is None:
+            return [[None] * len(row) for row in texts]
+        images = [open_image(self.image_root / task.image_path) for task in tasks]
+        return self.score([(i, t.question, row, t.facts) for i, t, row in zip(images, tasks, texts, strict=True)])
