@@ -171,7 +171,7 @@ class GenerateParams(Section):
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
-    repetition_penalty: Penalty
+    repetition_penalty: Penalty = 1.0
     max_new_tokens: Count
     batch_size: Count
     max_reject_rate: Share
@@ -246,7 +246,7 @@ class EvaluateParams(Section):
     """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
 
     beams: Count
-    repetition_penalty: Penalty
+    repetition_penalty: Penalty = 1.0
     max_new_tokens: Count
     batch_size: Count
 

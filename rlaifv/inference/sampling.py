@@ -172,8 +172,6 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
 
 def penalized(logits: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
     """Logits (rows, V) with those of the tokens `said` (rows, n) divided by `penalty`, negative ones multiplied."""
-    if penalty == 1 or not said.numel():
-        return logits
     own = logits.gather(-1, said)
     return logits.scatter(-1, said, torch.where(own < 0, own * penalty, own / penalty))
 
@@ -235,8 +233,10 @@ class Decode:
         """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
         self.nan |= lost(self.logits)
         uniform = self.streams[self.slots, self.step].flatten()
-        said = self.tokens[self.slots, : self.step].flatten(0, 1)
-        logits = penalized(self.logits.flatten(0, 1), said, decoding.repetition_penalty)
+        logits = self.logits.flatten(0, 1)
+        if decoding.repetition_penalty != 1:
+            said = self.tokens[self.slots, : self.step].flatten(0, 1)
+            logits = penalized(logits, said, decoding.repetition_penalty)
         chosen = draw(logits, uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
         self.tokens[self.slots, self.step] = chosen

@@ -99,7 +99,7 @@ def test_a_converted_model_is_rehearsed_as_policy_and_labeler_to_the_report(hub,
     folder = checkout(tmp_path / "copy")
     push_models(hub, "rlaifv-12b-self", tmp_path / "more")
     write_converted("rlaifv-12b-self", folder)
-    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "rlaifv-12b-self", timeout=900)
+    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "rlaifv-12b-self", timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     copy = folder / "scratch" / "rehearsal" / "rlaifv-12b-self"
     assert done.stdout.count("<im_start><im_patch>×64<im_end>") == 2 and "64 tokens for an image" in done.stdout
