@@ -23,12 +23,13 @@ from rlaifv.steps.facts import (
 from rlaifv.steps.preferences import Preference, held_out, hold_out, read_preferences
 from rlaifv.tinyworld.annotator import annotate, false_of
 from rlaifv.tinyworld.coco import read_scenes
+from rlaifv.tinyworld.scenes import Scene
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM
 from rlaifv.vlm.reward_format import RewardModel
 
 Find = Callable[[str, Sequence[str]], Sequence[str]]
-"""(image path, answers to it) → the facts for these answers."""
+"""(image path, answers to it) → all facts that these answers may be held against."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def reward_data(
     Without `settings.preferences` it is that of the embedded world's annotators, who are asked about the candidates in
     the folder of an `iteration`; `instances` says what is true of the images.
     """
-    find = facts_finder(settings, run.facts, iteration, prepared, seed)
+    find = facts_finder(settings, run.facts, iteration, prepared)
     if settings.preferences:
         labels, rejects = read_preferences(ROOT / settings.preferences, root)
         truth, agreement, asked = labels, None, []
@@ -73,8 +74,11 @@ def reward_data(
             answers.setdefault(candidate.instruction_id, []).append(candidate)
         instructions = [i for i in read_records(prepared / "train.jsonl", Instruction) if i.id in answers]
 
-        def scene_of(path: str):
+        def scene_of(path: str) -> Scene:
             return scenes[int(Path(path).stem)]
+
+        def facts_for(path: str, answer: str) -> list[str] | None:
+            return in_order(find(path, [answer]), settings.facts, seed, path) if find else None
 
         about = instructions, candidates, scene_of
         labels = annotate(*about, run.taste, settings.flipped, settings.per_instruction, seed)
@@ -84,7 +88,7 @@ def reward_data(
             Asked(
                 i,
                 answers[i.id],
-                [list(find(i.image_path, [c.answer])) if find else None for c in answers[i.id]],
+                [facts_for(i.image_path, c.answer) for c in answers[i.id]],
                 [len(false_of(c.answer, scene_of(i.image_path))) for c in answers[i.id]],
             )
             for i in instructions
@@ -100,18 +104,18 @@ def reward_data(
     return RewardData(learn[: settings.pairs], held, rejects, agreement, asked)
 
 
-def facts_finder(settings: RewardModelParams, source: str, iteration: Path, prepared: Path, seed: int) -> Find | None:
-    """How facts of a source are found, in their order; None for none."""
+def facts_finder(settings: RewardModelParams, source: str, iteration: Path, prepared: Path) -> Find | None:
+    """How facts of a source are found; None for none."""
     if source == "none":
         return None
     if source == "captions":
         table = read_facts(ROOT / settings.captions)
-        return lambda image, answers: in_order(table.get(Path(image).name, []), settings.facts, seed, image)
+        return lambda image, answers: table.get(Path(image).name, [])
     images = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
     files = {"candidates": Candidate, "claims": Claim, "judgements": Judgement}
     rows = [read_records(iteration / name / f"{name}.jsonl", kind) for name, kind in files.items()]
     known = accepted_claims(*rows, images)
-    return lambda image, answers: in_order(claims_of_others(known.get(image, []), answers), settings.facts, seed, image)
+    return lambda image, answers: claims_of_others(known.get(image, []), answers)
 
 
 def measure(model: RewardModel, data: RewardData, root: Path, batch_size: int = 50) -> dict[str, object]:

@@ -110,6 +110,7 @@ def carry_out(
     `out` what it has written; `train` says what is promised of it."""
     run = (scratch / f"{kind}-{digest(identity)}").resolve()
     job = {**job, "run": str(run)}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     lock = lock_folder(run, kind)
     try:
         write_atomic(run / "job.json", to_json(job, indent=2))
@@ -232,7 +233,6 @@ def take_steps(trainer: StepTrainer, writer: WriteCheckpoints, run: Path, data: 
     (last,) = broadcast_object_list([go_on_from(run) if main else None])
     if last:
         log.info("train: resuming from %s", last.name)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     peaks = gather_object([gpu_peak()])

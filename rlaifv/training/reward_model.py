@@ -8,6 +8,7 @@ image and question as in DPO, whose rows, layouts and run folder are used here a
 import dataclasses
 import logging
 import shutil
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -257,7 +258,7 @@ def run_job(job: dict) -> None:
     library_quirks.be_quiet()
     if sharded():
         raise RuntimeError(f"reward models train on whole copies, not on weights spread by {sharded()}")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params, form = Path(job["run"]), TrainParams(**job["params"]), RewardFormat(**job["form"])
     vlm = load_policy(job["base"], params)
     write = partial(write_preferences, form=form, image_root=Path(job["image_root"]))

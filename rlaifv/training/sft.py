@@ -10,6 +10,7 @@ exact in all of that and rejects what is too long.
 import dataclasses
 import logging
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -165,7 +166,7 @@ def run_job(job: dict) -> None:
     library_quirks.be_quiet()
     if sharded():
         raise RuntimeError(f"conversations are learned by whole copies, not by weights spread by {sharded()}")
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
     data = Conversations(vlm, Path(job["rows"]), Path(job["image_root"]), params.max_length)

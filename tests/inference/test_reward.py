@@ -71,7 +71,7 @@ def test_the_output_layer_is_back_after_scoring():
     model = reward_model("gemma3")
     config = model.vlm.network.config.get_text_config()
     config.final_logit_softcapping, head = 0.1, model.vlm.network.get_output_embeddings()
-    (scores,) = score(model, [Rated(picture(), "What?", ANSWERS)])
+    (scores,) = score(model, [Rated(picture(), "What?", ANSWERS)], shared=True)
     assert max(map(abs, scores)) > 0.1, "a soft cap is for logits"
     assert model.vlm.network.get_output_embeddings() is head and config.final_logit_softcapping == 0.1
 

@@ -17,7 +17,7 @@ from training_runs import digests
 from rlaifv import ROOT
 from rlaifv.inference.reward import Rated, score
 from rlaifv.inference.yes_no import yes_no_ids
-from rlaifv.params import RewardModelParams, TrainParams, load_params
+from rlaifv.params import RewardModelParams, RewardRun, TrainParams, load_params
 from rlaifv.records import write_jsonl
 from rlaifv.steps.preferences import Preference
 from rlaifv.training import reward_model
@@ -30,6 +30,7 @@ from rlaifv.training.reward_model import (
     RewardScorer,
     answer_rewards,
     preference_loss,
+    read_prompt,
     start_head,
     train_reward_model,
     write_preferences,
@@ -118,13 +119,12 @@ def test_loss_and_gradients_are_those_of_two_plain_rows(folder, tmp_path, packed
     for side in ("chosen", "rejected"):
         for pair in pairs:
             image = decode_image((folder / "images" / pair.image_path).read_bytes(), "")
-            (text,) = [getattr(pair, side)]
-            coded = encode_answers(vlm, FORM, image, pair.conversation, [text], pair.facts)
+            coded = encode_answers(vlm, FORM, image, pair.conversation, [getattr(pair, side)], pair.facts)
             out = vlm.model.model(input_ids=torch.tensor(coded.rows), **coded.inputs)
             plain.append(head(out.last_hidden_state[0, -1])[0])
     plain_loss = preference_loss(torch.stack(plain).view(2, -1), 1e-3)
     plain_loss.backward()
-    assert float(loss) == pytest.approx(float(plain_loss), abs=1e-5)
+    assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
     expected = {name: p.grad for name, p in scorer.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() and "reward_head.weight" in found
     for name, gradient in found.items():
@@ -215,3 +215,15 @@ def test_a_vector_begins_as_the_output_layers_yes_less_its_no_or_as_noise_of_the
 def test_reward_json_says_what_the_model_was_made_of(trained):
     content = json.loads((Path(trained.checkpoints[-1]) / "reward.json").read_text())
     assert content["head"] == "random" and content["fact_line"] == " - {}" and len(content["example"]) > 10
+
+
+def test_a_prompt_file_and_the_facts_of_a_run_must_go_together(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("\nUSER: Facts: {factual_prompt} How good? ASSISTANT:\n")
+    reward = dataclasses.replace(REWARD, facts_prompt=str(file), prompt=str(file), joint="  ")
+    text = read_prompt(reward, RewardRun(taste=0.0, facts="captions"))
+    assert text == "  USER: Facts: {factual_prompt} How good? ASSISTANT:"
+    with pytest.raises(ValueError, match=r"prompt\.txt has a \{factual_prompt\}, and the facts of the run are none"):
+        read_prompt(reward, RewardRun(taste=0.0, facts="none"))
+    with pytest.raises(FileNotFoundError, match=r"no file gone.txt: .*reward_model\.prompt"):
+        read_prompt(dataclasses.replace(REWARD, prompt="gone.txt"), RewardRun(taste=0.0, facts="none"))
