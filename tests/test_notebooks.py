@@ -80,7 +80,7 @@ def run_through(modules: set[str]) -> set[str]:
 
 
 def working_stages():
-    for name, stage in [*stages(), *EXPERIMENTS.items()]:
+    for name, stage in [*stages(), *((name, stage.get("do", stage)) for name, stage in EXPERIMENTS.items())]:
         if not stage.get("frozen"):
             yield pytest.param(name, stage, id=name)
 
