@@ -7,10 +7,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo fact-rlhf reward-best-of-n ablations rounds test lint format lab speed gpu-check tiny clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(READY) ## make or refresh the environment in .venv
 
@@ -39,6 +39,14 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
+
+fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without
+	dvc repro experiments/dvc.yaml:fact_rlhf
+	@echo "figure: plots/fact_rlhf.png, numbers: metrics/fact_rlhf.json"
+
+reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
+	dvc repro experiments/dvc.yaml:reward_best_of_n
+	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
 
 rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
 	dvc repro experiments/dvc.yaml:rloo_compare
@@ -84,4 +92,4 @@ tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothin
 	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/rloo .dvc/cache .dvc/tmp
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/rloo data/reward_models data/reward_best_of_n .dvc/cache .dvc/tmp

@@ -82,6 +82,7 @@ class Chat:
     temperature: float = 0.0
     max_new_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
     history: list[tuple[str, str]] = field(default_factory=list)
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
@@ -133,7 +134,7 @@ class Chat:
     def decoding(self, temperature: float) -> Decoding:
         if not temperature >= 0:
             raise ValueError(f"temperature {temperature:g}: give 0 (greedy) or more")
-        return Decoding(temperature, 50, 1.0, self.max_new_tokens)
+        return Decoding(temperature, 50, 1.0, self.max_new_tokens, self.repetition_penalty)
 
     def random_numbers(self, n: int) -> np.ndarray:
         """(n, max_new_tokens) numbers that belong to this turn."""
@@ -163,6 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="P", help="1.1 for RLAIF-V 12B; 1 (the default): none"
+    )
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -178,7 +182,15 @@ def main(arguments: list[str] | None = None) -> None:
             )
         if options.model is None:
             print(f"({model})", file=sys.stderr)
-        chat = Chat(vlm, image, reference, options.temperature, options.max_new_tokens, options.seed)
+        chat = Chat(
+            vlm,
+            image,
+            reference,
+            options.temperature,
+            options.max_new_tokens,
+            options.seed,
+            options.repetition_penalty,
+        )
         for question in [options.question] if options.question is not None else ask_for_questions():
             if options.best_of == 1:
                 chat.ask(question, Aloud(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True))

@@ -116,7 +116,7 @@ def write_folder(
     metrics = {name: result.test for name, result in results.items()}
     write_atomic(model / "metrics.json", to_json(metrics, indent=2) + "\n")
     exam = json.loads(stage.EXAM.read_text()) if stage.EXAM.is_file() else {}
-    write_atomic(model / "README.md", model_card(params, results, exam, license_name))
+    write_atomic(model / "README.md", model_card(params, results, exam, license_name, kind_of(model)))
     (dataset / "data").mkdir(parents=True)
     for name in chain:
         shutil.copyfile(Paths(name).pairs, dataset / "data" / f"iteration_{name}.parquet")
@@ -128,10 +128,18 @@ def model_name(model: ModelParams) -> str:
     return model.path + (f" @ {model.revision}" if model.revision else "")
 
 
-def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, license_name: str | None) -> str:
+def kind_of(model: Path) -> str:
+    """The type of a checkpoint by its configuration."""
+    return json.loads((model / "config.json").read_text())["model_type"]
+
+
+def model_card(
+    params: Params, results: Mapping[str, Result], exam: Mapping, license_name: str | None, kind: str = ""
+) -> str:
     """The README.md of the checkpoint, metadata first.
 
     Args:
+        kind: the model's type; transformers knows one of ours once this package is imported.
         results: "0" and the iterations that led to the checkpoint, in order.
         exam: how well the labeler did on questions whose answer is known; {} where it was not asked.
     """
@@ -157,6 +165,7 @@ def model_card(params: Params, results: Mapping[str, Result], exam: Mapping, lic
         results=results,
         final=final,
         exam=exam,
+        kind=kind,
         worst=min(exam["per_type"].items(), key=lambda item: item[1]) if exam.get("per_type") else None,
     )
 

@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks", "rloo_runs")
+NAMED = ("iterations", "benchmarks", "reward_runs", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -58,6 +58,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=1)]
 Share = Annotated[float, _expect("a value from 0 to 1", lambda v: 0 <= v <= 1)]
 Fraction = Annotated[float, _expect("a value from 0 to below 1", lambda v: 0 <= v < 1)]
 LearningRate = Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]
@@ -170,6 +171,7 @@ class GenerateParams(Section):
     temperature: Positive
     top_p: TopP
     top_k: CountOrZero
+    repetition_penalty: Penalty
     max_new_tokens: Count
     batch_size: Count
     max_reject_rate: Share
@@ -244,6 +246,7 @@ class EvaluateParams(Section):
     """Answers to be evaluated. `beams` 1 is greedy decoding; Object HalBench was published with 3."""
 
     beams: Count
+    repetition_penalty: Penalty
     max_new_tokens: Count
     batch_size: Count
 
@@ -298,6 +301,47 @@ class SelfFeedbackParams(Section):
     # resamples of the instructions that intervals are taken over
     resamples: Annotated[int, Field(ge=20, le=2**31 - 1)]
     batch_size: Count  # instructions at a time
+
+
+class RewardRun(Section):
+    """One reward model: whose preferences it learns, and what it reads beside an answer."""
+
+    taste: NotNegative  # for length, of the embedded world's annotators; 0 where people have preferred
+    facts: Literal["none", "captions", "accepted"]  # accepted: what the labeler accepts of other answers to the image
+
+
+class RewardModelParams(Section):
+    """Fact-RLHF's reward models (arXiv 2309.14525). What is not here is as in `train`: LoRA's layers, dtype, packed
+    rows and the like."""
+
+    preferences: Name | None  # LLaVA-Human-Preference-10K's .json, or pairs as parquet; null: embedded annotators
+    flipped: Share  # of the annotators' labels
+    per_instruction: Count  # pairs of answers that an annotator is asked about, at most
+    pairs: Count | None  # to learn from, at most; null: all
+    held_out: Annotated[float, _expect("a value above 0 and below 1", lambda v: 0 < v < 1)]  # share of the images
+    captions: Name | None  # facts by image: COCO captions, image_to_caption.json, or A-OKVQA's questions
+    facts: Count  # that are read of an image, at most
+    base: Name | None  # what becomes a reward model: a folder or hub id; null: the policy before alignment
+    prompt: Name  # file of the text that asks for a score
+    facts_prompt: Name | None  # the same with {factual_prompt} where the facts go
+    joint: Text  # between an answer's end token and that text
+    facts_intro: Text  # before the facts
+    fact_line: Text  # of each, for {}
+    head: Literal["yes_no", "random"]  # how the vector begins: the output layer's row of yes less that of no, or noise
+    regularizer: NotNegative  # of the rewards' mean
+    learning_rate: LearningRate
+    epochs: Count
+    batch_size: Count
+    micro_batch_size: Count
+    scheduler: Scheduler
+    warmup_ratio: Fraction
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
+    lora_r: CountOrZero  # 0 trains all weights
+    lora_alpha: Count
+    checkpoints_per_epoch: Count  # the last one is used; what a killed run goes on from is written with each
+    processes: Count  # (GPUs), each with the whole model
+    best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
 
 
 class RewardWeights(Section):
@@ -355,6 +399,8 @@ class Params(Section):
     ablation: AblationParams
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
+    reward_model: RewardModelParams
+    reward_runs: dict[FileName, RewardRun]
     rloo: RlooParams
     rloo_runs: dict[FileName, RewardWeights]
     report: ReportParams
@@ -485,9 +531,20 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
         yield f"accelerate_config {params.accelerate_config} does not exist"
 
 
+def has_secret(path: str) -> bool:
+    """Whether a server's address holds a user, a password or a query: keys stand there, and a path gets into files."""
+    return bool(re.match(r"https?://([^/?#]*@|[^#]*\?)", path, re.IGNORECASE))
+
+
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
+    paths = {f"{role}.path": getattr(params, role).path for role in ("policy", "labeler", "divider")}
+    for name, item in params.benchmarks.items():
+        paths |= {f"benchmarks.{name}.judge.base_url": item.judge.base_url or ""} if item.judge else {}
+    for key, path in paths.items():  # not shown
+        if has_secret(path):
+            yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
@@ -505,9 +562,28 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    yield from _reward_problems(params)
     yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
+
+
+def _reward_problems(params: Params) -> Iterator[str]:
+    reward = params.reward_model
+    if reward.batch_size % (reward.micro_batch_size * reward.processes):
+        yield (
+            f"reward_model.batch_size {reward.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{reward.micro_batch_size} x {reward.processes}"
+        )
+    if "{}" not in reward.fact_line:
+        yield f"reward_model.fact_line {reward.fact_line!r} has no {{}} for the fact"
+    for name, run in params.reward_runs.items():
+        if run.facts != "none" and not reward.facts_prompt:
+            yield f"reward_runs.{name}.facts: {run.facts} needs reward_model.facts_prompt"
+        if run.facts == "captions" and not reward.captions:
+            yield f"reward_runs.{name}.facts: captions needs reward_model.captions, the file of them"
+        if run.taste and reward.preferences:
+            yield f"reward_runs.{name}.taste: {run.taste:g} is of embedded annotators: with preferences write 0.0"
 
 
 def _benchmark_problems(item: BenchmarkParams) -> Iterator[str]:

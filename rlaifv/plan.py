@@ -112,8 +112,9 @@ MACHINES = {
 @dataclass(frozen=True)
 class Model:
     """What counts of a checkpoint: parameters in all, of the vision tower, and those that one text token meets; layers;
-    bytes of keys and values a token; tokens of an image, and of the largest that may come; width of the tower's
-    features; vocabulary; bytes of a parameter in its files, and of the whole model when it is loaded."""
+    bytes of keys and values a token; tokens of an image, and of the largest that may come; operations that see one, for
+    the tower of some is larger than what reads its tokens; width of the tower's features; vocabulary; bytes of a
+    parameter in its files, and of the whole model when it is loaded."""
 
     path: str
     parameters: int
@@ -124,6 +125,7 @@ class Model:
     cache: int
     image: int
     largest: int
+    seeing: float
     feature: int
     vocabulary: int
     width: int
@@ -141,11 +143,13 @@ def measure(model: ModelParams) -> Model:
     Raises FileNotFoundError in one line where that cannot be had.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from rlaifv.vlm.loading import read_config
+
     folder = resolve_checkpoint(model.path, model.revision, files=["config.json"])
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder, model.path)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with torch.device("meta"):
         built = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
@@ -175,6 +179,7 @@ def measure(model: ModelParams) -> Model:
         cache=2 * text.num_hidden_layers * heads * size * width,
         image=image,
         largest=largest,
+        seeing=2 * vision * patches(config, image) if sees else 0,
         feature=config.vision_config.hidden_size if sees else 0,
         vocabulary=text.vocab_size,
         width=width,
@@ -202,6 +207,15 @@ def image_tokens(config, processor: Mapping) -> tuple[int, int]:
     return tokens, tokens
 
 
+def patches(config, image: int) -> int:
+    """Patches that the tower makes of an image of so many tokens."""
+    vision = config.vision_config
+    if getattr(vision, "spatial_merge_size", None):
+        return image * vision.spatial_merge_size**2
+    size, patch = (v if isinstance(v, int) else v[0] for v in (vision.image_size, vision.patch_size))
+    return (size // patch) ** 2 * (5 if getattr(config, "image_grid_pinpoints", None) else 1)
+
+
 @dataclass(frozen=True)
 class Need:
     """What one stage takes. `gpu` and `host` are bytes at once (of each GPU; of the machine), `disk` bytes that stay,
@@ -225,6 +239,11 @@ def forward(model: Model, machine: Machine, tokens: float, passes: float, kept: 
     return max(computing + reading, passes * model.layers * machine.launch)
 
 
+def sight(model: Model, machine: Machine, images: float) -> float:
+    """Seconds in which the tower sees images."""
+    return images * model.seeing / (machine.flops * UTILIZATION)
+
+
 def start(model: Model, times: int = 1) -> float:
     return START + times * model.stored / READ
 
@@ -235,7 +254,7 @@ def asked(model: Model, machine: Machine, images: float, rows: int, batch: int, 
     before, drawn = images * (PROMPT + model.image), images * rows * ANSWER * new
     batches, steps = -(-images // batch), LONGEST * new
     kept = batch * (PROMPT + model.image + rows * steps / 2)
-    seconds = forward(model, machine, before, batches)
+    seconds = sight(model, machine, images) + forward(model, machine, before, batches)
     seconds += forward(model, machine, batches * batch * rows * steps, batches * steps, kept)
     return before + drawn, seconds
 
@@ -249,11 +268,14 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
     """What every stage of one iteration takes, in the pipeline's order; None is a served model, which takes nothing."""
     policy, labeler, divider = (models[role] for role in ("policy", "labeler", "divider"))
 
-    def need(name: str, model: Model, tokens: float, seconds: float, memory: float, way: str) -> Need:
+    def need(
+        name: str, model: Model, tokens: float, seconds: float, memory: float, way: str, images: float = 0
+    ) -> Need:
         if model.bytes + RUNTIME > machine.memory:  # too large for one card: spread over all
             memory /= machine.gpus
         fixes = {"gpu": way, "host": way}
-        return Need(name, tokens, 2 * model.active * tokens, seconds, memory, PROCESS + model.stored, fixes=fixes)
+        flops = 2 * model.active * tokens + images * model.seeing
+        return Need(name, tokens, flops, seconds, memory, PROCESS + model.stored, fixes=fixes)
 
     def smaller(role: str, model: Model) -> str:
         four = "" if model.bytes < model.stored else f"{role}.load_in_4bit: true, or "
@@ -261,8 +283,9 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
 
     if not params.pairs.source:
         tokens, seconds, memory = generating(params, policy, machine)
-        yield need("generate", policy, tokens, seconds, memory, "generate.batch_size, or policy, for a smaller one")
-        texts = params.prepare.per_iteration * params.generate.samples
+        images, way = params.prepare.per_iteration, "generate.batch_size, or policy, for a smaller one"
+        yield need("generate", policy, tokens, seconds, memory, way, images)
+        texts = images * params.generate.samples
         if divider:
             tokens, seconds, memory = dividing(params, divider, machine, texts)
             way = f"divide.batch_size, or {smaller('divider', divider)}"
@@ -270,14 +293,15 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
         if labeler:
             tokens, seconds, memory = judging(params, labeler, machine, texts)
             way = f"feedback.batch_size, or {smaller('labeler', labeler)}"
-            yield need("feedback", labeler, tokens, seconds, memory, way)
+            yield need("feedback", labeler, tokens, seconds, memory, way, images)
 
     yield training(params, policy, machine)
 
     kept = params.train.epochs * params.train.checkpoints_per_epoch
     way = "evaluate.batch_size, or policy, for a smaller one"
     tokens, seconds, memory = answering(params, policy, machine, params.prepare.dev, params.world.dev)
-    yield need("evaluate", policy, kept * tokens, start(policy, kept) + kept * seconds, memory, way)
+    images = kept * rows_of(params.prepare.dev.instructions, params.world.dev)
+    yield need("evaluate", policy, kept * tokens, start(policy, kept) + kept * seconds, memory, way, images)
 
     tokens, seconds, memory = answering(params, policy, machine, params.prepare.test, params.world.test)
     largest, seconds = policy, seconds + start(policy)
@@ -320,7 +344,8 @@ def judging(params: Params, labeler: Model, machine: Machine, texts: int) -> Wor
     images = -(-texts // params.generate.samples)
     batch = min(params.feedback.batch_size, images)
     tokens = images * (labeler.image + PROMPT) + DISTINCT * texts * CLAIMS * QUESTION
-    seconds = start(labeler) + forward(labeler, machine, tokens, 2 * images / batch)
+    seconds = start(labeler) + sight(labeler, machine, images)
+    seconds += forward(labeler, machine, tokens, 2 * images / batch)
     return tokens, seconds, cached(labeler, batch, labeler.largest + PROMPT + 2048)
 
 
@@ -332,6 +357,7 @@ def answering(params: Params, policy: Model, machine: Machine, split: SplitParam
     if split.questions:
         questions = rows_of(split.questions, 4 * scenes)
         tokens += count * policy.image + questions * QUESTION
+        seconds += sight(policy, machine, count)
         seconds += forward(policy, machine, questions * QUESTION, 2 * count / section.batch_size)
     longest = policy.largest + PROMPT + LONGEST * section.max_new_tokens
     return tokens, seconds, cached(policy, section.batch_size, longest)
@@ -355,7 +381,9 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
     processes = min(train.processes, machine.gpus)
     # in units of a forward pass: the backward of all weights takes two, of what flows through frozen ones one
     passes = 3 + train.gradient_checkpointing - (train.lora_r > 0)
-    flops = 2 * model.active * pairs * row * (train.epochs * passes + 1)
+    caching = train.feature_cache_gb and not sharding_of(train.accelerate_config)
+    seen = pairs * (1 if caching else train.epochs + 1)
+    flops = 2 * model.active * pairs * row * (train.epochs * passes + 1) + seen * model.seeing
     launches = train.epochs * pairs / train.micro_batch_size / processes * passes * model.layers
     checkpoints = train.epochs * train.checkpoints_per_epoch
     size = model.parameters * (2 if train.dtype == "bfloat16" else 4)

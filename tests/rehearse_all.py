@@ -5,6 +5,7 @@ python tests/rehearse_all.py [PROFILE ...]     # or: make rehearsals
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from hub import Hub, settings_for
-from lookalikes import push_models
+from lookalikes import push_models, write_converted
 
 from rlaifv import ROOT
 
@@ -37,9 +38,12 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, Hub() as hub:
         for name in names:
             push_models(hub, name, Path(folder) / "repositories")
+            written = write_converted(name, ROOT)
             online = settings_for(hub.endpoint, Path(folder) / "cache") | {"PYTHONPATH": os.pathsep.join([str(ROOT)])}
             for how, environment in (("empty cache", online), ("offline", online | {"HF_HUB_OFFLINE": "1"})):
                 rows.append((name, how, *rehearse(name, environment)))
+            for path in written:
+                shutil.rmtree(path)
     print(f"\n{'profile':22} {'hub':12} {'ended':>6} {'minutes':>8} {'CPU minutes':>12}")
     for name, how, code, minutes, busy in rows:
         print(f"{name:22} {how:12} {'no' if code else 'yes':>6} {minutes:8.1f} {busy:12.1f}")

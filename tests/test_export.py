@@ -76,6 +76,7 @@ def test_the_cards_hold_the_numbers_and_the_limits_of_the_run(finished_run):
         assert text in card.text, text
     assert json.loads((out / "model" / "metrics.json").read_text())["1"]["recall"] == 0.92
     assert (out / "model" / "training_params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+    assert "import rlaifv" not in card.text
     assert "3 pairs" in DatasetCard.load(out / "dataset" / "README.md").text
 
 
@@ -116,6 +117,8 @@ def test_a_models_name_is_a_name_in_a_card_and_nothing_else(name, shown):
     card = model_card(params, results, exam, None)
     assert f"| labeler | {shown} |\n" in card and "<script" not in card
     assert "(&#91;a&#93;(b) &#42;c&#42; d: 50.0 %)" in card
+    loads = "AutoProcessor\n\nimport rlaifv.vlm.omnilmm"
+    assert loads not in card and loads in model_card(params, results, exam, None, "rlaifv_omnilmm")
     assert f"the labeler {shown} rejects" in dataset_card(params, results, None)
 
 

@@ -268,3 +268,13 @@ def test_rloo_needs_policy_and_judges_in_memory_together_and_is_planned_on_reque
     whole = dataclasses.replace(params, labeler=dataclasses.replace(params.labeler, load_in_4bit=False))
     short, _ = plan.make_plan(whole, plan.machine_here("H100", 1), 4000 * GB, float("inf"), rloo=True).shortages()
     assert [line for line in short if line.startswith("rloo: ") and "labeler.load_in_4bit: true" in line]
+
+
+def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):
+    found = planned(profile("rlaifv-12b-self"), 8)
+    policy = plan.measure(profile("rlaifv-12b-self").policy)
+    assert policy.parameters / 1e9 == pytest.approx(11.61, abs=0.01)
+    assert (policy.image, policy.seeing / 1e12) == (64, pytest.approx(8.95, abs=0.05)), "1,024 patches of an image"
+    assert need(found, "feedback").flops / 1e12 == about(2 * 7.1e-3 * 4.6e6 + 4000 * 8.95)
+    assert need(found, "train").flops / 1e12 == about(398e3 + 4000 * 5 * 8.95)
+    assert found.shortages()[0] == []

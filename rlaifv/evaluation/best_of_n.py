@@ -7,6 +7,7 @@ as likely as any others, and each method chooses one of them:
 - summed: the same without 1/|y|
 - random: any
 - oracle: the fewest hallucinated objects, then the most covered ones: what a perfect judge would reach
+- reward_model: the highest score of a learned reward model (Fact-RLHF), where candidates have one
 
 Rates are expectations over all draws of N, computed exactly, not by drawing; their intervals are over instructions.
 """
@@ -21,7 +22,7 @@ import pandas as pd
 from rlaifv.evaluation.bootstrap import percentile_interval
 from rlaifv.evaluation.hallucination import Split, score_answers
 from rlaifv.records import RATES, Candidate
-from rlaifv.steps.self_feedback import CandidateLogps
+from rlaifv.steps.self_feedback import CandidateLogps, CandidateScore
 
 METHODS = ("normalized", "summed", "random", "oracle")
 MEASURES = (*RATES, "mean_words")
@@ -31,7 +32,8 @@ MEASURES = (*RATES, "mean_words")
 class Pool:
     """What each of S candidates to each of I instructions says, and what it is worth. All arrays but `truth` (I,) are
     (I, S): counts of distinct mentions, of hallucinated ones and of covered classes, words, and the log-ratio
-    log π_θ − log π_ref with the number of its tokens. `ids` names the instructions."""
+    log π_θ − log π_ref with the number of its tokens. `ids` names the instructions; `score` is a reward model's, None
+    where none was asked."""
 
     ids: tuple[str, ...]
     mentions: np.ndarray
@@ -41,6 +43,12 @@ class Pool:
     truth: np.ndarray
     log_ratio: np.ndarray
     tokens: np.ndarray
+    score: np.ndarray | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What chooses among these candidates."""
+        return METHODS if self.score is None else (*METHODS, "reward_model")
 
     def value(self, method: str) -> np.ndarray:
         """(I, S) numbers of which `method` takes the highest; for "random" they are all equal."""
@@ -48,22 +56,30 @@ class Pool:
             return self.log_ratio / self.tokens
         if method == "summed":
             return self.log_ratio
+        if method == "reward_model":
+            return self.score
         if method == "oracle":
             return self.covered - 1000.0 * self.hallucinated
         return np.zeros(self.mentions.shape)
 
 
 def make_pool(
-    candidates: Sequence[Candidate], logps: Sequence[CandidateLogps], split: Split, size: int
+    candidates: Sequence[Candidate],
+    logps: Sequence[CandidateLogps],
+    split: Split,
+    size: int,
+    scores: Sequence[CandidateScore] | None = None,
 ) -> tuple[Pool, int]:
     """Count what every candidate says; returns the pool, and how many instructions had fewer than `size` candidates.
+    `scores` are a reward model's.
 
     Those few (an empty answer, an unreadable image) are left out: they could not be sub-sampled like the others.
     """
     scored = {row.candidate_id: row for row in logps}
+    learned = scores and {row.candidate_id: row.reward for row in scores}
     of_instruction: dict[str, list[Candidate]] = {i.id: [] for i in split.instructions}
     for candidate in candidates:
-        if candidate.id in scored:
+        if candidate.id in scored and (learned is None or candidate.id in learned):
             of_instruction[candidate.instruction_id].append(candidate)
     asked = {candidate.instruction_id for candidate in candidates}
     whole = {key: group[:size] for key, group in of_instruction.items() if len(group) >= size}
@@ -82,6 +98,7 @@ def make_pool(
         truth=table.truth.str.len().to_numpy()[::size],
         log_ratio=(values.policy_logp - values.reference_logp).to_numpy().reshape(shape),
         tokens=values.tokens.to_numpy().reshape(shape),
+        score=None if learned is None else np.array([learned[c.id] for c in kept]).reshape(shape),
     )
     return pool, len(asked) - len(whole)
 
@@ -139,7 +156,7 @@ def curve(pool: Pool, weights: np.ndarray) -> list[dict]:
     candidates are resampled together.
     """
     rows = []
-    for method in METHODS:
+    for method in pool.methods:
         for n in sizes(pool.mentions.shape[1]):
             rows.append({"method": method, "n": n} | _with_intervals(expected_rates(pool, method, n, weights)))
     return rows

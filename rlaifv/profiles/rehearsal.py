@@ -46,8 +46,8 @@ from rlaifv.vlm.loading import check_model, load_model
 PARTS = ("rlaifv", "notebooks", "params", "metrics", "models/tiny", "dvc.yaml", ".dvcignore")
 """What of the repository DVC wants to see; models/tiny is not used."""
 
-TOKENS = 16
-"""The longest answer, and the longest reply of the divider."""
+TOKENS = 8
+"""The longest answer, and the longest reply of the divider: a large vocabulary in bfloat16 is slow on most CPUs."""
 
 SAMPLES = 4
 """Answers to an instruction; a coin finds no difference between the four of any of eight once in 16 million times."""

@@ -28,7 +28,11 @@ class SideBySide:
         """Each model's greedy answer, and its claims with the P(yes) and P(no) that the model itself gives them."""
         found = {}
         for name, vlm in self.models.items():
-            answer = Chat(vlm, image, max_new_tokens=self.params.evaluate.max_new_tokens).ask(question)
+            settings = self.params.evaluate
+            chat = Chat(
+                vlm, image, max_new_tokens=settings.max_new_tokens, repetition_penalty=settings.repetition_penalty
+            )
+            answer = chat.ask(question)
             division = divide_answers(self.divider, [(question, answer)], self.params.divide, self.params.seed)[0]
             asked = [f"{q} {self.params.feedback.suffix}" for q in division.questions]
             probabilities = judge(vlm, image, asked) if asked else []

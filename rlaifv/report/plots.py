@@ -229,10 +229,12 @@ def best_of_n(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     of `best_of_n.curve` per policy. The first policy is dashed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     rates = ("response_hallucination", "recall")
-    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b"}
+    colors = {"normalized": GREEN, "summed": BLUE, "random": GRAY, "oracle": "#b7950b", "reward_model": "#8e44ad"}
     for (policy, rows), line in zip(curves.items(), ("--", "-"), strict=False):
         for method, color in colors.items():
             mine = [row for row in rows if row["method"] == method]
+            if not mine:
+                continue
             at = [row["n"] for row in mine]
             style = {"linestyle": line, "marker": "o", "markersize": 3, "color": color}
             values = {rate: 100 * np.array([row[rate] for row in mine]) for rate in rates}

@@ -58,7 +58,9 @@ def generate(
         temperatures = [temperature_of(params, s, temperature_spread) for s in range(params.samples)]
         for temperature, samples in itertools.groupby(range(params.samples), temperatures.__getitem__):
             numbers = list(samples)
-            decoding = Decoding(temperature, params.top_k, params.top_p, params.max_new_tokens)
+            decoding = Decoding(
+                temperature, params.top_k, params.top_p, params.max_new_tokens, params.repetition_penalty
+            )
             drawn = sample_encoded(policy(), prompts, [stream[numbers] for stream in streams], decoding)
             for kept, more in zip(generations, drawn, strict=True):
                 kept += more

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from rlaifv.inference.logprobs import continuation_logprobs
+from rlaifv.inference.reward import Rated, score
 from rlaifv.records import Candidate, Instruction, ModelRecord, Reject, batched
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_model, loaded
+from rlaifv.vlm.reward_format import RewardModel
 
 
 @dataclass(frozen=True)
@@ -169,5 +171,50 @@ def write_logps(
         return [CandidateLogps(c.id, s.policy, s.reference, s.tokens, *names) for c, s in pairs], rejects
 
     with loaded(load) as models:
+        store.run(batched(with_answers, batch_size), score_chunk)
+    return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """What a reward model gives a candidate, as it is stored, with its fingerprint."""
+
+    candidate_id: str
+    reward: float
+    model: str
+
+
+def write_scores(
+    load: Callable[[], RewardModel],
+    candidates: Sequence[Candidate],
+    instructions: Sequence[Instruction],
+    image_root: Path,
+    batch_size: int,
+    store: Store,
+    out: Path,
+    max_reject_rate: float = 0.05,
+) -> tuple[int, int]:
+    """Write what a reward model that reads no facts gives every candidate to `out`, as `write_logps` does log-probs."""
+    of_instruction: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
+    with_answers = [i for i in instructions if i.id in of_instruction]
+
+    def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateScore], list[Reject]]:
+        rejects, rated, readable = [], [], []
+        for instruction in chunk:
+            group = of_instruction[instruction.id]
+            try:
+                image = open_image(image_root / instruction.image_path)
+            except (OSError, ValueError) as error:
+                rejects += [Reject(c.id, store.stage, str(error)) for c in group]
+                continue
+            rated.append(Rated(image, instruction.question, [c.answer for c in group]))
+            readable += group
+        rewards = chain.from_iterable(score(model(), rated))
+        name = model().vlm.fingerprint
+        return [CandidateScore(c.id, r, name) for c, r in zip(readable, rewards, strict=True)], rejects
+
+    with loaded(load) as model:
         store.run(batched(with_answers, batch_size), score_chunk)
     return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

@@ -70,17 +70,21 @@ class WriteCheckpoints(TrainerCallback):
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if not trainer.accelerator.is_main_process:
             return
-        weights = {name.removeprefix("policy."): weight for name, weight in weights.items()}
+        own = {name.removeprefix("policy."): w for name, w in weights.items() if not name.startswith("reward_head.")}
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model = getattr(model, "policy", model)
         if params.lora_r:
             remove(self.run / "adapter")
-            model.save_pretrained(self.run / "adapter", state_dict=weights)
+            model.save_pretrained(self.run / "adapter", state_dict=own)
             with whole_models(trainer):
                 merge(self.policy, self.run / "adapter", out, params.dtype)
         else:
-            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, weights)
+            write_checkpoint(model, self.vlm.processor or self.vlm.tokenizer, out, params.dtype, own)
+        self.complete(out, weights)
         record_whole(self.run, part)
+
+    def complete(self, out: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write what else belongs to the checkpoint `out`; `weights` are all that the trainer's module has."""
 
 
 def write_checkpoint(

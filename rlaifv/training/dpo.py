@@ -229,27 +229,24 @@ class EpochOrder(Sampler[int]):
         yield from steps.gather(1, by_length).flatten().tolist()
 
 
-class PairTrainer(Trainer):
-    """`transformers.Trainer` with DPO's loss. `reference` [2, pairs] is what `reference_logps` gave before training."""
+class StepTrainer(Trainer):
+    """`transformers.Trainer` over pairs, whatever is learned from them: steps in `EpochOrder`, metrics that are means
+    over what was trained, a stop with the pairs' ids at anything that is not finite, and no more saved than learns.
 
+    A subclass says in `compute_loss` what the loss of a micro-batch is, and what of it `watch` adds up.
+    """
+
+    section = "train"  # of the parameters that messages name
     loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch: the Trainer divides it by their number
 
-    def __init__(
-        self,
-        scorer: PairScorer,
-        collate: PairCollator,
-        reference: np.ndarray,
-        params: TrainParams,
-        args: TrainingArguments,
-    ):
+    def __init__(self, scorer: PairScorer, collate: PairCollator, params: TrainParams, args: TrainingArguments):
         pairs = collate.data.pairs
         super().__init__(scorer, args, data_collator=collate, train_dataset=range(len(pairs)))
         self.remove_callback(PrinterCallback)
-        self.add_callback(Watch(params.beta, params.collapse_nats))
+        self.add_callback(Progress())
         if self.is_fsdp_enabled and params.dtype == "bfloat16":
             library_quirks.gather_in_bfloat16(self)
         self.pairs, self.params = pairs, params
-        self.reference = torch.from_numpy(reference).to(self.accelerator.device)
         self.now_training_on: list[str] = []
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of each metric: the sum, still on the GPU, and the count
         self._new_tokens = self._tokens = 0
@@ -267,47 +264,24 @@ class PairTrainer(Trainer):
             self.model.to(torch.float32)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
-        """The mean loss of a micro-batch; its metrics are added up for the next log entry."""
-        params, batch = self.params, inputs
+    def score(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """What the scorer says of a batch, computed in `params.dtype`."""
         self.now_training_on = [self.pairs[i].pair_id for i in batch["pairs"]]
-        with nullcontext() if self.is_deepspeed_enabled else computing(params.dtype, self.reference.device):
-            scores = model(batch)
-        policy, reference = answer_logps(scores, batch), self.reference[:, batch["pairs"]]
-        lengths = batch["answer_mask"].sum(1).view(2, -1)
-        weights = params.loss_weights or [1.0] * len(params.loss_type)
-        loss = sum(
-            weight * dpo_loss(name, policy, reference, lengths, params).mean()
-            for name, weight in zip(params.loss_type, weights, strict=True)
-        )
+        with nullcontext() if self.is_deepspeed_enabled else computing(self.params.dtype, self.accelerator.device):
+            return model(batch)
+
+    def finite(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss itself; FloatingPointError with the pairs' ids where it is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(self._went_wrong(f"the loss is {loss.item()}"))
-        with torch.no_grad():
-            self._add_metrics(batch, scores, params.beta * (policy - reference), policy, lengths)
-        return (loss, scores) if return_outputs else loss
+        return loss
 
-    def _add_metrics(self, batch, scores, rewards, policy, lengths) -> None:
-        """Add this micro-batch to the sums; `rewards` are DPO's β log π/π_ref, [2, B]."""
-        chosen, rejected = batch["places"]
-        of_tokens = {key: scores[key].flatten() for key in ("entropy", "is_top1", "mean_logit")}
-        of_pairs_and_tokens = {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/accuracies": rewards[0] > rewards[1],
-            "rewards/margins": rewards[0] - rewards[1],
-            "logps/chosen": policy[0],
-            "logps/rejected": policy[1],
-            "length/chosen": lengths[0],
-            "length/rejected": lengths[1],
-            "entropy": of_tokens["entropy"][torch.cat([chosen, rejected])],
-            "mean_token_accuracy": of_tokens["is_top1"][chosen],
-            "logits/chosen": of_tokens["mean_logit"][chosen],
-            "logits/rejected": of_tokens["mean_logit"][rejected],
-        }
-        for name, values in of_pairs_and_tokens.items():
+    def watch(self, values: dict[str, torch.Tensor], tokens: int) -> None:
+        """Add a micro-batch to what is logged: values of its pairs or tokens by name, and how many tokens it has."""
+        for name, of_each in values.items():
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + values.double().sum(), count + values.numel()
-        self._new_tokens += batch["tokens"]
+            self._sums[name] = total + of_each.double().sum(), count + of_each.numel()
+        self._new_tokens += tokens
 
     def metrics(self) -> dict[str, float]:
         """What was trained since the last call: means over all pairs or all answer tokens of all processes."""
@@ -344,7 +318,7 @@ class PairTrainer(Trainer):
         pairs = ", ".join(self.now_training_on)
         return (
             f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
-            f"before it; look at these pairs, lower train.learning_rate or use train.dtype float32"
+            f"before it; look at these pairs, lower {self.section}.learning_rate or use train.dtype float32"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -359,8 +333,84 @@ class PairTrainer(Trainer):
         """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
 
 
+class PairTrainer(StepTrainer):
+    """Steps of DPO. `reference` [2, pairs] is what `reference_logps` gave before training."""
+
+    def __init__(
+        self,
+        scorer: PairScorer,
+        collate: PairCollator,
+        reference: np.ndarray,
+        params: TrainParams,
+        args: TrainingArguments,
+    ):
+        super().__init__(scorer, collate, params, args)
+        self.add_callback(Watch(params.beta, params.collapse_nats))
+        self.reference = torch.from_numpy(reference).to(self.accelerator.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        """The mean loss of a micro-batch; its metrics are added up for the next log entry."""
+        params, batch = self.params, inputs
+        scores = self.score(model, batch)
+        policy, reference = answer_logps(scores, batch), self.reference[:, batch["pairs"]]
+        lengths = batch["answer_mask"].sum(1).view(2, -1)
+        weights = params.loss_weights or [1.0] * len(params.loss_type)
+        loss = sum(
+            weight * dpo_loss(name, policy, reference, lengths, params).mean()
+            for name, weight in zip(params.loss_type, weights, strict=True)
+        )
+        loss = self.finite(loss)
+        with torch.no_grad():
+            self._add_metrics(batch, scores, params.beta * (policy - reference), policy, lengths)
+        return (loss, scores) if return_outputs else loss
+
+    def _add_metrics(self, batch, scores, rewards, policy, lengths) -> None:
+        """Add this micro-batch to the sums; `rewards` are DPO's β log π/π_ref, [2, B]."""
+        chosen, rejected = batch["places"]
+        of_tokens = {key: scores[key].flatten() for key in ("entropy", "is_top1", "mean_logit")}
+        self.watch(
+            {
+                "rewards/chosen": rewards[0],
+                "rewards/rejected": rewards[1],
+                "rewards/accuracies": rewards[0] > rewards[1],
+                "rewards/margins": rewards[0] - rewards[1],
+                "logps/chosen": policy[0],
+                "logps/rejected": policy[1],
+                "length/chosen": lengths[0],
+                "length/rejected": lengths[1],
+                "entropy": of_tokens["entropy"][torch.cat([chosen, rejected])],
+                "mean_token_accuracy": of_tokens["is_top1"][chosen],
+                "logits/chosen": of_tokens["mean_logit"][chosen],
+                "logits/rejected": of_tokens["mean_logit"][rejected],
+            },
+            batch["tokens"],
+        )
+
+
+class Progress(TrainerCallback):
+    """One line every few seconds."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = self.said = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        now = time.monotonic()
+        if not state.is_world_process_zero or "rewards/margins" not in (logs or {}):
+            return
+        if now - self.said >= 5.0 or state.global_step == state.max_steps:
+            rate = (state.global_step - self.first_step) / (now - self.started)
+            self.said = now
+            log.info(
+                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
+                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
+                *(logs["rewards/accuracies"], logs.get("throughput/pairs_per_second", math.nan)),
+                *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
+            )
+
+
 class Watch(TrainerCallback):
-    """One line every few seconds, and a warning when chosen answers lose their likelihood.
+    """A warning when chosen answers lose their likelihood.
 
     DPO only widens a margin: it can do so by pushing both answers down. `rewards/chosen` / (β · length) is the mean
     change of a chosen answer's log-prob per token, in nats.
@@ -370,10 +420,6 @@ class Watch(TrainerCallback):
         self.beta, self.collapse_nats = beta, collapse_nats
         self.recent: list[float] = []
         self.warned = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = self.said = time.monotonic()
-        self.first_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
@@ -387,16 +433,6 @@ class Watch(TrainerCallback):
                 "the model is forgetting, not preferring; lower train.learning_rate, raise train.beta or add the sft "
                 "loss",
                 *(state.global_step, -change, self.collapse_nats),
-            )
-        now = time.monotonic()
-        if now - self.said >= 5.0 or state.global_step == state.max_steps:
-            rate = (state.global_step - self.first_step) / (now - self.started)
-            self.said = now
-            log.info(
-                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
-                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
-                *(logs["rewards/accuracies"], logs.get("throughput/pairs_per_second", math.nan)),
-                *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
             )
 
 
@@ -434,6 +470,7 @@ LOG_COLUMNS += ("entropy", "mean_token_accuracy")
 
 def write_log(history: list[dict], path: Path) -> None:
     """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes."""
-    steps = pd.DataFrame([entry for entry in history if "loss" in entry], columns=LOG_COLUMNS)
+    steps = pd.DataFrame([entry for entry in history if "loss" in entry])
+    steps = steps[[column for column in LOG_COLUMNS if column in steps]]
     steps = steps.rename(columns=lambda column: column.replace("/", "_"))
     steps.to_csv(path, index=False, float_format="%.8g", na_rep="nan", lineterminator="\n")

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,13 +25,21 @@ from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import to_json, write_atomic
-from rlaifv.stage import gpu_peak
+from rlaifv.stage import gpu_peak, start_logging
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
 from rlaifv.training.dev_scores import Dev
-from rlaifv.training.dpo import PairCollator, PairScorer, PairTrainer, reference_logps, training_arguments, write_log
+from rlaifv.training.dpo import (
+    PairCollator,
+    PairScorer,
+    PairTrainer,
+    StepTrainer,
+    reference_logps,
+    training_arguments,
+    write_log,
+)
 from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
@@ -90,15 +99,23 @@ def train(
     asked = dev and dataclasses.asdict(dev)
     identity = {**made_of, "params": {**settings, "collapse_nats": None, "resume_every": None}, "seed": seed}
     identity["dev"] = dev and [asked, dev.data()]
-    run = (scratch / f"train-{digest(identity)}").resolve()
-    job = {"policy": policy, "pairs": str(pairs), "run": str(run), "params": settings, "seed": seed, "made_of": made_of}
-    job["dev"] = asked
-    lock = lock_folder(run, "train")
+    job = {"policy": policy, "pairs": str(pairs), "params": settings, "seed": seed, "made_of": made_of, "dev": asked}
+    return carry_out("train", identity, job, params, out, scratch, run_job)
+
+
+def carry_out(
+    kind: str, identity: dict, job: dict, params: TrainParams, out: Path, scratch: Path, work: Callable[[dict], None]
+) -> TrainResult:
+    """Let `work` do a job in `scratch/KIND-<digest of identity>`, in as many processes as `params` has, and publish to
+    `out` what it has written; `train` says what is promised of it."""
+    run = (scratch / f"{kind}-{digest(identity)}").resolve()
+    job = {**job, "run": str(run)}
+    lock = lock_folder(run, kind)
     try:
         write_atomic(run / "job.json", to_json(job, indent=2))
         result = read_finished(run, published(params))
         if result is None:
-            launch(run / "job.json", params) if params.processes > 1 else run_job(job)
+            launch(run / "job.json", params, work.__module__) if params.processes > 1 else work(job)
             result = read_finished(run, published(params))
         if result is None:
             raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
@@ -118,15 +135,15 @@ def train(
     )
 
 
-def launch(job: Path, params: TrainParams) -> None:
-    """Run the job in `params.processes` processes and print their output here (a notebook cell shows it)."""
+def launch(job: Path, params: TrainParams, module: str) -> None:
+    """Run the job in `params.processes` processes of `module` and print their output here: a notebook shows it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(params.processes)]
     if params.accelerate_config:
         command += ["--config_file", str(ROOT / params.accelerate_config)]
     else:
         # also for processes on CPUs: it is accelerate's name for torchrun with plain data parallelism
         command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "rlaifv.training.job", str(job)]
+    command += ["--main_process_port", "0", "-m", module, str(job)]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     errors: list[str] = []
     with subprocess.Popen(
@@ -192,19 +209,25 @@ def run_job(job: dict) -> None:
         scorer = PairScorer(add_lora(vlm.model, params), scorer.images)
     if params.gradient_checkpointing:
         library_quirks.checkpoint_activations(scorer.policy, lora=bool(params.lora_r))
-    (last,) = broadcast_object_list([go_on_from(run) if state.is_main_process else None])
-    if last:
-        log.info("train: resuming from %s", last.name)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     arguments = training_arguments(params, run / "trainer", job["seed"])
     trainer = PairTrainer(scorer, collate, reference, params, arguments)
     if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
+    take_steps(trainer, writer, run, data, layout=layout, reference="reused" if reused else "computed")
+
+
+def take_steps(trainer: StepTrainer, writer: WriteCheckpoints, run: Path, data: PairData, **said: str) -> None:
+    """Train, or go on where a killed run was, and write `finished.json`; `said` is what else it says."""
+    main = PartialState().is_main_process
+    (last,) = broadcast_object_list([go_on_from(run) if main else None])
+    if last:
+        log.info("train: resuming from %s", last.name)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
     trainer.add_callback(writer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     peaks = gather_object([gpu_peak()])
-    if not state.is_main_process:
+    if not main:
         return
     history = trainer.state.log_history
     write_log(history, run / "published" / "log.csv")
@@ -213,9 +236,8 @@ def run_job(job: dict) -> None:
         "steps": trainer.state.global_step,
         "pairs": len(data.pairs),
         "rejects": [(reject.id, reject.reason) for reject in data.rejects],
-        "layout": layout,
-        "reference": "reused" if reused else "computed",
         "peak_gpu_gb": max(peaks) or None,
+        **said,
     }
     for name in ("pairs_per_second", "tokens_per_second"):  # their medians, None for a run of one step
         values = [entry[f"throughput/{name}"] for entry in history if f"throughput/{name}" in entry]
@@ -223,13 +245,21 @@ def run_job(job: dict) -> None:
     write_atomic(run / FINISHED, to_json(result))
 
 
-if __name__ == "__main__":
-    from rlaifv.stage import start_logging
-
+def start_process(work: Callable[[dict], None], kind: str) -> None:
+    """One process of `launch`: `work` on the job whose file is the command's argument."""
     start_logging()
     job = json.loads(Path(sys.argv[1]).read_text())
+    lock = None
     if int(os.environ.get("RANK", "0")):
         logging.getLogger("rlaifv").setLevel(logging.ERROR)  # the first process speaks for all
     else:
-        lock = lock_folder(Path(job["run"]) / "process", "train")  # it may outlive the one that called `train`
-    run_job(job)
+        lock = lock_folder(Path(job["run"]) / "process", kind)  # it may outlive the one that called `train`
+    try:
+        work(job)
+    finally:
+        if lock:
+            lock.release()
+
+
+if __name__ == "__main__":
+    start_process(run_job, "train")

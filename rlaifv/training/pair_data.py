@@ -83,7 +83,7 @@ PAIRS = pa.schema(
 
 
 class PairData:
-    """All pairs of a parquet file (or of a folder of them), tokenized, with their images' bytes.
+    """All pairs of a file (or of a folder of them), tokenized by `write`, with their images' bytes.
 
     They lie in Arrow files in `folder`, which the first process of a run writes and every process maps into memory:
     none holds or tokenizes them when it starts, and a run that goes on finds them there. Without a folder they lie in a
@@ -91,14 +91,21 @@ class PairData:
     model's own limit. Raises what `parquet_files` does.
     """
 
-    def __init__(self, vlm: VLM, path: Path, max_length: int | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        vlm: VLM,
+        path: Path,
+        max_length: int | None = None,
+        folder: Path | None = None,
+        write: Callable[[VLM, Path, int, Path], None] | None = None,
+    ):
         self.vlm = vlm
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory()
             folder = Path(self._temporary.name) / "pairs"
         with PartialState().main_process_first():
             if not folder.is_dir():
-                write_pairs(vlm, path, max_length or vlm.context or 1 << 31, folder)
+                (write or write_pairs)(vlm, path, max_length or vlm.context or 1 << 31, folder)
         self.images, self.prompts = open_arrow(folder / "images.arrow"), open_arrow(folder / "prompts.arrow")
         self.pairs = StoredPairs(open_arrow(folder / "pairs.arrow"))
         self.rejects = [Reject(**row) for row in read_jsonl(folder / "rejects.jsonl")]

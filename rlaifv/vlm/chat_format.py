@@ -31,11 +31,15 @@ class Reader:
         return self.processor is not None
 
 
+Conversation = str | Sequence[str]
+"""A question; or what a user and the model have said in turn, the user first and, with the question, last."""
+
+
 def prompt_text(
-    vlm: Reader, question: str, *, image: bool = True, answer: str | None = None, prompt: str | None = None
+    vlm: Reader, question: Conversation, *, image: bool = True, answer: str | None = None, prompt: str | None = None
 ) -> str:
-    """The chat of one user turn, rendered by the checkpoint's own template; `prompt` is its text without the answer,
-    for callers who have it.
+    """The chat up to a question, rendered by the checkpoint's own template; the image comes before the first turn.
+    `prompt` is its text without the answer, for callers who have it.
 
     Without `answer` the text ends where the model's answer begins. With `answer` it goes on with the answer as the
     template renders it and ends with exactly one end token: the one of the model's that the template ends a turn with
@@ -45,12 +49,13 @@ def prompt_text(
     Raises:
         ValueError: the template changes the answer.
     """
-    asked = turn(vlm, "user", question, image)
+    said = [question] if isinstance(question, str) else question
+    asked = [turn(vlm, ("user", "assistant")[k % 2], text, image and k == 0) for k, text in enumerate(said)]
     if prompt is None:
-        prompt = render(vlm, [asked], add_generation_prompt=True)
+        prompt = render(vlm, asked, add_generation_prompt=True)
     if answer is None:
         return prompt
-    whole = render(vlm, [asked, turn(vlm, "assistant", answer)])
+    whole = render(vlm, [*asked, turn(vlm, "assistant", answer)])
     if whole.startswith(prompt):
         # the first place after the prompt: a short answer ("end") may stand in the template's own end of turn as well
         start = whole.find(answer, len(prompt))
@@ -133,7 +138,9 @@ class EncodedPrompt:
     inputs: dict[str, torch.Tensor]
 
 
-def encode(vlm: Reader, image: Image.Image | None, question: str, answers: Sequence[str] = ()) -> EncodedPrompt:
+def encode(
+    vlm: Reader, image: Image.Image | None, question: Conversation, answers: Sequence[str] = ()
+) -> EncodedPrompt:
     """Tokenize a prompt and the answers to it; raises ValueError where the template changes an answer."""
     see = image is not None
     prompt = prompt_text(vlm, question, image=see)
@@ -156,6 +163,15 @@ def encode_questions(vlm: Reader, image: Image.Image | None, questions: Sequence
     check_length(vlm, longest + room, f"prompt, image{answer} are")
     shared = min(common_length(rows[0], row) for row in rows)
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
+
+
+def unfit(vlm: Reader, image: Image.Image | None, question: str) -> UnfitText | None:
+    """Why a question cannot be put to this model; None if it can."""
+    try:
+        encode_questions(vlm, image, [question])
+    except UnfitText as error:
+        return error
+    return None
 
 
 def tokenize(

@@ -15,7 +15,7 @@ from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, ServerPa
 from rlaifv.store import Store
 from rlaifv.vlm.loading import load_vlm
 
-ANSWERING = EvaluateParams(beams=1, max_new_tokens=6, batch_size=2)
+ANSWERING = EvaluateParams(beams=1, repetition_penalty=1.0, max_new_tokens=6, batch_size=2)
 
 
 def entry(kind: str, **given) -> BenchmarkParams:

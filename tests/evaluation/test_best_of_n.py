@@ -20,7 +20,7 @@ from rlaifv.evaluation.best_of_n import (
 )
 from rlaifv.evaluation.hallucination import Split
 from rlaifv.records import Candidate, Instruction
-from rlaifv.steps.self_feedback import CandidateLogps
+from rlaifv.steps.self_feedback import CandidateLogps, CandidateScore
 
 
 def pool_of(candidates: int = 8, instructions: int = 60, noise: float = 0.0, seed: int = 0):
@@ -66,6 +66,18 @@ def test_a_perfect_reward_is_as_good_as_the_oracle_and_random_choice_stays_where
     assert row(rows, "normalized", 1)["response_hallucination"] == row(rows, "random", 1)["response_hallucination"]
     assert row(rows, "normalized", 8)["response_hallucination"] == row(rows, "oracle", 8)["response_hallucination"]
     assert row(rows, "oracle", 8)["recall"] > row(rows, "normalized", 8)["recall"]
+
+
+def test_a_reward_model_chooses_beside_the_others_where_candidates_have_its_score():
+    answers, logps, split = pool_of(noise=50.0)
+    scores = [CandidateScore(c.id, -100.0 * ("cat" in c.answer) + ("cup" in c.answer), "rm") for c in answers]
+    pool, _ = make_pool(answers, logps, split, 8, scores)
+    rows = curve(pool, resample(pool, 20))
+    best = row(rows, "reward_model", 8)
+    assert best["response_hallucination"] == row(rows, "oracle", 8)["response_hallucination"] < 0.02
+    assert best["recall"] == row(rows, "oracle", 8)["recall"]
+    assert "reward_model" not in make_pool(answers, logps, split, 8)[0].methods
+    assert make_pool(answers, logps, split, 8, scores[:-1])[1] == 1, "all of an instruction's candidates or none"
 
 
 def test_a_reward_that_falls_with_length_is_mended_by_normalization():

@@ -54,6 +54,7 @@ from transformers import (
 )
 
 from rlaifv.vlm.loading import VLM, context_length, end_token_ids
+from rlaifv.vlm.omnilmm import OmniLMMConfig, OmniLMMForConditionalGeneration, OmniLMMImageProcessor, OmniLMMProcessor
 from rlaifv.vlm.processors import image_only
 
 WORDS = """is there a an the in image on left right of red blue green cat dog table umbrella kite person what color
@@ -410,6 +411,21 @@ def minicpm_v_4_6() -> VLM:
     return vlm_of(MiniCPMV4_6ForConditionalGeneration(config), tokenizer, processor, "minicpm-v-4.6")
 
 
+def omnilmm() -> VLM:
+    """3 × 3 patches become four vectors; the language model sees no further than 12 tokens back."""
+    special = {"image_token": "<im_patch>", "image_start": "<im_start>", "image_end": "<im_end>"}
+    tokenizer = build_tokenizer(special, template("<im_start><im_patch><im_end>\n", "user\n", "\\n", "assistant\n", ""))
+    images = OmniLMMImageProcessor(size={"height": 24, "width": 24})
+    processor = OmniLMMProcessor(images, tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template)
+    config = OmniLMMConfig(
+        vision_config={**clip_settings(), "position_grid": 2},
+        text_config=text_settings(tokenizer, num_key_value_heads=1, sliding_window=12),
+        image_token_id=tokenizer.image_token_id,
+        image_seq_length=4,
+    )
+    return vlm_of(OmniLMMForConditionalGeneration(config), tokenizer, processor, "omnilmm")
+
+
 BUILDERS: dict[str, Callable[[], VLM]] = {
     "llava": llava,
     "llava-next": llava_next,
@@ -420,6 +436,7 @@ BUILDERS: dict[str, Callable[[], VLM]] = {
     "internvl": internvl,
     "gemma3": gemma3,
     "minicpm-v-4.6": minicpm_v_4_6,
+    "omnilmm": omnilmm,
 }
 
 

@@ -3,16 +3,19 @@ processors and special tokens; tokenizers of the published class and size, with 
 
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from hub import Hub
 from published import CONFIGS
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rlaifv import ROOT
 from rlaifv.params import load_params
 from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.vlm.omnilmm import OmniLMMImageProcessor, OmniLMMProcessor
 
 WORDS = 800
 """Pieces that a look-alike's tokenizer has learned; the rest of its vocabulary is filled with made-up ones."""
@@ -63,6 +66,7 @@ QWEN_SPECIAL = re.findall(
     "<|endoftext|><|im_start|><|im_end|><|object_ref_start|><|object_ref_end|><|box_start|><|box_end|><|quad_start|>"
     "<|quad_end|><|vision_start|><|vision_end|><|vision_pad|><|image_pad|><|video_pad|>",
 )
+OMNILMM_SPECIAL = ["<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>"]
 TILES = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 
 
@@ -73,7 +77,9 @@ def write_repository(folder: Path, name: str) -> Path:
     config = CONFIGS[name]
     write(path / "config.json", config)
     (path / "model.safetensors").write_bytes(b"gigabytes of weights")
-    {"llava": llava, "llava_next": llava_next, "qwen2": qwen2, "qwen3_vl": qwen3_vl}[config["model_type"]](path)
+    {"llava": llava, "llava_next": llava_next, "qwen2": qwen2, "qwen3_vl": qwen3_vl, "rlaifv_omnilmm": omnilmm}[
+        config["model_type"]
+    ](path)
     return path
 
 
@@ -117,6 +123,11 @@ def qwen3_vl(path: Path) -> None:
     )
 
 
+def omnilmm(path: Path) -> None:
+    OmniLMMProcessor(OmniLMMImageProcessor(), zephyr_tokenizer(32000)).save_pretrained(path)
+    write(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+
+
 def save(tokenizer: PreTrainedTokenizerBase, path: Path, turns: str, generation: dict) -> None:
     tokenizer.chat_template = turns
     tokenizer.save_pretrained(path)
@@ -129,6 +140,22 @@ def llama_tokenizer(size: int, special: list[str], added: list[str], **names: st
     pieces, merges = learned(pre_tokenizers.Metaspace(), [])
     tokenizer = LlamaTokenizer(vocab=filled(first, pieces, size, added), merges=merges, **names)
     return with_special(tokenizer, added)
+
+
+def zephyr_tokenizer(size: int | None = None) -> PreTrainedTokenizerFast:
+    """Byte-pair pieces with a `▁` before every piece of text, also behind a special token, and bytes for all else;
+    `size` of them, or as many as were learned. Behind them come an OmniLMM's own."""
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces, merges = learned(pre_tokenizers.Metaspace(), [])
+    vocabulary = filled(first, pieces, size or len(dict.fromkeys([*first, *pieces])), [])
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in [*first[:3], *OMNILMM_SPECIAL]])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", model_max_length=2048, **names)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -163,9 +190,22 @@ def filled(first: list[str], pieces: list[str], size: int, added: list[str]) -> 
     return {token: number for number, token in enumerate([*tokens, *fill, *added])}
 
 
+def write_converted(profile: str, root: Path) -> list[Path]:
+    """Look-alikes of the models that a profile expects in the checkout `root`, converted; the folders of those that
+    were not there."""
+    params = load_params(f"params/{profile}.yaml")
+    paths = {model.path for model in (params.policy, params.labeler, params.divider)}
+    absent = [path for path in paths if path in CONFIGS and path.startswith("data/") and not (root / path).is_dir()]
+    for path in absent:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(write_repository(Path(folder), path), root / path)
+    return [root / path for path in absent]
+
+
 def push_models(hub: Hub, profile: str, folder: Path) -> None:
     """Give the hub a look-alike of every hub model of a profile, at the commit that the profile pins."""
     params = load_params(f"params/{profile}.yaml")
     for model in (params.policy, params.labeler, params.divider):
-        if model.path in CONFIGS and not (folder / model.path.replace("/", "--")).is_dir():
+        hub_model = model.path in CONFIGS and not model.path.startswith("data/")
+        if hub_model and not (folder / model.path.replace("/", "--")).is_dir():
             hub.push(model.path, write_repository(folder, model.path), model.revision)

@@ -75,6 +75,19 @@ CONFIGS = {
             "vocab_size": 64064,
         },
     },
+    "data/checkpoints/omnilmm-12b": {
+        "architectures": ["OmniLMMForConditionalGeneration"],
+        "model_type": "rlaifv_omnilmm",
+        "image_token_id": 32000,
+        "vision_config": {},
+        "text_config": {
+            "model_type": "mistral",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "vocab_size": 32009,
+        },
+    },
     "Qwen/Qwen2.5-7B-Instruct": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

@@ -27,7 +27,14 @@ def everything(vlm: VLM, shared: bool | None) -> tuple:
     )
 
 
-SPREAD = [("llava", None), ("llava", False), ("qwen2.5-vl", None), ("gemma3", None), ("minicpm-v-4.6", None)]
+SPREAD = [
+    ("llava", None),
+    ("llava", False),
+    ("qwen2.5-vl", None),
+    ("gemma3", None),
+    ("minicpm-v-4.6", None),
+    ("omnilmm", None),
+]
 
 
 @pytest.mark.parametrize(("name", "shared"), SPREAD)

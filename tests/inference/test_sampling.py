@@ -51,6 +51,23 @@ def test_shared_samples_are_those_of_transformers_own_loop_for_the_same_streams(
     assert generate_batch(vlm, prompts, [d[:1] for d in drawn], GREEDY) == greedy
 
 
+@pytest.mark.parametrize("decoding", [SETTINGS, GREEDY])
+def test_a_repetition_penalty_is_the_same_on_both_paths_and_counts_the_answers_own_tokens(decoding):
+    vlm, prompts, drawn = build("llava"), some_prompts(), streams(3, 5)
+    penalized = replace(decoding, repetition_penalty=1.8)
+    plain = generate_batch(vlm, prompts, drawn, penalized, shared=False)
+    assert generate_batch(vlm, prompts, drawn, penalized) == plain
+    without = generate_batch(vlm, prompts, drawn, decoding)
+    assert [[g.token_ids[:1] for g in samples] for samples in plain] == [
+        [g.token_ids[:1] for g in samples] for samples in without
+    ], "no token of the prompt counts"
+
+    def repeated(found: list[list[Generation]]) -> int:
+        return sum(len(g.token_ids) - len(set(g.token_ids)) for samples in found for g in samples)
+
+    assert repeated(plain) < repeated(without)
+
+
 def test_a_sample_does_not_depend_on_its_batch(llava):
     prompts, drawn = some_prompts(), streams(3, 6)
     together = generate_batch(llava, prompts, drawn, SETTINGS)

@@ -28,8 +28,11 @@ def in_checkout(folder: Path, name: str = "mine", text: str = "") -> Path:
 
 
 def test_the_shipped_profiles():
-    names = "default four-iterations llava15-7b llava15-7b-lora one-large-iteration public-dataset qwen3vl-4b"
-    assert [*names.split(), "rloo-claims-7b", "self", "self-8b"] == PROFILES
+    names = (
+        "default four-iterations llava15-7b llava15-7b-lora one-large-iteration public-dataset qwen3vl-4b "
+        "rlaifv-12b-self rloo-claims-7b self self-8b"
+    )
+    assert names.split() == PROFILES
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkout import copy_repository
 from hub import Hub, settings_for
-from lookalikes import push_models, write_repository
+from lookalikes import push_models, write_converted, write_repository
 
 from rlaifv import ROOT
 from rlaifv.params import load_params
@@ -91,7 +91,23 @@ def test_a_wrong_profile_stops_at_once_in_one_line(hub, tmp_path):
     assert not (folder / "scratch").exists(), "nothing was begun"
 
 
-@pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes minutes: `make rehearsals` runs it, and every profile")
+SLOW = pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes minutes: `make rehearsals` runs every profile")
+
+
+@SLOW
+def test_a_converted_model_is_rehearsed_as_policy_and_labeler_to_the_report(hub, tmp_path):
+    folder = checkout(tmp_path / "copy")
+    push_models(hub, "rlaifv-12b-self", tmp_path / "more")
+    write_converted("rlaifv-12b-self", folder)
+    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "rlaifv-12b-self", timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    copy = folder / "scratch" / "rehearsal" / "rlaifv-12b-self"
+    assert done.stdout.count("<im_start><im_patch>×64<im_end>") == 2 and "64 tokens for an image" in done.stdout
+    summary = json.loads((copy / "metrics" / "summary.json").read_text())
+    assert set(summary["iterations"]) == {"1"} and (copy / "plots" / "report.html").is_file()
+
+
+@SLOW
 def test_a_rehearsal_goes_from_hub_ids_to_the_report_without_fetching_weights(hub, tmp_path):
     folder = checkout(tmp_path / "copy")
     done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "llava15-7b", timeout=900)

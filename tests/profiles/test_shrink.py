@@ -18,7 +18,7 @@ from rlaifv.steps.divide import divide_answers
 from rlaifv.vlm.chat_format import encode, folded_prompt
 from rlaifv.vlm.loading import load_vlm
 
-IMAGE_TOKENS = {"llava": 576, "llava_next": 2340, "qwen3_vl": 300}
+IMAGE_TOKENS = {"llava": 576, "llava_next": 2340, "qwen3_vl": 300, "rlaifv_omnilmm": 64}
 """Of a photo of 640 × 480 pixels, by the published patches, tiles and merging."""
 
 

@@ -10,19 +10,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_llava import picture, save_tiny_llava
 
+from rlaifv.inference.reward import Rated, score
 from rlaifv.records import Candidate, Instruction, read_records
 from rlaifv.steps.self_feedback import (
     AnswerLogps,
     Asked,
     CandidateLogps,
+    CandidateScore,
     answer_logps,
     best_of_n,
     token_logps,
     write_logps,
+    write_scores,
 )
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import prompt_text
 from rlaifv.vlm.loading import load_vlm
+from rlaifv.vlm.reward_format import RewardFormat, RewardHead, RewardModel
 
 ANSWERS = ["a red dog", "there is a big blue kite and a small cat .", "a red dog", "yes"]
 
@@ -123,3 +127,19 @@ def test_stored_rewards_resume_name_both_models_and_reject_unreadable_images(fol
     rows = read_records(tmp_path / "whole" / "logps.jsonl", CandidateLogps)
     assert {(r.policy, r.reference) for r in rows} == {(models[0].fingerprint, models[1].fingerprint)}
     assert all(math.isfinite(r.policy_logp - r.reference_logp) for r in rows)
+
+
+def test_a_reward_models_scores_are_stored_with_its_fingerprint_and_broken_images_rejected(folder, models, tmp_path):
+    head = RewardHead(32).requires_grad_(False)
+    model = RewardModel(models[0], head, RewardFormat(" right ?", "", "{}", "base", "random"))
+    instructions = [Instruction(name, f"{name}.png", "what is it ?") for name in ("0", "gone")]
+    candidates = [
+        Candidate(f"{i.id}#{k}", i.id, k, ANSWERS[k], 3, "stop", 0, "m") for i in instructions for k in (0, 1)
+    ]
+    store, out = Store("scores", {}, tmp_path), tmp_path / "out" / "scores.jsonl"
+    counts = write_scores(lambda: model, candidates, instructions, folder, 2, store, out, max_reject_rate=0.5)
+    assert counts == (2, 2)
+    found = read_records(out, CandidateScore)
+    assert {row.model for row in found} == {models[0].fingerprint}
+    (expected,) = score(model, [Rated(image(0), "what is it ?", ANSWERS[:2])])
+    assert [row.reward for row in found] == pytest.approx(expected, abs=1e-5)

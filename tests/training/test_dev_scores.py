@@ -51,7 +51,7 @@ def dev(folder) -> Dev:
     ]
     write_jsonl(prepared / "dev_questions.jsonl", questions)
     model = ModelRecord("somewhere", None, "float32", "auto", "0")
-    evaluate = EvaluateParams(beams=1, max_new_tokens=12, batch_size=4)
+    evaluate = EvaluateParams(beams=1, repetition_penalty=1.0, max_new_tokens=12, batch_size=4)
     base = {"checkpoint": "policy", "response_hallucination": 0.5, "recall": 0.2}
     return Dev(model, str(prepared), str(images), evaluate, "", base, 0.05)
 

@@ -25,6 +25,7 @@ LAYOUTS = {
     "internvl": "packed, features kept",
     "gemma3": "packed, features kept",
     "minicpm-v-4.6": "plain",  # linear attention carries a state from one branch into the next
+    "omnilmm": "packed, features kept",
 }
 
 

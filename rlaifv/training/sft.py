@@ -1,0 +1,216 @@
+"""Supervised fine-tuning on conversations about images, from a file of them to checkpoints.
+
+The steps are TRL's (`SFTTrainer` 1.16: its loss, its fused output layer). The rows are not: TRL's collator for images
+tokenizes prompt and answer apart, where a tokenizer may join them otherwise than in a whole text; it cuts rows that are
+too long without a word; and of several answers it finds the ends only where the chat template marks them, without an
+end token where the template has none (LLaVA-1.5's), so that the model never learns to stop. `encode_conversation` is
+exact in all of that and rejects what is too long.
+"""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from rlaifv.fingerprint import digest_files, stage_sources
+from rlaifv.params import TrainParams, check_train
+from rlaifv.records import Reject, read_records
+from rlaifv.steps.sft_rows import SftRow
+from rlaifv.store import progress
+from rlaifv.training import library_quirks
+from rlaifv.training.checkpoints import WriteCheckpoints
+from rlaifv.training.dpo import EpochOrder
+from rlaifv.training.job import TrainResult, carry_out, start_process, take_steps
+from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
+from rlaifv.vlm.chat_format import Reader, check_length, common_length, prompt_text, tokenize
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint
+from rlaifv.vlm.collate import collate_inputs, pad_rows
+from rlaifv.vlm.images import open_image
+from rlaifv.vlm.loading import VLM
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+
+def encode_conversation(vlm: Reader, image, conversation: list[str]) -> tuple[list[int], list[int], dict]:
+    """Token ids [n] of a conversation about an image, its labels [n], and what the processor made of the image.
+
+    Labels are the ids of every answer with the end token that the template gives it; the last answer always has one.
+    All else is `IGNORED`. Tokens are those of the whole text. Raises UnfitText as `prompt_text` does.
+    """
+    answers = range(1, len(conversation), 2)
+    asked = [prompt_text(vlm, conversation[:k]) for k in answers]
+    said = [
+        prompt_text(vlm, conversation[:k], answer=conversation[k], prompt=p)
+        for k, p in zip(answers, asked, strict=True)
+    ]
+    (whole, *rows), inputs = tokenize(vlm, image, [said[-1], *asked, *said])
+    labels = [IGNORED] * len(whole)
+    for before, after in zip(rows[: len(asked)], rows[len(asked) :], strict=True):
+        start, end = common_length(before, whole), common_length(after, whole)
+        labels[start:end] = whole[start:end]
+    return whole, labels, inputs
+
+
+class Conversations:
+    """Rows of a file that can be learned from, encoded when they are needed, and the others as `rejects`."""
+
+    def __init__(self, vlm: VLM, path: Path, image_root: Path, max_length: int | None):
+        self.vlm, self.image_root = vlm, image_root
+        self.rows: list[SftRow] = []
+        self.lengths: list[int] = []
+        self.rejects: list[Reject] = []
+        for row in progress(read_records(path, SftRow), "tokenize"):
+            try:
+                ids, _, _ = self.encode(row)
+                check_length(vlm, len(ids), "the conversation and its image are")
+                if max_length and len(ids) > max_length:
+                    raise ValueError(f"the conversation is {len(ids)} tokens, train.max_length is {max_length}")
+            except (OSError, ValueError) as error:
+                self.rejects.append(Reject(row.id, "sft", str(error)))
+                continue
+            self.rows.append(row)
+            self.lengths.append(len(ids))
+
+    @property
+    def pairs(self) -> list[SftRow]:
+        """What `job.take_steps` counts."""
+        return self.rows
+
+    def encode(self, row: SftRow) -> tuple[list[int], list[int], dict]:
+        return encode_conversation(self.vlm, open_image(self.image_root / row.image_path), row.conversation)
+
+    def __call__(self, examples: list[dict]) -> dict:
+        """A batch of rows by their numbers, padded on the right: what SFTTrainer takes for a collator."""
+        coded = [self.encode(self.rows[example["image"]]) for example in examples]
+        ids, labels, inputs = map(list, zip(*coded, strict=True))
+        lengths = [len(row) for row in ids]
+        return {
+            "input_ids": pad_rows(ids, self.vlm.tokenizer.pad_token_id),
+            "attention_mask": pad_rows([[1] * length for length in lengths], 0),
+            "labels": pad_rows(labels, IGNORED),
+            **{key: value.cpu() for key, value in collate_inputs(self.vlm, inputs, lengths).items()},
+        }
+
+
+class ConversationTrainer(SFTTrainer):
+    """TRL's steps on our rows, in an order that a run that goes on finds again, with a stop at what is not finite."""
+
+    def __init__(self, vlm: VLM, model, data: Conversations, params: TrainParams, arguments: SFTConfig):
+        self.data, self.params = data, params
+        numbers = Dataset.from_dict({"image": list(range(len(data.rows)))})  # TRL sees images in a column of that name
+        processor = vlm.processor
+        super().__init__(model, arguments, data_collator=data, train_dataset=numbers, processing_class=processor)
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
+        return EpochOrder(self.data.lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm} at step {self.state.global_step + 1}: training stops and keeps the "
+                "checkpoints before it; lower train.learning_rate or use train.dtype float32"
+            )
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What a run goes on from: the weights that learn."""
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            save_file(learned, Path(output_dir) / "model.safetensors")
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None beside what a run goes on from."""
+
+
+def train_sft(
+    policy: str, rows: Path, image_root: Path, params: TrainParams, out: Path, scratch: Path, seed: int
+) -> TrainResult:
+    """Fine-tune `policy` on a JSONL file of `SftRow`s and write `out/checkpoint-<k>` and `out/log.csv`.
+
+    The loss is the mean negative log-likelihood of an answer token; of `params` those of DPO are not used. A killed run
+    goes on as one of `job.train` does. Raises FloatingPointError when the gradient is not finite.
+    """
+    params = dataclasses.replace(params, keep_checkpoints=None, accelerate_config=None)
+    check_train(params)
+    rows, image_root = Path(rows).resolve(), Path(image_root).resolve()
+    identity = {
+        "policy": fingerprint_checkpoint(policy),
+        "data": [digest_files(rows), digest_files(image_root, by_stat_from=0)],
+        "source": stage_sources("train"),
+        "params": {**dataclasses.asdict(params), "collapse_nats": None, "resume_every": None},
+        "seed": seed,
+    }
+    job = {"policy": policy, "rows": str(rows), "image_root": str(image_root), "seed": seed}
+    job["params"] = dataclasses.asdict(params)
+    return carry_out("sft", identity, job, params, out, scratch, run_job)
+
+
+def run_job(job: dict) -> None:
+    """One process of a run, as `job.run_job` of DPO's."""
+    library_quirks.be_quiet()
+    if sharded():
+        raise RuntimeError(f"conversations are learned by whole copies, not by weights spread by {sharded()}")
+    PartialState(cpu=not torch.cuda.is_available())
+    run, params = Path(job["run"]), TrainParams(**job["params"])
+    vlm = load_policy(job["policy"], params)
+    data = Conversations(vlm, Path(job["rows"]), Path(job["image_root"]), params.max_length)
+    for reject in data.rejects:
+        log.warning("row %s is not trained on: %s", reject.id, reject.reason)
+    if not data.rows:
+        raise ValueError(f"none of the {len(data.rejects)} rows can be trained on; first: {data.rejects[:1]}")
+    freeze(vlm.model, params)
+    if not params.load_in_4bit:
+        vlm.model.to(whole_device(vlm.model))
+    set_seed(job["seed"])
+    model = add_lora(vlm.model, params) if params.lora_r else vlm.model
+    trainer = ConversationTrainer(vlm, model, data, params, sft_arguments(params, run / "trainer", job["seed"]))
+    take_steps(
+        trainer, WriteCheckpoints(trainer, vlm, params, run, job["policy"]), run, data, layout="plain", reference="none"
+    )
+
+
+def sft_arguments(params: TrainParams, folder: Path, seed: int) -> SFTConfig:
+    """TRL's arguments for our parameters; `folder` is where the Trainer writes what it goes on from."""
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        learning_rate=params.learning_rate,
+        num_train_epochs=params.epochs,
+        per_device_train_batch_size=params.micro_batch_size,
+        gradient_accumulation_steps=params.batch_size // (params.micro_batch_size * params.processes),
+        lr_scheduler_type=params.scheduler,
+        warmup_steps=params.warmup_ratio,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        bf16=params.dtype == "bfloat16",
+        gradient_checkpointing=params.gradient_checkpointing,
+        max_length=None,  # nothing is cut
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    library_quirks.one_gpu_a_process(arguments)
+    return arguments
+
+
+if __name__ == "__main__":
+    start_process(run_job, "sft")
