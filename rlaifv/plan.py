@@ -1,6 +1,6 @@
 """What a run of a parameter file will take, before it starts: tokens, memory, disk and hours of every stage.
 
-    python -m rlaifv.plan [--params FILE] [--gpu H100 --gpus 8] [--disk GB] [--check]
+    python -m rlaifv.plan [--params FILE] [--gpu H100 --gpus 8] [--disk GB] [--rloo] [--check]
 
 Everything is computed from the parameters and the models' configurations; of a hub model only its config.json is
 fetched. What cannot fit is exit code 1 with the key to change. Where stages have run, the measured minutes stand
@@ -406,6 +406,40 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
     )
 
 
+def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Machine) -> Need:
+    """One run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
+    once for the reference's, and forward and backward. Policy and judges are in memory together."""
+    rloo, train, (policy, labeler, divider) = params.rloo, params.train, models.values()
+    answers, answer = rloo.prompts * rloo.samples, ANSWER * rloo.max_new_tokens
+    row, longest = (image + PROMPT + answer for image in (policy.image, policy.largest))
+    passes = 5 + train.gradient_checkpointing - (train.lora_r > 0)
+    tokens, seconds = asked(policy, machine, rloo.prompts, rloo.samples, rloo.prompts, rloo.max_new_tokens)
+    flops = 2 * policy.active * (tokens + answers * row * passes)
+    launches = answers / rloo.micro_batch_size * passes * policy.layers
+    seconds += max(
+        2 * policy.active * answers * row * passes / (machine.flops * UTILIZATION), launches * machine.launch
+    )
+    pass_of_answers = replace(params, train=replace(train, micro_batch_size=rloo.micro_batch_size))
+    gpu = states(policy, params, 1) + activations(policy, pass_of_answers, longest, answer) + RUNTIME
+    host = main_memory(policy, params, 1)
+    for work, model in ((dividing, divider), (judging, labeler)):
+        if model:
+            _, took, memory = work(params, model, machine, answers)
+            seconds, gpu, host = seconds + took - start(model), gpu + memory - RUNTIME, host + model.stored
+    way = "rloo.micro_batch_size or rloo.prompts, labeler.load_in_4bit: true, or labeler, for a served one"
+    size = policy.parameters * (2 if train.dtype == "bfloat16" else 4)
+    return Need(
+        "rloo",
+        tokens=rloo.steps * answers * row,
+        flops=rloo.steps * flops,
+        seconds=sum(start(model) for model in models.values() if model) + rloo.steps * seconds,
+        gpu=gpu,
+        host=host,
+        disk=rloo.checkpoints * size,
+        fixes={"gpu": way, "host": way, "disk": "rloo.checkpoints"},
+    )
+
+
 def pairs_in(source: Path) -> int:
     """Pairs in a parquet file or a folder of them; `PUBLIC_PAIRS` where there are none yet."""
     import pyarrow.parquet as pq
@@ -533,10 +567,15 @@ class Plan:
 
 
 def make_plan(
-    params: Params, machine: Machine, disk: float = math.inf, host: float = math.inf, timings: Path | None = None
+    params: Params,
+    machine: Machine,
+    disk: float = math.inf,
+    host: float = math.inf,
+    timings: Path | None = None,
+    rloo: bool = False,
 ) -> Plan:
     """The plan of a run on a machine with `disk` and `host` bytes free; `timings` is where the stages that have run
-    here noted what they took (None: it is another machine).
+    here noted what they took (None: it is another machine). With `rloo`, one run of `make rloo` is in it.
 
     Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
     """
@@ -545,7 +584,8 @@ def make_plan(
     for model in roles.values():
         if not is_served(model.path) and model not in known:
             known[model] = measure(model)
-    needs = list(stages(params, {role: known.get(model) for role, model in roles.items()}, machine))
+    models = {role: known.get(model) for role, model in roles.items()}
+    needs = [*stages(params, models, machine), *([reinforcing(params, models, machine)] if rloo else [])]
     found = measured(timings, params.policy.path) if timings else {}
     ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
     return Plan(needs, machine, host, disk, len(params.iterations), ahead, found)
@@ -620,6 +660,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=MACHINES, help="default: what this machine has")
     parser.add_argument("--gpus", type=int, help="how many of them")
     parser.add_argument("--disk", type=float, metavar="GB", help="default: what is free here")
+    parser.add_argument("--rloo", action="store_true", help="one run of `make rloo` as well")
     parser.add_argument("--check", action="store_true", help="be brief: only what does not fit or is close")
     options = parser.parse_args(arguments)
     try:
@@ -635,7 +676,7 @@ def main(arguments: list[str] | None = None) -> None:
         disk = options.disk * GB if options.disk else shutil.disk_usage(ROOT).free
         here = options.gpu is None
         host = psutil.virtual_memory().total if here else float("inf")
-        plan = make_plan(params, machine, disk, host, RUNS / "timings" if here else None)
+        plan = make_plan(params, machine, disk, host, RUNS / "timings" if here else None, options.rloo)
     except (ParamsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"plan: {error}")
     if not options.check:

@@ -259,6 +259,17 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     assert str(stop.value).startswith("plan: no checkpoint at 'models/absent'") and "\n" not in str(stop.value)
 
 
+def test_rloo_needs_policy_and_judges_in_memory_together_and_is_planned_on_request(profile):
+    params = profile("rloo-claims-7b")
+    assert "rloo" not in {n.stage for n in planned(params, 1).needs}
+    found = plan.make_plan(params, plan.machine_here("H100", 1), 4000 * GB, float("inf"), rloo=True)
+    judges = sum(plan.measure(getattr(params, role)).bytes for role in ("labeler", "divider"))
+    assert found.shortages()[0] == [] and need(found, "rloo").gpu > judges + plan.measure(params.policy).bytes
+    whole = dataclasses.replace(params, labeler=dataclasses.replace(params.labeler, load_in_4bit=False))
+    short, _ = plan.make_plan(whole, plan.machine_here("H100", 1), 4000 * GB, float("inf"), rloo=True).shortages()
+    assert [line for line in short if line.startswith("rloo: ") and "labeler.load_in_4bit: true" in line]
+
+
 def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):
     found = planned(profile("rlaifv-12b-self"), 8)
     policy = plan.measure(profile("rlaifv-12b-self").policy)

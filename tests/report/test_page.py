@@ -13,7 +13,7 @@ from rlaifv.benchmarks import published
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
-from rlaifv.report.findings import TITLES, findings_html
+from rlaifv.report.findings import TITLES, findings_html, rloo_html
 from rlaifv.report.page import benchmarks_html, plan_html, recall_lost, summarize
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
@@ -236,3 +236,25 @@ def test_the_page_of_the_committed_numbers_is_whole_and_says_iteration(tmp_path)
     for name in (e[key] for group in groups.values() for e in group["experiments"] for key in ("asks", "name")):
         ours = ours.replace(name, "")
     assert not re.search(r"\brounds?\b", ours, re.IGNORECASE), "the word is iteration"
+
+
+def test_reinforcement_learning_stands_beside_dpo_and_says_of_which_base_model():
+    row = {key: value for key, value in RATES.items() if key != "yes_no"}
+    row |= {"judged": 0.25, "judged_interval": (0.2, 0.3), "kl": 0.5}
+    log = [{"step": step, "judged_hallucination": 0.3, "tokens": 40.0, "kl": 0.01} for step in (1, 2)]
+    learned = row | {"samples": 3968, "tokens": 1e6, "tflop": 1.5}
+    result = {
+        "base": "aaaaaaaa",
+        "rows": {"base": row, "DPO": learned | {"minutes": 3.5}, "anchored": learned},
+        "tests": {"anchored against DPO": {"recall": TEST}},
+        "weights": {"anchored": {"claims": 0.33, "length": 1.0}},
+        "last_steps": {"anchored": {"claims": -0.4}},
+        "logs": {"anchored": log},
+        "compared": 500,
+    }
+    html = rloo_html(result, "aaaaaaaa")
+    assert "<td>25.0 <small>(20.0–30.0)</small></td>" in html and "another base model" not in html
+    assert "<td>3968</td>" in " ".join(html.split()) and "<td>3.5</td>" in html
+    assert "anchored against DPO" in html and "-30.0 points" in html
+    assert "<td>0.33 × -0.400</td>" in html and "<td>1.0 × –</td>" in html  # no answer had that reward
+    assert "another base model" in rloo_html(result, "bbbbbbbb")
