@@ -1,0 +1,130 @@
+"""What a case of the attack is, and how cases are run: each in a process of its own, some at a time."""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE = (
+    "random kills",
+    "kill inside train's clean-up",
+    "disk full",
+    "low memory",
+    "not a number",
+    "parameter files",
+    "prepare: files, rows, images",
+    "special tokens and odd text",
+    "broken model folders",
+    "served-labeler habits",
+    "corrupt scratch and records",
+    "corrupt training state",
+    "chat, export",
+    "DVC",
+)
+"""The kinds of attack, in the order of the table."""
+
+
+class Attempts:
+    """Where a case says what it tried: one line of JSON each, so that nothing is lost when its process dies."""
+
+    def __init__(self, file: Path, seed: str, folder: Path) -> None:
+        self.file, self.folder = file, folder
+        self.random = random.Random(seed)
+
+    def note(self, kind: str, name: str, problem: str = "") -> None:
+        assert kind in TABLE, kind
+        with self.file.open("a") as stream:
+            stream.write(json.dumps([kind, name, problem]) + "\n")
+
+    @contextmanager
+    def attack(self, kind: str, name: str) -> Iterator[None]:
+        """One attack: handled when nothing is raised."""
+        try:
+            yield
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.note(kind, name, f"{type(error).__name__} in line {where.lineno} of {where.name}: {error}")
+        else:
+            self.note(kind, name)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of the attack, of one or several kinds. `work` gets an empty folder and the whole run in `whole`; with
+    `needs_whole` it begins when that is there."""
+
+    name: str
+    kinds: tuple[str, ...]
+    work: Callable[[Attempts, Path], None]
+    needs_whole: bool = True
+    seconds: float = 400
+
+
+def run_cases(cases: Sequence[Case], build: Case, work: Path, seed: int, at_once: int) -> list[tuple[str, str, str]]:
+    """Run `build`, which makes the whole run where a case needs one, and the cases, the first first; returns (kind,
+    name, problem) of every attack."""
+    whole, context = work / "whole", multiprocessing.get_context("fork")
+    waiting = [*([build] if any(case.needs_whole for case in cases) else []), *cases]
+    running: dict[multiprocessing.Process, tuple[Case, Path, float]] = {}
+    ready, found = False, []
+    while waiting or running:
+        fit = [case for case in waiting if ready or not case.needs_whole]
+        while fit and len(running) < at_once:
+            case = fit.pop(0)
+            waiting.remove(case)
+            file = work / f"{case.name.replace('/', '-').replace(' ', '-')}.jsonl"
+            process = context.Process(target=run_one, args=(case, file, f"{seed}/{case.name}", work, whole))
+            process.start()
+            running[process] = (case, file, time.monotonic())
+        time.sleep(0.1)
+        for process, (case, file, began) in list(running.items()):
+            if process.is_alive() and time.monotonic() - began > case.seconds:
+                process.kill()
+            if process.is_alive():
+                continue
+            process.join()
+            del running[process]
+            told = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            if process.exitcode != 0:
+                log = file.with_suffix(".log")
+                told.append([case.kinds[0], case.name, f"ended with exit code {process.exitcode}: see {log}"])
+            minutes = (time.monotonic() - began) / 60
+            bad = sum(bool(problem) for _, _, problem in told)
+            print(f"{case.name}: {len(told)} tried, {bad} not handled, {minutes:.1f} minutes", flush=True)
+            found += map(tuple, told)
+            ready = ready or (case is build and process.exitcode == 0)
+            if case is build and not ready:
+                waiting = [case for case in waiting if not case.needs_whole]
+    return found
+
+
+def run_one(case: Case, file: Path, seed: str, work: Path, whole: Path) -> None:
+    """In the case's own process: what it prints goes to a log beside its attempts."""
+    os.setsid()
+    log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    folder = work / file.stem
+    folder.mkdir()
+    case.work(Attempts(file, seed, folder), whole)
+
+
+def print_table(found: Sequence[tuple[str, str, str]]) -> int:
+    """The table, then every attack that was not handled; returns the exit code."""
+    width = max(map(len, TABLE))
+    print(f"\n| {'attack':{width}} | tried | handled well |\n|{'-' * (width + 2)}|------:|-------------:|")
+    for kind in TABLE:
+        if problems := [problem for of, _, problem in found if of == kind]:
+            print(f"| {kind:{width}} | {len(problems):5} | {problems.count(''):12} |")
+    wrong = [entry for entry in found if entry[2]]
+    total = f"{len(found) - len(wrong)} of {len(found)} attacks handled well"
+    print(f"\n{total}" + "".join(f"\nNOT HANDLED {kind}: {name}: {problem}" for kind, name, problem in wrong))
+    sys.stdout.flush()
+    return 1 if wrong or not found else 0
