@@ -57,27 +57,28 @@ class Attempts:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of the attack, of one or several kinds. `work` gets an empty folder and the whole run in `whole`; with
+    """A piece of the attack, of one or several kinds. `work` gets a folder to make and the whole run in `whole`; with
     `needs_whole` it begins when that is there."""
 
     name: str
     kinds: tuple[str, ...]
     work: Callable[[Attempts, Path], None]
     needs_whole: bool = True
-    seconds: float = 400
+    seconds: float = 600
 
 
-def run_cases(cases: Sequence[Case], build: Case, work: Path, seed: int, at_once: int) -> list[tuple[str, str, str]]:
-    """Run `build`, which makes the whole run where a case needs one, and the cases, the first first; returns (kind,
-    name, problem) of every attack."""
+def run_cases(cases: Sequence[Case], work: Path, seed: int, at_once: int) -> list[tuple[str, str, str]]:
+    """Run the cases, the first first, and before them the whole run that some are compared with, unless it is there;
+    returns (kind, name, problem) of every attack."""
+    from siege import WHOLE
+
     whole, context = work / "whole", multiprocessing.get_context("fork")
-    waiting = [*([build] if any(case.needs_whole for case in cases) else []), *cases]
+    there = whole.is_dir()
+    waiting = [*cases] if there or not any(case.needs_whole for case in cases) else [WHOLE, *cases]
     running: dict[multiprocessing.Process, tuple[Case, Path, float]] = {}
-    ready, found = False, []
+    found: list[tuple[str, str, str]] = []
     while waiting or running:
-        fit = [case for case in waiting if ready or not case.needs_whole]
-        while fit and len(running) < at_once:
-            case = fit.pop(0)
+        while len(running) < at_once and (case := next((c for c in waiting if there or not c.needs_whole), None)):
             waiting.remove(case)
             file = work / f"{case.name.replace('/', '-').replace(' ', '-')}.jsonl"
             process = context.Process(target=run_one, args=(case, file, f"{seed}/{case.name}", work, whole))
@@ -91,17 +92,16 @@ def run_cases(cases: Sequence[Case], build: Case, work: Path, seed: int, at_once
                 continue
             process.join()
             del running[process]
-            told = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            told = [tuple(json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
             if process.exitcode != 0:
                 log = file.with_suffix(".log")
-                told.append([case.kinds[0], case.name, f"ended with exit code {process.exitcode}: see {log}"])
-            minutes = (time.monotonic() - began) / 60
-            bad = sum(bool(problem) for _, _, problem in told)
+                told.append((case.kinds[0], case.name, f"ended with exit code {process.exitcode}: see {log}"))
+            bad, minutes = sum(bool(problem) for *_, problem in told), (time.monotonic() - began) / 60
             print(f"{case.name}: {len(told)} tried, {bad} not handled, {minutes:.1f} minutes", flush=True)
-            found += map(tuple, told)
-            ready = ready or (case is build and process.exitcode == 0)
-            if case is build and not ready:
-                waiting = [case for case in waiting if not case.needs_whole]
+            found += told
+            if case is WHOLE:
+                there = process.exitcode == 0
+                waiting = [case for case in waiting if there or not case.needs_whole]
     return found
 
 
@@ -111,9 +111,7 @@ def run_one(case: Case, file: Path, seed: str, work: Path, whole: Path) -> None:
     log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    folder = work / file.stem
-    folder.mkdir()
-    case.work(Attempts(file, seed, folder), whole)
+    case.work(Attempts(file, seed, work / file.stem), whole)
 
 
 def print_table(found: Sequence[tuple[str, str, str]]) -> int:

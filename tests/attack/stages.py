@@ -39,7 +39,8 @@ class Stage:
     def outs(self) -> list[str]:
         """What it writes, below the checkout; its executed notebook is left out, no two of which are equal."""
         name = self.notebook.partition("_")[2] + ("_base" if self.iteration == "0" else "")
-        found = [out.replace("${key}", str(self.iteration)) for out in stage_definition(name)["outs"]]
+        outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage_definition(name)["outs"]]
+        found = [out.replace("${key}", str(self.iteration)) for out in outs]
         return [out for out in found if not out.startswith("runs/")]
 
     def __str__(self) -> str:
@@ -181,15 +182,24 @@ def kill(_: psutil.Process, kernel: psutil.Process) -> None:
 
 
 @contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
-    """A file system of `size` bytes in an empty folder; gives what makes it large. None where this user may not mount
-    one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "attack", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
+def own_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
+    """A file system of its own in a new folder; gives what leaves so many bytes free on it. None where this user may
+    not mount one."""
+    folder.mkdir(parents=True)
+
+    def mount(options: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", options, "attack", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    def leave(free: int) -> None:
+        disk = os.statvfs(folder)
+        size = (disk.f_blocks - disk.f_bfree) * disk.f_frsize + free
+        assert mount(f"remount,size={size}") == 0
+
+    if not shutil.which("mount") or mount("size=1g") != 0:
         yield None
         return
     try:
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+        yield leave
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
