@@ -1,14 +1,25 @@
-"""Every stage with a full disk, with little memory and with a kernel that is killed, one after the other: each time it
-ends in one line, and when the cause is gone the same command ends in the bytes of an uninterrupted run."""
+"""Every stage with a full disk, with little memory, with a kernel that is killed and with a model that turns NaN, one after
+the other: each time it ends in one line, and when the cause is gone the same command ends in the bytes of an
+uninterrupted run."""
 
+import re
 from functools import partial
 from pathlib import Path
 
 import psutil
 from harness import Attempts, Case
-from stages import STAGES, Stage, copy_run, kill, make_checkout, own_disk, run_stage, same_bytes
+from stages import STAGES, Done, Stage, copy_run, kill, make_checkout, own_disk, run_stage, same_bytes
 
-DISK, MEMORY = "disk full", "low memory"
+DISK, MEMORY, NAN = "disk full", "low memory", "not a number"
+TURNS_NAN = {
+    "exam": "rlaifv.inference.yes_no next_token_logprobs 1",
+    "evaluate@0": "rlaifv.inference.sampling logits_of 20",
+    "generate@1": "rlaifv.inference.sampling logits_of 50",
+    "divide@1": "rlaifv.inference.sampling logits_of 50",
+    "feedback@1": "rlaifv.inference.yes_no next_token_logprobs 1",
+    "train@1": "rlaifv.training.dpo PairScorer.forward 20",
+}
+"""Stage → where its model begins to compute NaN half-way: module, function, call."""
 CPU = "cpu.txt"
 """In the whole run: what the kernel of each stage used."""
 
@@ -48,11 +59,17 @@ def besiege(attempts: Attempts, whole: Path, stage: Stage) -> None:
             line = run_stage(folder, stage, moment, kill).one_line(notebook)
             assert "the kernel was killed, usually for memory" in line and "goes on where it was" in line, line
         with attempts.attack(MEMORY, f"address-space limit in {stage}"):
-            done = run_stage(folder, stage, moment, no_more_memory)
-            if done.code:  # else what it had was enough
-                assert "memory" in done.one_line(notebook), done.one_line(notebook)
+            spare = chance.randrange(4 << 20, 256 << 20)
+            done = run_stage(folder, stage, moment, partial(no_more_memory, spare=spare))
+            if done.code:  # else what it had was enough; IPython may print why it had none to say what was wrong
+                line = Done(done.code, done.text.replace("Traceback", "…"), 0).one_line(notebook)
+                assert "memory" in line, line
+        if str(stage) in TURNS_NAN:
+            with attempts.attack(NAN, f"not a number half-way in {stage}"):
+                done = run_stage(folder, stage, ATTACK_FAULT=f"nan {TURNS_NAN[str(stage)]}")
+                assert re.search("not finite|NaN|is nan", done.one_line(notebook)), done.one_line(notebook)
         done = run_stage(folder, stage)
-        for kind in (DISK, MEMORY):
+        for kind in (DISK, MEMORY, *([NAN] if str(stage) in TURNS_NAN else [])):
             with attempts.attack(kind, f"the same bytes afterwards in {stage}"):
                 assert done.code == 0, done.text[-600:]
                 same_bytes(folder, whole, stage.outs)
@@ -68,11 +85,15 @@ def limit_files(_: psutil.Process, kernel: psutil.Process, size: int) -> None:
     kernel.rlimit(psutil.RLIMIT_FSIZE, (size, size))
 
 
-def no_more_memory(_: psutil.Process, kernel: psutil.Process) -> None:
-    """A few MB more than the kernel has now, and no more."""
-    limit = kernel.memory_info().vms + (4 << 20)
+def no_more_memory(_: psutil.Process, kernel: psutil.Process, spare: int) -> None:
+    """So many bytes more than the kernel has now, and no more."""
+    limit = kernel.memory_info().vms + spare
     kernel.rlimit(psutil.RLIMIT_AS, (limit, limit))
 
 
-SIEGE = [Case(f"siege of {stage}", (DISK, MEMORY), partial(besiege, stage=stage)) for stage in STAGES]
+SIEGE = [
+    Case(f"siege of {stage}", (DISK, MEMORY, NAN), partial(besiege, stage=stage))
+    for stage in sorted(STAGES, key=lambda stage: stage.notebook != "90_report")
+    if str(stage) not in ("evaluate@1", "test@1", "benchmarks@1")  # the notebooks of iteration 0
+]
 WHOLE = Case("whole run", (DISK,), build_whole, needs_whole=False)

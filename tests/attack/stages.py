@@ -51,6 +51,8 @@ STAGES = [Stage(name, "0" if name > "50" else None) for name in BASE] + [Stage(n
 STAGES += [Stage("84_benchmarks", "1"), Stage("90_report")]
 """One iteration, in an order in which they can run."""
 
+NAMED = {str(stage): stage for stage in STAGES}
+
 
 def small(content) -> None:
     """Parameters with which every stage has something to do, in several chunks, and is done in seconds."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from guards import GUARDS, after_import  # noqa: E402
+from guards import GUARDS, after_import
 
 
 def fault(how: str, module: str, name: str, call: str) -> None:
