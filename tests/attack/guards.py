@@ -1,7 +1,7 @@
 """Guards that can be taken out, to see that the attack notices: nothing in rlaifv/ knows of it.
 
-A guard is taken out as soon as its module has been imported, in this process and, by `faults/sitecustomize.py`, in every
-process that a case starts. This file imports nothing heavy: every Python process under attack reads it.
+A guard is taken out as soon as its module has been imported, in this process and, by `faults/sitecustomize.py`, in
+every process that a case starts. This file imports nothing heavy: every Python process under attack reads it.
 """
 
 import importlib.abc

@@ -78,7 +78,7 @@ def hostile_rows() -> list[str]:
     """100 lines of an instruction file, each odd in another way, with ids h0 … h99; not all of them are JSON."""
     questions = [f"Is {token} red?" for token in SPECIAL] + [f"{token}What is it?" for token in SPECIAL]
     questions += [f"What is it? {token}{token}" for token in SPECIAL] + [f"Is it {text}?" for text in TEXTS]
-    questions += [text for text in TEXTS] + ["What? " * 20_000, "<image>" * 1000, "<image>\nWhat is it?", " ", "?"]
+    questions += [*TEXTS, "What? " * 20_000, "<image>" * 1000, "<image>\nWhat is it?", " ", "?"]
     lines = [json.dumps({"id": f"h{n}", "image_path": IMAGE, "question": text}) for n, text in enumerate(questions)]
     odd = ["\ud800 half", ["a", "list"], {"deep": {"er": [1]}}, None, False, 7, float("nan")]
     odd += ["\ufeffWhat is it?"]
@@ -138,32 +138,27 @@ def account(attempts: Attempts, kind: str, folder: Path, rows: list[str]) -> Non
     data = folder / "data"
     prepared = {row["id"] for row in read_jsonl(data / "prepared" / "train.jsonl")}
     refused = read_jsonl(data / "prepared" / "rejects.jsonl")
-    reasons = {int(re.match(r"train\.jsonl:(\d+)", r["reason"])[1]): r for r in refused if "train.jsonl" in r["reason"]}
-    parts = {
-        name: (
-            read_jsonl(data / "iterations/1" / name / file),
-            read_jsonl(data / "iterations/1" / name / "rejects.jsonl"),
-        )
-        for name, file in (("candidates", "candidates.jsonl"), ("claims", "claims.jsonl"))
-    }
-    candidates, lost = parts["candidates"]
+    where = [re.match(r"train\.jsonl:(\d+): ", row["reason"]) for row in refused]
+    reasons = {int(place[1]): row["reason"] for place, row in zip(where, refused, strict=True) if place}
+    made = data / "iterations" / "1"
+    candidates, lost = (read_jsonl(made / "candidates" / f"{name}.jsonl") for name in ("candidates", "rejects"))
     answers = {(row["instruction_id"], row["sample"]) for row in candidates}
     answers |= {(row["id"].rpartition("#")[0], int(row["id"].rpartition("#")[2])) for row in lost}
     for number, line in enumerate(rows, start=1):
         with attempts.attack(kind, f"row {number} is used or refused with a reason: {line[:60]}"):
             if number in reasons:
-                assert len(reasons[number]["reason"].splitlines()) == 1
+                assert len(reasons[number].splitlines()) == 1
                 continue
             name = str(json.loads(line)["id"])
             assert name in prepared, "neither among the instructions nor among the rejects"
             assert {(name, 0), (name, 1)} <= answers, "an answer of two is lost"
     with attempts.attack(kind, "every answer has claims or a reason"):
-        claims, lost = parts["claims"]
+        claims, lost = (read_jsonl(made / "claims" / f"{name}.jsonl") for name in ("claims", "rejects"))
         done = {row["candidate_id"] for row in claims} | {row["id"] for row in lost}
         assert {row["id"] for row in candidates} == done
 
 
 ODD_INPUT = [
-    Case("special tokens and odd text", ("special tokens and odd text",), hostile_run),
+    Case("hostile run", ("special tokens and odd text",), hostile_run),
     Case("parameter files", ("parameter files",), parameters, needs_whole=False),
 ]

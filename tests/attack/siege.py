@@ -1,5 +1,5 @@
-"""Every stage with a full disk, with little memory, with a kernel that is killed and with a model that turns NaN, one after
-the other: each time it ends in one line, and when the cause is gone the same command ends in the bytes of an
+"""Every stage with a full disk, with little memory, with a kernel that is killed and with a model that turns NaN, one
+after the other: each time it ends in one line, and when the cause is gone the same command ends in the bytes of an
 uninterrupted run."""
 
 import re
