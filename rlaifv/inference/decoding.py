@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlaifv.inference.memory import budget_for, sampling_bytes
-from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
+from rlaifv.inference.sampling import Decoding, Prompt, SeeNaN, generate, generate_batch, refuse_nan
 from rlaifv.vlm.chat_format import encode
 from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -25,6 +25,7 @@ def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens:
     """The best of `beams` beams for each prompt, by transformers' own search, whatever the checkpoint's defaults are.
 
     Only prompts of one length with like images share a batch: nothing is padded, so a neighbor changes no answer.
+    Raises FloatingPointError where the model computes NaN.
     """
     search = {"num_beams": beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
     encoded = [encode(vlm, prompt.image, prompt.text) for prompt in prompts]
@@ -34,7 +35,10 @@ def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens:
     answers = [""] * len(prompts)
 
     def search_batch(places: list[int]) -> list[list[int]]:
-        return generate(vlm, [encoded[place] for place in places], max_new_tokens, **search)
+        seen = SeeNaN()
+        found = generate(vlm, [encoded[place] for place in places], max_new_tokens, [seen], **search)
+        refuse_nan(vlm, seen.nan)
+        return found
 
     for (_, length), places in groups.items():
         each = sampling_bytes(vlm, 0, beams, length + max_new_tokens)  # every beam has the prompt to itself

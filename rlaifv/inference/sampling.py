@@ -291,14 +291,24 @@ def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
     return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
 
 
-class DrawFromStream(LogitsProcessor):
-    """Leaves transformers' own sampling loop one token to choose: the one that the stream draws."""
+class SeeNaN(LogitsProcessor):
+    """Notes whether transformers' own decoding was ever given NaN; changes nothing."""
 
-    def __init__(self, uniforms: np.ndarray, decoding: Decoding):
-        self.uniforms, self.decoding, self.step, self.nan = torch.from_numpy(uniforms), decoding, 0, False
+    nan = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.nan |= bool(scores.isnan().any())
+        return scores
+
+
+class DrawFromStream(SeeNaN):
+    """Leaves transformers' own sampling loop one token to choose: the one that the stream draws."""
+
+    def __init__(self, uniforms: np.ndarray, decoding: Decoding):
+        self.uniforms, self.decoding, self.step = torch.from_numpy(uniforms), decoding, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        super().__call__(input_ids, scores)
         chosen = draw(scores.float(), self.uniforms[:, self.step].to(scores.device), self.decoding)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)

@@ -104,7 +104,7 @@ def dvc(folder: Path, *command: str) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=900)
     return process.returncode, text
 
 

@@ -90,7 +90,7 @@ GUARDS = {
     "image_root": Guard(
         "no image outside prepare.image_root is read",
         {"rlaifv.steps.prepare": put(inside=lambda folder, name: folder / name)},
-        "hostile rows in prepare",
+        "tests/steps/test_prepare.py",
     ),
     "finite": Guard(
         "what is computed from NaN is no judgement",
@@ -98,21 +98,21 @@ GUARDS = {
             "rlaifv.records": nan_is_a_number,
             "rlaifv.steps.feedback": put(math=SimpleNamespace(isfinite=lambda number: True)),
         },
-        "not a number in feedback",
+        "tests/steps/test_feedback.py",
     ),
     "dead_kernel": Guard(
         "a kernel that was killed is one line",
         {"papermill": dead_kernels_are_unknown},
-        "siege of pairs@1",
+        "tests/test_run.py",
     ),
     "escape": Guard(
         "texts are escaped in pages",
         {"rlaifv.report.render": html_as_it_is},
-        "names that are scripts",
+        "tests/report",
     ),
     "whole_parts": Guard(
         "what a training run left is checked before it is published or gone on from",
         {"rlaifv.training.run_folder": put(broken=lambda run, parts: None)},
-        "tests/training/test_broken_runs.py",
+        "corrupt training state",
     ),
 }

@@ -64,7 +64,7 @@ class Case:
     kinds: tuple[str, ...]
     work: Callable[[Attempts, Path], None]
     needs_whole: bool = True
-    seconds: float = 600
+    seconds: float = 1800
 
 
 def run_cases(cases: Sequence[Case], work: Path, seed: int, at_once: int) -> list[tuple[str, str, str]]:

@@ -65,7 +65,7 @@ def repro(folder: Path, moment: float | None = None, who: str = "", how: int = 0
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        family, killed, end = [dvc], False, time.monotonic() + 400
+        family, killed, end = [dvc], False, time.monotonic() + 1200
         while any(map(psutil.Process.is_running, alive(family))) and time.monotonic() < end:
             time.sleep(0.05)
             family = [dvc, *descendants(family)]
@@ -148,6 +148,6 @@ def kill_in_clean_up(attempts: Attempts, whole: Path) -> None:
 
 
 KILL_CASES = [
-    Case("kills of dvc repro", ("random kills",), kill_at_random, seconds=900),
+    Case("kills of dvc repro", ("random kills",), kill_at_random),
     Case("kills inside train's clean-up", ("kill inside train's clean-up",), kill_in_clean_up),
 ]

@@ -41,6 +41,12 @@ TIDY = "tidies_up or again_at_once or nothing_in_out or fails_all"
 ORDINARY = [
     tests("kill inside train's clean-up", "tests/training/test_broken_runs.py", chosen=TIDY),
     tests("corrupt training state", "tests/training/test_broken_runs.py", chosen=f"not ({TIDY})"),
+    tests("low memory", "tests/test_run.py", chosen="memory or killed or written or full or stopped"),
+    tests(
+        "not a number",
+        *("tests/steps/test_feedback.py", "tests/inference/test_sampling.py", "tests/evaluation/test_hallucination.py"),
+        chosen="nan or no_number",
+    ),
     tests("parameter files", "tests/test_params.py", chosen="refused or one_line or spelling or hint or names"),
     tests("prepare: files, rows, images", "tests/steps/test_prepare.py", "tests/vlm/test_images.py"),
     tests("broken model folders", "tests/vlm/test_weights.py", "tests/vlm/test_broken_folders.py"),

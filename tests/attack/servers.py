@@ -92,4 +92,4 @@ def servers(attempts: Attempts, whole: Path) -> None:
         assert not found and KEY not in said, f"the key is in {found or 'what was printed'}"
 
 
-SERVERS = [Case("served labeler", ("served-labeler habits", "not a number"), servers, seconds=900)]
+SERVERS = [Case("served labeler", ("served-labeler habits", "not a number"), servers)]

@@ -124,7 +124,7 @@ def run_stage(
     stage: Stage,
     at: float | None = None,
     act: Callable[[psutil.Process, psutil.Process], None] = lambda runner, kernel: None,
-    timeout: float = 240,
+    timeout: float = 900,
     **settings: str,
 ) -> Done:
     """Run a stage; once its kernel has used `at` seconds of processor time, `act` on the runner and the kernel."""
