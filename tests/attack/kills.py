@@ -67,7 +67,7 @@ def repro(folder: Path, moment: float | None = None, who: str = "", how: int = 0
         )
         family, killed, end = [dvc], False, time.monotonic() + 1200
         while any(map(psutil.Process.is_running, alive(family))) and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(0.2)
             family = [dvc, *descendants(family)]
             if moment is not None and not killed and sum(map(used, family)) >= moment:
                 send(family, who, how)
@@ -128,7 +128,6 @@ CLEAN_UP = (
     "rlaifv.training.job remove 0",
     "rlaifv.training.run_folder remove 1",
     "rlaifv.training.run_folder link_or_copy 3",
-    "rlaifv.training.run_folder remove 4",
     "rlaifv.training.job remove 1",
 )
 """Where train is killed once it has trained, in this order: the function, and before which of its calls."""

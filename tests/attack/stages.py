@@ -138,7 +138,7 @@ def run_stage(
         try:
             while runner.poll() is None:
                 assert time.monotonic() < end, f"{stage} did not end within {timeout:g} seconds"
-                time.sleep(0.03)
+                time.sleep(0.1)
                 kernel = kernel or kernel_of(runner)
                 cpu = max(cpu, processor_time(kernel))
                 if at is not None and kernel and cpu >= at:
