@@ -6,9 +6,10 @@ from pathlib import Path
 
 from checkout import edit_params
 from harness import Attempts, Case
+from markupsafe import escape
 from stages import NAMED, Stage, copy_run, make_checkout, run_stage
 
-from rlaifv.records import read_jsonl
+from rlaifv.records import read_jsonl, write_jsonl
 
 PARAMETERS = (
     *[("seed", value) for value in (-1, 2**32, 1.5, "1", None, True)],
@@ -121,6 +122,8 @@ def hostile_run(attempts: Attempts, whole: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in tests)
     (folder / "data" / "hostile" / "test.jsonl").write_text(text)
     for name in ("prepare", "generate@1", "divide@1", "feedback@1", "pairs@1", "train@1", "test@0", "test@1", "report"):
+        if name == "report":
+            spoil_gallery(folder)
         with attempts.attack(kind, f"{name} ends well"):
             done = run_stage(folder, NAMED[name])
             assert done.code == 0, done.text[-800:]
@@ -130,7 +133,23 @@ def hostile_run(attempts: Attempts, whole: Path) -> None:
     account(attempts, kind, folder, rows)
     with attempts.attack(kind, "the report shows texts as text"):
         page = (folder / "plots" / "report.html").read_text()
-        assert "&lt;script&gt;alert" in page and "<script>alert" not in page and "$x_{$" in page
+        assert "<script>alert" not in page and "<img src=x" not in page
+        missing = [text for text in IN_GALLERY if escape(text) not in page]
+        assert not missing, f"the page lacks {missing}"
+
+
+IN_GALLERY = ("<script>alert(7)</script>", "$x_{$ costs $5", '"><img src=x onerror=alert(7)>', "</s> &amp; <image>")
+
+
+def spoil_gallery(folder: Path) -> None:
+    """Answers and claims of the gallery, as a model might say them."""
+    for iteration, (answer, claim) in (("0", IN_GALLERY[:2]), ("1", IN_GALLERY[2:])):
+        file = folder / "data" / "results" / iteration / "test" / "gallery.jsonl"
+        rows = read_jsonl(file)
+        for row in rows:
+            row["answer"] = answer
+            row["claims"] = [{"claim": claim, "p_yes": 0.25, "p_no": 0.5}]
+        write_jsonl(file, rows)
 
 
 def account(attempts: Attempts, kind: str, folder: Path, rows: list[str]) -> None:

@@ -46,6 +46,10 @@ def besiege(attempts: Attempts, whole: Path, stage: Stage) -> None:
     moment, bytes_written = usual(whole, stage) * chance.uniform(0.1, 0.95), largest(whole, stage)
     with own_disk(folder) as leave:
         copy_run(whole, folder, stage)
+        if str(stage) in TURNS_NAN:  # first, while all is still to be computed
+            with attempts.attack(NAN, f"not a number half-way in {stage}"):
+                done = run_stage(folder, stage, ATTACK_FAULT=f"nan {TURNS_NAN[str(stage)]}")
+                assert re.search("not finite|NaN|is nan", done.one_line(notebook)), done.one_line(notebook)
         with attempts.attack(DISK, f"{'full disk' if leave else 'file-size limit'} in {stage}"):
             room = chance.randrange(bytes_written)
             if leave:
@@ -65,10 +69,6 @@ def besiege(attempts: Attempts, whole: Path, stage: Stage) -> None:
                 if done.code:  # else what it had was enough; IPython may print why it had none to say what was wrong
                     line = Done(done.code, done.text.replace("Traceback", "…"), 0).one_line(notebook)
                     assert "memory" in line, line
-        if str(stage) in TURNS_NAN:
-            with attempts.attack(NAN, f"not a number half-way in {stage}"):
-                done = run_stage(folder, stage, ATTACK_FAULT=f"nan {TURNS_NAN[str(stage)]}")
-                assert re.search("not finite|NaN|is nan", done.one_line(notebook)), done.one_line(notebook)
         done = run_stage(folder, stage)
         for kind in (DISK, MEMORY, *([NAN] if str(stage) in TURNS_NAN else [])):
             with attempts.attack(kind, f"the same bytes afterwards in {stage}"):
