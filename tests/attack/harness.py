@@ -4,13 +4,17 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 TABLE = (
     "random kills",
@@ -77,32 +81,49 @@ def run_cases(cases: Sequence[Case], work: Path, seed: int, at_once: int) -> lis
     waiting = [*cases] if there or not any(case.needs_whole for case in cases) else [WHOLE, *cases]
     running: dict[multiprocessing.Process, tuple[Case, Path, float]] = {}
     found: list[tuple[str, str, str]] = []
-    while waiting or running:
-        while len(running) < at_once and (case := next((c for c in waiting if there or not c.needs_whole), None)):
-            waiting.remove(case)
-            file = work / f"{case.name.replace('/', '-').replace(' ', '-')}.jsonl"
-            process = context.Process(target=run_one, args=(case, file, f"{seed}/{case.name}", work, whole))
-            process.start()
-            running[process] = (case, file, time.monotonic())
-        time.sleep(0.1)
-        for process, (case, file, began) in list(running.items()):
-            if process.is_alive() and time.monotonic() - began > case.seconds:
-                process.kill()
-            if process.is_alive():
-                continue
-            process.join()
-            del running[process]
-            told = [tuple(json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
-            if process.exitcode != 0:
-                log = file.with_suffix(".log")
-                told.append((case.kinds[0], case.name, f"ended with exit code {process.exitcode}: see {log}"))
-            bad, minutes = sum(bool(problem) for *_, problem in told), (time.monotonic() - began) / 60
-            print(f"{case.name}: {len(told)} tried, {bad} not handled, {minutes:.1f} minutes", flush=True)
-            found += told
-            if case is WHOLE:
-                there = process.exitcode == 0
-                waiting = [case for case in waiting if there or not case.needs_whole]
+    try:
+        while waiting or running:
+            while len(running) < at_once and (case := next((c for c in waiting if there or not c.needs_whole), None)):
+                waiting.remove(case)
+                file = work / f"{case.name.replace('/', '-').replace(' ', '-')}.jsonl"
+                process = context.Process(target=run_one, args=(case, file, f"{seed}/{case.name}", work, whole))
+                process.start()
+                running[process] = (case, file, time.monotonic())
+            time.sleep(0.1)
+            for process, (case, file, began) in list(running.items()):
+                if process.is_alive() and time.monotonic() - began > case.seconds:
+                    end_family(process)
+                if process.is_alive():
+                    continue
+                process.join()
+                del running[process]
+                told = [tuple(json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+                if process.exitcode != 0:
+                    log = file.with_suffix(".log")
+                    told.append((case.kinds[0], case.name, f"ended with exit code {process.exitcode}: see {log}"))
+                bad, minutes = sum(bool(problem) for *_, problem in told), (time.monotonic() - began) / 60
+                print(f"{case.name}: {len(told)} tried, {bad} not handled, {minutes:.1f} minutes", flush=True)
+                found += told
+                if case is WHOLE:
+                    there = process.exitcode == 0
+                    waiting = [case for case in waiting if there or not case.needs_whole]
+    finally:  # interrupted: nothing goes on, and no file system stays mounted
+        for process in running:
+            end_family(process)
+        if shutil.which("umount"):
+            for line in Path("/proc/mounts").read_text().splitlines():
+                if (place := Path(line.split()[1])).is_relative_to(work.resolve()):
+                    subprocess.run(["umount", "--lazy", str(place)])
     return found
+
+
+def end_family(process: multiprocessing.Process) -> None:
+    """Kill a case's process and all that it has started."""
+    with suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+    process.kill()
 
 
 def run_one(case: Case, file: Path, seed: str, work: Path, whole: Path) -> None:
