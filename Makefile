@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo fact-rlhf reward-best-of-n ablations rounds test lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ rehearsals: $(READY) ## rehearse every profile against a hub of look-alikes: a t
 
 test: $(READY) ## run the tests
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+attack: $(READY) ## kills, full disks, low memory, hostile input, failing servers: a table (SEED=1, ARGS="--only kills")
+	python tests/attack $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(READY) ## check code, formatting and that notebooks are stripped
 	ruff check .

@@ -24,6 +24,10 @@ from rlaifv.stage import RUNS
 FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container", re.IGNORECASE)
 """How Python, safetensors and torch.save (whose message names only a line of its source) say that a disk, a quota or
 a limit of a file's size is full."""
+LOW = re.compile(
+    r"Errno 12\b|not enough memory|(can.t|cannot|unable to) allocate|bad_alloc|start new thread", re.IGNORECASE
+)
+"""How Python, torch and C++ say that there is no memory without calling it a MemoryError."""
 NO_ROOM = "no room to write: free some space and run the same command again, it goes on where it was; "
 FEEDBACK = ("20_generate", "30_divide", "40_feedback")
 """The notebooks that make preferences; with `pairs.source` somebody else has made them."""
@@ -105,9 +109,9 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
-        memory = (
-            f"out of memory: {lower(notebook)}; " if error.ename.endswith(("MemoryError", "OutOfMemoryError")) else ""
-        )
+        mute = error.ename == "CellExecutionError"  # the kernel had not even the memory to say why
+        low = mute or error.ename.endswith(("MemoryError", "OutOfMemoryError")) or LOW.search(error.evalue)
+        memory = f"out of memory: {lower(notebook)}, and run the same command again; " if low else ""
         room = NO_ROOM if FULL.search(error.evalue) else ""
         print(f"{notebook.stem}: {memory}{room}{error.ename}: {error.evalue}", file=sys.stderr)
         print(f"the traceback is in {executed}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from checkout import copy_repository, edit_params, environment, run
+from checkout import copy_repository, dvc_repository, edit_params, environment, run
 
 
 def small(content) -> None:
@@ -19,15 +19,6 @@ def small(content) -> None:
     content["divide"].update(batch_size=8)
     content["feedback"].update(batch_size=2)
     content["report"].update(gallery=1)
-
-
-def repository(folder: Path) -> Path:
-    copy_repository(folder, small)
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    run(folder, "dvc", "init", "-q")
-    run(folder, "dvc", "config", "core.analytics", "false")
-    run(folder, "dvc", "config", "core.check_update", "false")
-    return folder
 
 
 def kill_when(folder: Path, pattern: str, timeout: float = 240) -> None:
@@ -50,13 +41,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    folder = repository(tmp_path_factory.mktemp("pipeline") / "whole")
+    folder = dvc_repository(copy_repository(tmp_path_factory.mktemp("pipeline") / "whole", small))
     run(folder, "dvc", "repro", "feedback@1")
     return folder
 
 
 def test_a_dvc_run_killed_in_generate_and_in_feedback_continues_to_the_same_bytes(whole, tmp_path):
-    killed = repository(tmp_path / "killed")
+    killed = dvc_repository(copy_repository(tmp_path / "killed", small))
     kill_when(killed, "generate@1-*/*.jsonl")
     kill_when(killed, "feedback@1-*/*.jsonl")
     run(killed, "dvc", "repro", "feedback@1")

@@ -50,6 +50,25 @@ def test_memory_that_runs_out_names_the_key_to_lower(executed):
     assert code == 1 and line.startswith("20_generate: out of memory: lower generate.batch_size")
 
 
+def test_memory_that_runs_out_inside_torch_or_for_good_names_the_key_too(executed):
+    said = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    for cell in (f"raise RuntimeError({said!r})", 'raise RuntimeError("can\'t start new thread")'):
+        code, (line, _) = executed(cell)
+        assert code == 1 and line.startswith("20_generate: out of memory: lower generate.batch_size")
+
+
+def test_an_executed_notebook_that_cannot_be_written_is_one_line(tmp_path):
+    path = notebook(tmp_path, "1")
+    program = "import resource, sys; from pathlib import Path; from rlaifv import run; "
+    program += f"run.RUNS = Path({str(tmp_path)!r}) / 'runs'; "
+    program += "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); "
+    program += f"sys.exit(run.execute(Path({str(path)!r}), {{}}))"
+    with (tmp_path / "said").open("w") as said:  # a pipe is no file: what is printed has no limit
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=said, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("20_generate: no room to write: free some space"), done.stderr
+
+
 def test_a_disk_that_is_full_is_one_line(executed):
     code, (line, _) = executed("raise OSError(28, 'No space left on device')")
     assert code == 1 and "Errno 28" in line

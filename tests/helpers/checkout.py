@@ -26,6 +26,15 @@ def copy_repository(folder: Path, change=lambda content: None) -> Path:
     return folder
 
 
+def dvc_repository(folder: Path) -> Path:
+    """Make a copy a repository of git and DVC."""
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    run(folder, "dvc", "init", "-q")
+    run(folder, "dvc", "config", "core.analytics", "false")
+    run(folder, "dvc", "config", "core.check_update", "false")
+    return folder
+
+
 def edit_params(folder: Path, change) -> None:
     """Let `change` edit the copy's parameters in place."""
     yaml = YAML()
