@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 from transformers import TextStreamer
@@ -213,6 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(chat.ask_best(question, options.best_of)[0], flush=True)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"chat: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("chat: out of memory: give a smaller --model, image, --best-of or --max-new-tokens")
     except KeyboardInterrupt:
         print()
 

@@ -78,7 +78,7 @@ def run(
         tests = compare_paired(scorer(options.against)[0], scores) if options.against else []
         if options.rows:
             write_jsonl(Path(options.rows), scores.rows)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         if options.json:
             print(json.dumps({"error": str(error)}))
         sys.exit(f"error: {error}")

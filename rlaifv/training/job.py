@@ -3,11 +3,13 @@
 accelerate launch -m rlaifv.training.job JOB.json    # what `train` starts itself for more than one process
 """
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -151,9 +153,8 @@ def launch(job: Path, params: TrainParams, module: str) -> None:
     command += ["--main_process_port", "0", "-m", module, str(job)]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     errors, killed = [], ""
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, preexec_fn=end_with_parent, **pipes) as process:
         try:
             for line in process.stdout:
                 print(line, end="")
@@ -170,6 +171,13 @@ def launch(job: Path, params: TrainParams, module: str) -> None:
         elif re.match(r"\w*(MemoryError|OutOfMemoryError)", first):
             kind = MemoryError
         raise kind(f"training in {params.processes} processes failed: {first}; the same command goes on where it was")
+
+
+def end_with_parent() -> None:
+    """Have the kernel of Linux send SIGTERM to this process when the one that started it dies, however it dies: a
+    kernel that was killed would leave its training behind, which holds the GPUs and the run's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run_job(job: dict) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -293,6 +294,23 @@ def test_a_process_that_dies_is_one_line_with_the_way_out(tmp_path, monkeypatch,
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     with pytest.raises(kind, match=f"^training in 2 processes failed: {said} command goes on where it was$"):
         launch(tmp_path / "job.json", TrainParams(processes=2))
+
+
+STARTS = """
+import subprocess, sys
+from rlaifv.training.job import end_with_parent
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], preexec_fn=end_with_parent)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_what_launches_the_processes_of_a_run_ends_with_the_kernel_that_started_it():
+    with subprocess.Popen([sys.executable, "-c", STARTS], cwd=ROOT, stdout=subprocess.PIPE, text=True) as starter:
+        child = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+    child.wait(timeout=30)
 
 
 def test_two_processes_give_the_losses_of_one(folder, uninterrupted):
