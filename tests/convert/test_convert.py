@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub, settings_for
 from original_llava import pieces, save_adapter, save_original, sentencepiece_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from tiny_llava import save_pairs
 from transformers import AutoModelForImageTextToText
 
 import rlaifv.convert.weights
+from rlaifv import ROOT
 from rlaifv.convert.__main__ import main
 from rlaifv.convert.weights import all_tensors
 from rlaifv.params import load_params
@@ -330,6 +332,7 @@ def test_everybody_may_read_what_was_written(tmp_path):
 PEAKS = """
 import sys
 from pathlib import Path
+from rlaifv import ROOT
 from rlaifv.convert.__main__ import main
 
 def peak():
@@ -355,3 +358,16 @@ def test_a_conversion_holds_less_than_two_files_of_weights(tmp_path):
     largest = max(file.stat().st_size for file in safe.glob("*-of-*"))
     for used in (int(line) for line in done.stdout.splitlines() if line.isdigit()):
         assert largest / 4 < used < 2 * largest, f"{used / largest:.2f} files"
+
+
+def test_of_a_hub_repository_what_is_needed_is_fetched(tmp_path):
+    source = save_original(tmp_path / "a", tower=False, bin=True, shards=2, mm_vision_tower="openai/clip")
+    (source / "mm_projector.bin").write_bytes(b"of an earlier training stage")
+    with Hub() as hub:
+        hub.push("owner/model", source)
+        hub.push("openai/clip", tmp_path / "a" / "clip")
+        settings = settings_for(hub.endpoint, tmp_path / "home")
+        command = [sys.executable, "-m", "rlaifv.convert", "owner/model", str(tmp_path / "out")]
+        subprocess.run(command, env=settings, cwd=ROOT, check=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    assert not list((tmp_path / "home").rglob("mm_projector.bin"))
