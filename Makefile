@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's
 	dvc repro experiments/dvc.yaml:rloo_compare
 	dvc repro --single-item --force report
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
+
+rloo-scored: $(READY) ## the same against each learned reward model, without and with the length anchor (about an hour)
+	dvc repro experiments/dvc.yaml:rloo_scored_compare
+	dvc repro --single-item --force report
+	@echo "figure: plots/rloo_scored.png, numbers: metrics/rloo_scored.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.profiles.experiments ablations

@@ -353,6 +353,12 @@ class RewardWeights(Section):
     stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
     correct: NotNegative  # the right answer to a question that has one
     reward_model: NotNegative  # a learned reward model's score
+    scored_by: FileName | None  # that model's entry of reward_runs
+
+    @property
+    def of_rewards(self) -> dict[str, float]:
+        """The weights by reward."""
+        return {name: value for name, value in vars(self).items() if name != "scored_by"}
 
 
 class RlooParams(Section):
@@ -504,8 +510,11 @@ def _rloo_problems(params: Params) -> Iterator[str]:
     if rloo.checkpoints > rloo.steps:
         yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
     for name, weights in params.rloo_runs.items():
-        if not any(vars(weights).values()):
+        if not any(weights.of_rewards.values()):
             yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
+        if bool(weights.reward_model) != (weights.scored_by in params.reward_runs):
+            known = ", ".join(params.reward_runs)
+            yield f"rloo_runs.{name}.scored_by: a weight of reward_model needs one of {known}; no weight needs null"
 
 
 def _train_problems(params: TrainParams) -> Iterator[str]:

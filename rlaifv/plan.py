@@ -414,7 +414,8 @@ def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Mac
     row, longest = (image + PROMPT + answer for image in (policy.image, policy.largest))
     passes = 5 + train.gradient_checkpointing - (train.lora_r > 0)
     tokens, seconds = asked(policy, machine, rloo.prompts, rloo.samples, rloo.prompts, rloo.max_new_tokens)
-    flops = 2 * policy.active * (tokens + answers * row * passes)
+    seen = rloo.prompts + 3 * answers  # the tower looks again in each of TRL's forward passes
+    flops = 2 * policy.active * (tokens + answers * row * passes) + seen * policy.seeing
     launches = answers / rloo.micro_batch_size * passes * policy.layers
     seconds += max(
         2 * policy.active * answers * row * passes / (machine.flops * UTILIZATION), launches * machine.launch

@@ -30,8 +30,9 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
-    if (file := metrics / "rloo.json").is_file():
-        sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
+    for file in (metrics / "rloo.json", metrics / "rloo_scored.json"):
+        if file.is_file():
+            sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
     return Markup().join(sections)
 
 
@@ -93,4 +94,5 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
 
 def rloo_html(result: Mapping, base: str) -> Markup:
     """The section on reinforcement learning beside DPO; `base` is the fingerprint of this run's base model."""
-    return render("rloo.html", result=result, base=base, figure=plots.rloo(result["logs"]))
+    judge = "a reward model" if any(weights["reward_model"] for weights in result["weights"].values()) else "claims"
+    return render("rloo.html", result=result, base=base, judge=judge, figure=plots.rloo(result["logs"]))

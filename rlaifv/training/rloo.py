@@ -227,7 +227,7 @@ class ClaimTrainer(RLOOTrainer):
         self.image_root = image_root
         self.rewards: dict[str, list[float | None]] = {}  # of this step's answers, by name
         self.answers: list[list[Generation]] = []  # this step's, by task
-        weighed = {name: weight for name, weight in vars(weights).items() if weight}
+        weighed = {name: weight for name, weight in weights.of_rewards.items() if weight}
         # TRL puts a prompt's padding on the left; the policy's own processor is written with its checkpoints
         processor = copy.deepcopy(vlm.processor)
         processor.tokenizer.padding_side = "left"

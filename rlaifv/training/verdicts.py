@@ -9,6 +9,7 @@ from statistics import fmean
 
 from PIL import Image
 
+from rlaifv.inference.reward import Rated, score
 from rlaifv.inference.sampling import Generation
 from rlaifv.inference.server import ServedLabeler
 from rlaifv.inference.yes_no import judge_fit, load_labeler, look
@@ -19,9 +20,13 @@ from rlaifv.training.rewards import Judged
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_model
+from rlaifv.vlm.reward_format import RewardModel, load_reward_model
 
 Prompted = tuple[Image.Image, str, Sequence[str], Sequence[str]]
 """Image, question, answers to it, and facts."""
+
+Score = Callable[[Sequence[Prompted]], list[list[float]]]
+"""A reward model: from prompts to the scores of their answers."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,28 @@ def load_judges(
     suffix: str,
     seed: int,
     image_root: Path,
+    reward_model: Path | None = None,
+    dtype: str = "float32",
 ) -> "Judges":
-    """The judges of a run, without a reward model; all are in memory at once, beside the policy."""
-    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root)
+    """The judges of a run, and the reward model in a folder where there is one; all are in memory at once, beside the
+    policy."""
+    asked = reward_model and scorer(load_reward_model(str(reward_model), dtype=dtype))
+    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root, asked)
+
+
+def scorer(model: RewardModel) -> Score:
+    """A reward model as the judges ask it; it reads facts only where it was trained with them."""
+
+    def ask(prompts: Sequence[Prompted]) -> list[list[float]]:
+        facts = [list(facts) if model.format.facts else None for *_, facts in prompts]
+        return score(model, [Rated(*prompt[:3], known) for prompt, known in zip(prompts, facts, strict=True)])
+
+    return ask
 
 
 @dataclass
 class Judges:
-    """The loaded models that rewards are computed with, and how they are asked; `score` is a reward model, from prompts
-    to the scores of their answers."""
+    """The loaded models that rewards are computed with, and how they are asked; `score` may be None."""
 
     divider: VLM
     labeler: VLM | ServedLabeler
@@ -80,7 +98,7 @@ class Judges:
     suffix: str
     seed: int
     image_root: Path
-    score: Callable[[Sequence[Prompted]], list[list[float]]] | None = None
+    score: Score | None = None
     facts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a task's as claims, divided when first needed
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[Sequence[Generation]]) -> list[list[Judged]]:

@@ -22,8 +22,8 @@ PARAMS = RlooParams(
     compared=2,
 )
 TRAIN = TrainParams(dtype="float32", warmup_ratio=0.0)
-NONE = RewardWeights(claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0)
-WEIGHTS = RewardWeights(claims=1.0, recall=0.0, length=0.5, stop=1.0, correct=0.0, reward_model=0.0)
+NONE = RewardWeights(claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None)
+WEIGHTS = RewardWeights(claims=1.0, recall=0.0, length=0.5, stop=1.0, correct=0.0, reward_model=0.0, scored_by=None)
 TASKS = [Task(f"task-{k}", f"{k}.png", "what is in the image ?", usual=4.0) for k in range(5)]
 """Two steps to a pass: a run of six has three."""
 

@@ -247,7 +247,7 @@ def test_reinforcement_learning_stands_beside_dpo_and_says_of_which_base_model()
         "base": "aaaaaaaa",
         "rows": {"base": row, "DPO": learned | {"minutes": 3.5}, "anchored": learned},
         "tests": {"anchored against DPO": {"recall": TEST}},
-        "weights": {"anchored": {"claims": 0.33, "length": 1.0}},
+        "weights": {"anchored": {"claims": 0.33, "length": 1.0, "reward_model": 0.0}},
         "last_steps": {"anchored": {"claims": -0.4}},
         "logs": {"anchored": log},
         "compared": 500,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rlaifv.inference.yes_no import load_labeler
 from rlaifv.params import ParamsError, ServerParams, check_params, load_params, read_yaml
 from rlaifv.records import ModelRecord
 from rlaifv.tinyworld.scenes import Group, Scene, render
+from rlaifv.training import verdicts
 from rlaifv.training.policy import freeze, load_policy
 from rlaifv.training.rewards import recall
 from rlaifv.training.rloo import ClaimTrainer, RlooResult, StepOrder, Watch, cut_at_control_token, readable
@@ -234,3 +236,21 @@ def test_settings_that_cannot_work_together_are_refused(change, message):
     content["rloo"] |= change
     with pytest.raises(ParamsError, match=message):
         check_params(content, "params.yaml")
+
+
+@pytest.mark.parametrize("changed", [{"scored_by": None}, {"scored_by": "nobody"}, {"reward_model": 0.0}])
+def test_a_run_against_a_reward_model_says_which_and_no_other_run_does(changed):
+    content = read_yaml(ROOT / "params.yaml")
+    content["rloo_runs"]["plain"] |= changed
+    with pytest.raises(ParamsError, match=r"rloo_runs\.plain\.scored_by: a weight of reward_model needs one"):
+        check_params(content, "params.yaml")
+
+
+def test_a_reward_model_reads_facts_only_where_it_was_trained_with_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(verdicts, "score", lambda model, rated: asked.append(rated) or [[1.0]])
+    prompts = [("image", "what ?", ["a cup"], ("There is a cup.",))]
+    for facts in (True, False):
+        model = SimpleNamespace(format=SimpleNamespace(facts=facts))
+        assert verdicts.scorer(model)(prompts) == [[1.0]]
+    assert [rated[0].facts for rated in asked] == [["There is a cup."], None]
