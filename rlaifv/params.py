@@ -445,9 +445,22 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
         yield f"accelerate_config {params.accelerate_config} does not exist"
 
 
+def has_secret(path: str) -> bool:
+    """Whether a server's address holds a user, a password or a query: keys stand there, and a path gets into files."""
+    return bool(re.match(r"https?://([^/?#]*@|[^#]*\?)", path, re.IGNORECASE))
+
+
 def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
+    paths = {f"{role}.path": getattr(params, role).path for role in ("policy", "labeler", "divider")}
+    for name, item in params.benchmarks.items():
+        paths |= {f"benchmarks.{name}.judge.base_url": item.judge.base_url or ""} if item.judge else {}
+    for key, path in paths.items():  # not shown
+        if has_secret(path):
+            yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
+        if key in ("policy.path", "divider.path") and re.match("https?://", path, re.IGNORECASE):
+            yield f"{key}: only the labeler may be behind a server: give a folder or a hub id"
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key

@@ -141,11 +141,13 @@ def measure(model: ModelParams) -> Model:
     Raises FileNotFoundError in one line where that cannot be had.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from rlaifv.vlm.loading import read_config
+
     folder = resolve_checkpoint(model.path, model.revision, files=["config.json"])
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder, model.path)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with torch.device("meta"):
         built = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)

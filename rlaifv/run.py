@@ -80,6 +80,7 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
     # jsonschema would build a grammar of IRIs, 2 seconds of every stage; without that module it leaves them unchecked
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -122,9 +123,10 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
             file=sys.stderr,
         )
         return 1
-    except OSError as error:  # the executed notebook could not be written
+    except (OSError, RuntimeError, NoSuchKernel) as error:  # of papermill and Jupyter themselves
         room = NO_ROOM if FULL.search(str(error)) else ""
-        print(f"{notebook.stem}: {room}{type(error).__name__}: {error}", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"{notebook.stem}: {room}{type(error).__name__}: {said} ({executed})", file=sys.stderr)
         return 1
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name

@@ -1,6 +1,8 @@
 """Parameters are checked in the first second, and an error says key, value and way out."""
 
+import copy
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -155,6 +157,52 @@ def test_whatever_stands_at_a_key_is_taken_or_refused_in_one_line(key, value):
         check_params(content, "params.yaml")
     except ParamsError as error:
         assert str(error).startswith("params.yaml: ") and len(str(error).splitlines()) == 1
+
+
+def leaves(content, place=()):
+    """The keys of all numbers in a parameter file."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*place, key))
+        elif type(value) in (int, float):
+            yield *place, key
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, -0.5, 10**400, True])
+def test_no_number_takes_what_is_not_finite_below_zero_or_too_large(value):
+    numbers = list(leaves(CONTENT))
+    assert len(numbers) > 50
+    for *sections, name in numbers:
+        content = copy.deepcopy(CONTENT)
+        functools.reduce(dict.__getitem__, sections, content)[name] = value
+        with pytest.raises(ParamsError, match=rf"^params\.yaml: {'.'.join([*sections, name])}: expected "):
+            check_params(content, "params.yaml")
+
+
+JUDGE = {"kind": "mmhal", "questions": ["a"], "truth": [], "vocabulary": None, "images": None, "suffix": "", "beams": 1}
+JUDGE |= {"answers": None, "judge": {"name": "x", "prompts": [], "strict_published": False}}
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:s3cret@host:8000/v1#m", "HTTPS://s3cret@host/v1#m", "http://h/v1?k=s3cret#m"]
+)
+def test_an_address_that_holds_a_key_is_refused_and_not_shown(address):
+    for section in ("labeler", "policy", "divider"):
+        with pytest.raises(ParamsError, match=rf"{section}\.path: expected no user, password or query") as caught:
+            check_params(CONTENT | {section: CONTENT[section] | {"path": address}}, "params.yaml")
+        assert "s3cret" not in str(caught.value)
+    entry = JUDGE | {"judge": JUDGE["judge"] | {"base_url": address}}
+    with pytest.raises(ParamsError, match=r"benchmarks\.b\.judge\.base_url: expected no user") as caught:
+        check_params(CONTENT | {"benchmarks": {"b": entry}}, "params.yaml")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_only_the_labeler_may_be_behind_a_server():
+    path = {"path": "http://127.0.0.1:8000/v1#m@1"}
+    check_params(CONTENT | {"labeler": CONTENT["labeler"] | path}, "params.yaml")
+    for section in ("policy", "divider"):
+        with pytest.raises(ParamsError, match=rf"{section}\.path: only the labeler may be behind a server"):
+            check_params(CONTENT | {section: CONTENT[section] | path}, "params.yaml")
 
 
 def test_pairs_of_somebody_else_are_for_one_iteration(tmp_path):

@@ -75,6 +75,22 @@ def test_a_disk_that_is_full_is_one_line(executed):
     assert line.startswith("20_generate: no room to write: free some space and run the same command again")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "no room to write: free some space and run the same command again"),
+        (RuntimeError("Kernel died before replying\nto kernel_info"), "RuntimeError: Kernel died before replying to"),
+    ],
+)
+def test_what_goes_wrong_outside_the_cells_is_one_line_too(executed, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("papermill.execute_notebook", fail)
+    code, (line,) = executed("1")
+    assert code == 1 and said in line and "20_generate.ipynb" in line
+
+
 CAPPED = """
 import resource, sys, torch
 from safetensors.torch import save_file

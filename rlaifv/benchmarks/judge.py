@@ -193,8 +193,8 @@ def open_judge(
             choice = server.complete([{"role": role, "content": text} for role, text in turns if text], **options)
         except (NoReply, ServerRefused) as error:  # also of one row alone, such as a prompt that is too long
             return NoReply(str(error))
-        text = choice.message.content
-        return text if text and text.strip() else NoReply("an empty reply")
+        text = str(choice.message.content or "").encode(errors="replace").decode()  # half a character is in no file
+        return text if text.strip() else NoReply("an empty reply")
 
     def ask(requests: Sequence[Request]) -> Iterator[str | NoReply]:
         with ThreadPoolExecutor(params.concurrency) as pool:
@@ -214,15 +214,19 @@ def judge_server(model: str, base_url: str | None, params: ServerParams, give_up
 
 def load_judge(path: str, *, max_tokens: int = 1024, batch_size: int = 8, device: str = "auto") -> Judge:
     """A judge in this process: a checkpoint folder or hub id of a language model, decoded greedily."""
-    from rlaifv.inference.decoding import best_answers  # here, for a command that asks no model shall start at once
+    from rlaifv.inference.decoding import fit_answers  # here, for a command that asks no model shall start at once
     from rlaifv.inference.sampling import Prompt
+    from rlaifv.vlm.chat_format import UnfitText
     from rlaifv.vlm.loading import load_vlm
 
     model = load_vlm(path, device=device, dtype=None)
 
     def ask(requests: Sequence[Request]) -> list[str | NoReply]:
         prompts = [Prompt(None, "\n\n".join(filter(None, (r.system, r.text)))) for r in requests]
-        replies = best_answers(model, prompts, 1, max_tokens)
-        return [reply or NoReply("an empty reply") for reply in replies]
+        replies = fit_answers(model, prompts, 1, max_tokens)
+        return [
+            NoReply(str(reply)) if isinstance(reply, UnfitText) else reply or NoReply("an empty reply")
+            for reply in replies
+        ]
 
     return Judge(f"{path}@{model.fingerprint}", ask, batch_size)

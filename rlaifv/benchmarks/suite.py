@@ -29,12 +29,14 @@ from rlaifv.evaluation.answers import (
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.fingerprint import digest, digest_files
-from rlaifv.inference.decoding import best_answers
+from rlaifv.inference.decoding import fit_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, Params, ServerParams
 from rlaifv.records import Reject, batched, read_jsonl, write_jsonl
 from rlaifv.results import write_result
+from rlaifv.steps.prepare import IMAGE_PLACES
 from rlaifv.store import Store
+from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import decode_image, open_image
 from rlaifv.vlm.loading import VLM, free_memory, loaded
 
@@ -103,7 +105,8 @@ def answer(
 ) -> None:
     """Let the model answer every benchmark that asks ours: `out`/benchmarks/NAME/answers.jsonl.
 
-    A question whose image is missing or broken goes to `rejects.jsonl` beside the answers, with its reason.
+    A question whose image is missing or broken, or that cannot be put to the model (one of its special tokens is in it,
+    or the context is too short), goes to `rejects.jsonl` beside the answers, with its reason.
 
     Args:
         load: gives the policy; called when a question is left to answer.
@@ -124,13 +127,13 @@ def answer(
             work = partial(_answer_chunk, policy, item=item, max_new_tokens=params.max_new_tokens)
             store.run(batched(questions, params.batch_size), work)
             folder = out / "benchmarks" / name
-            count, without = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
+            count, rejected = store.publish(folder / "answers.jsonl", len(questions), max_reject_rate=1)
             if not count:
                 reason = read_jsonl(folder / "rejects.jsonl")[0]["reason"]
                 raise ValueError(
                     f"benchmarks.{name}: none of {len(questions)} questions can be asked; the first: {reason}"
                 )
-            log.info("%s: %d of %d questions answered, %d without an image", name, count, len(questions), without)
+            log.info("%s: %d of %d questions answered, %d rejected", name, count, len(questions), rejected)
 
 
 def _answer_chunk(
@@ -145,11 +148,13 @@ def _answer_chunk(
             continue
         readable.append(question)
         prompts.append(Prompt(image, f"{question.text} {item.suffix}".strip()))
-    texts = best_answers(policy(), prompts, item.beams, max_new_tokens) if prompts else []
-    rows = [
-        {"question_id": question.id, "image": question.name, "question": question.text, "answer": text}
-        for question, text in zip(readable, texts, strict=True)
-    ]
+    rows, texts = [], fit_answers(policy(), prompts, item.beams, max_new_tokens) if prompts else []
+    for question, text in zip(readable, texts, strict=True):
+        if isinstance(text, UnfitText):
+            rejects.append(Reject(question.id, "benchmarks", str(text)))
+        else:
+            row = {"question_id": question.id, "image": question.name, "question": question.text, "answer": text}
+            rows.append(row)
     return rows, rejects
 
 
@@ -186,6 +191,7 @@ def read_questions(item: BenchmarkParams) -> list[BenchmarkQuestion]:
             names = [value for value in values if not _INLINE.fullmatch(value)]
             files = [table[key] for name in names for key in _image_names(name) if table.get(key)]
             image = next((value for value in values if value not in names), files[0] if files else None)
+            text = IMAGE_PLACES.sub("", text)
             questions.append(BenchmarkQuestion(identity, text, names[0] if names else identity, image))
     return questions
 

@@ -6,6 +6,7 @@ embedded world and real COCO.
 
 import dataclasses
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,16 +20,22 @@ from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import Answer
 from rlaifv.evaluation.bootstrap import compare_paired, intervals
 from rlaifv.evaluation.scores import Scores
-from rlaifv.inference.decoding import best_answers
+from rlaifv.inference.decoding import fit_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.inference.server import ServedLabeler
-from rlaifv.inference.yes_no import judge_many, look
+from rlaifv.inference.yes_no import judge_fit, look
 from rlaifv.params import EvaluateParams
 from rlaifv.records import RATES, Instruction, Reject, batched, read_jsonl, read_records
 from rlaifv.stage import ANNOTATIONS, annotations
+from rlaifv.steps.prepare import IMAGE_PLACES, text_of
 from rlaifv.store import Store
+from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, loaded
+
+log = logging.getLogger(__name__)
+
+P = ("p_yes", "p_no")
 
 CHAIR_RATES = dict(zip(RATES, ("chair_s_refine", "chair_i", "recall"), strict=True))
 """Our names of the rates → CHAIR's."""
@@ -67,25 +74,47 @@ def load_split(name: str, prepared: Path, image_root: Path) -> Split:
     image_ids = {image["file_name"]: str(image["id"]) for image in images}
     if unknown := [i.id for i in instructions if Path(i.image_path).name not in image_ids]:
         raise ValueError(f"{instances} knows no image of {len(unknown)} {name} instructions, first {unknown[0]}")
-    questions = []
-    for row in read_jsonl(asked) if asked.is_file() else []:
-        if row["answer"] not in ("yes", "no"):
-            raise ValueError(f"{asked}: {row['id']}: the answer is yes or no, got {row['answer']!r}")
-        questions.append(Question(row["id"], row["image_path"], row["question"], row["answer"], row["type"]))
+    questions = [read_question(row, asked) for row in (read_jsonl(asked) if asked.is_file() else [])]
     return Split(name, instructions, objects, image_ids, questions, image_root)
 
 
+def read_question(row: dict, file: Path) -> Question:
+    """A row of a file of yes/no questions; ValueError names the file, the row and the field that cannot be used."""
+    try:
+        question = Question(*(text_of(row, field.name) for field in dataclasses.fields(Question)))
+        if question.answer not in ("yes", "no"):
+            raise ValueError(f"the answer is yes or no, got {question.answer!r:.40}")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: {str(row)[:60]}: {error}") from None
+    return dataclasses.replace(question, question=IMAGE_PLACES.sub("", question.question))
+
+
 def model_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
-    """The model's answer to every instruction: rows of `id`, `image`, `question`, `answer`."""
+    """The model's answer to every instruction: rows of `id`, `image`, `question`, `answer`; with a `reason` in the
+    answer's place where the question cannot be put to this model (one of its special tokens, a context too short)."""
     rows = []
     for chunk in batched(split.instructions, params.batch_size):
         prompts = [Prompt(open_image(split.image_root / i.image_path), i.question) for i in chunk]
-        answers = best_answers(vlm, prompts, params.beams, params.max_new_tokens)
+        answers = fit_answers(vlm, prompts, params.beams, params.max_new_tokens)
         rows += [
-            {"id": i.id, "image": i.image_path, "question": i.question, "answer": answer}
+            {"id": i.id, "image": i.image_path, "question": i.question}
+            | ({"reason": str(answer)} if isinstance(answer, UnfitText) else {"answer": answer})
             for i, answer in zip(chunk, answers, strict=True)
         ]
+    tell_left_out(f"{split.name} instructions", vlm, rows)
     return rows
+
+
+def left_out(rows: Sequence[dict]) -> list[dict]:
+    """`id` and `reason` of the rows that a model was not asked."""
+    return [{"id": row["id"], "reason": row["reason"]} for row in rows if "reason" in row]
+
+
+def tell_left_out(what: str, vlm: VLM | ServedLabeler, rows: Sequence[dict]) -> None:
+    """A log line of the rows that `vlm` was not asked."""
+    if lost := left_out(rows):
+        first = f"the first, {lost[0]['id']}: {lost[0]['reason']}"
+        log.warning(f"{len(lost)} of {len(rows)} {what} cannot be put to {vlm.name} and do not count; {first}")
 
 
 def score_answers(answers: Sequence[dict[str, str]], split: Split) -> Scores:
@@ -135,30 +164,42 @@ def paired_test(
 
 
 def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
-    """The model's p_yes and p_no for every yes/no question of the split."""
+    """The model's p_yes and p_no for every yes/no question of the split; a `reason` in their place where the image
+    cannot be read or the question cannot be put to this model."""
     by_image: dict[str, list[Question]] = defaultdict(list)
     for question in split.questions:
         by_image[question.image_path].append(question)
     rows = []
     for chunk in batched(sorted(by_image.items()), batch_size):
-        items = [
-            (look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]) for path, group in chunk
-        ]
-        for (_, group), answers in zip(chunk, judge_many(vlm, items), strict=True):
+        groups, items = [], []
+        for path, group in chunk:
+            try:
+                items.append((look(vlm, split.image_root / path), [f"{q.question} {suffix}" for q in group]))
+                groups.append(group)
+            except (OSError, ValueError) as error:
+                rows += [{"id": q.id, "type": q.type, "answer": q.answer, "reason": str(error)} for q in group]
+        for group, answers in zip(groups, judge_fit(vlm, items), strict=True):
             rows += [
-                {"id": q.id, "type": q.type, "answer": q.answer, "p_yes": p_yes, "p_no": p_no}
-                for q, (p_yes, p_no) in zip(group, answers, strict=True)
+                {"id": q.id, "type": q.type, "answer": q.answer}
+                | ({"reason": str(answer)} if isinstance(answer, UnfitText) else dict(zip(P, answer, strict=True)))
+                for q, answer in zip(group, answers, strict=True)
             ]
-    if lost := [row["id"] for row in rows if not math.isfinite(row["p_yes"] + row["p_no"])]:
+    tell_left_out(f"{split.name} questions", vlm, rows)
+    if lost := [row["id"] for row in rows if "p_yes" in row and not math.isfinite(row["p_yes"] + row["p_no"])]:
         count = f"{len(lost)} of {len(rows)} questions"
         raise FloatingPointError(f"{vlm.name}: P(yes) and P(no) of {count} are not finite, first of {lost[0]}")
     return rows
 
 
 def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
-    """Accuracy and F1 (positive class "yes"), overall and accuracy per question type; a tie counts as "no"."""
+    """Accuracy and F1 (positive class "yes"), overall and accuracy per question type; a tie counts as "no".
+
+    `n` and, where there are any, `rejects` (the questions that were not asked, and why) add up to the questions.
+    """
+    rejects = {"rejects": lost} if (lost := left_out(rows)) else {}
+    rows = [row for row in rows if "reason" not in row]
     if not rows:
-        return {"n": 0}
+        return {"n": 0, **rejects}
     truth = np.array([row["answer"] == "yes" for row in rows])
     said = np.array([row["p_yes"] > row["p_no"] for row in rows])
     hits = truth & said
@@ -168,6 +209,7 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
         "f1": float(2 * hits.sum() / max(truth.sum() + said.sum(), 1)),
         "per_type": {str(t): float((truth == said)[types == t].mean()) for t in sorted(set(types))},
         "n": len(rows),
+        **rejects,
     }
 
 
@@ -184,14 +226,23 @@ def share(split: Split, number: int, of: int) -> Split:
 
 
 def score(answers: Sequence[dict[str, str]], asked: Sequence[dict[str, object]], split: Split) -> dict[str, object]:
-    """All metrics of what `ask` returned."""
-    return {**hallucination(answers, split), "yes_no": yes_no_metrics(asked)}
+    """All metrics of what `ask` returned: `n` and, where there are any, `rejects` (the instructions that were not
+    asked, and why) add up to the split's. Raises ValueError where they do not, and where nothing was asked."""
+    lost = left_out(answers)
+    answered = [row for row in answers if "reason" not in row]
+    if not answered and lost:
+        raise ValueError(f"none of {len(lost)} {split.name} instructions can be asked; the first: {lost[0]['reason']}")
+    metrics = hallucination(answered, split)
+    if metrics["n"] + len(lost) != len(split.instructions):
+        count = f"{metrics['n']} answers and {len(lost)} rejects"
+        raise ValueError(f"{count} are not the {len(split.instructions)} {split.name} instructions")
+    return {**metrics, **({"rejects": lost} if lost else {}), "yes_no": yes_no_metrics(asked)}
 
 
 def measure(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
-    """All metrics of one model on one split, and its answers."""
+    """All metrics of one model on one split, and the rows with its answers."""
     answers, asked = ask(vlm, split, params, suffix)
-    return score(answers, asked, split), answers
+    return score(answers, asked, split), [row for row in answers if "reason" not in row]
 
 
 def evaluate_checkpoints(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlaifv.inference.memory import budget_for, sampling_bytes
-from rlaifv.inference.sampling import Decoding, Prompt, SeeNaN, generate, generate_batch, refuse_nan
-from rlaifv.vlm.chat_format import encode
+from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
+from rlaifv.vlm.chat_format import UnfitText, encode_questions, unfit
 from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
 
@@ -21,24 +21,31 @@ def best_answers(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens
     return [samples[0].text.strip() for samples in generations]
 
 
+def fit_answers(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int) -> list[str | UnfitText]:
+    """`best_answers`, with the reason in place of the answer to a prompt that cannot be put to this model."""
+    try:
+        return best_answers(vlm, prompts, beams, max_new_tokens)
+    except UnfitText:  # seldom, so only now is each prompt tried alone
+        reasons = [unfit(vlm, prompt.image, prompt.text) for prompt in prompts]
+    fit = [prompt for prompt, reason in zip(prompts, reasons, strict=True) if not reason]
+    answers = iter(best_answers(vlm, fit, beams, max_new_tokens))
+    return [reason or next(answers) for reason in reasons]
+
+
 def beam_search(vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int) -> list[str]:
     """The best of `beams` beams for each prompt, by transformers' own search, whatever the checkpoint's defaults are.
 
     Only prompts of one length with like images share a batch: nothing is padded, so a neighbor changes no answer.
-    Raises FloatingPointError where the model computes NaN.
     """
     search = {"num_beams": beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
-    encoded = [encode(vlm, prompt.image, prompt.text) for prompt in prompts]
+    encoded = [encode_questions(vlm, prompt.image, [prompt.text]) for prompt in prompts]
     groups: dict[tuple, list[int]] = defaultdict(list)
     for place, e in enumerate(encoded):
         groups[inputs_shape(e.inputs), len(e.prompt_ids)].append(place)
     answers = [""] * len(prompts)
 
     def search_batch(places: list[int]) -> list[list[int]]:
-        seen = SeeNaN()
-        found = generate(vlm, [encoded[place] for place in places], max_new_tokens, [seen], **search)
-        refuse_nan(vlm, seen.nan)
-        return found
+        return generate(vlm, [encoded[place] for place in places], max_new_tokens, **search)
 
     for (_, length), places in groups.items():
         each = sampling_bytes(vlm, 0, beams, length + max_new_tokens)  # every beam has the prompt to itself

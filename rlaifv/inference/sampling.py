@@ -219,7 +219,7 @@ class Decode:
 
     def append(self, decoding: Decoding) -> None:
         """Draw one token of every slot by the numbers of this step; an end token ends its sample there."""
-        self.nan |= self.logits.isnan().any()
+        self.nan |= lost(self.logits)
         uniform = self.streams[self.slots, self.step].flatten()
         chosen = draw(self.logits.flatten(0, 1), uniform, decoding).view_as(self.slots)
         ended = torch.isin(chosen, self.ends) & self.live()
@@ -262,8 +262,13 @@ class Decode:
         return [generation(self.vlm, ids[:end], end < self.steps) for ids, end in ended]
 
 
+def lost(logits: torch.Tensor) -> torch.Tensor:
+    """Whether no probabilities come of these: one is NaN or too large to be a number (float16 ends at 65504)."""
+    return ~logits.amax().isfinite()
+
+
 def refuse_nan(vlm: VLM, nan: bool) -> None:
-    """Raise FloatingPointError for logits that were NaN: what was drawn from them is no answer of the model's."""
+    """Raise FloatingPointError for logits that were `lost`: what was drawn from them is no answer of the model's."""
     if nan:
         raise FloatingPointError(f"{vlm.name} computes NaN instead of probabilities: use another dtype or checkpoint")
 
@@ -291,27 +296,26 @@ def generation(vlm: VLM, ids: list[int], stopped: bool) -> Generation:
     return Generation(vlm.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if stopped else "length")
 
 
-class SeeNaN(LogitsProcessor):
-    """Notes whether transformers' own decoding was ever given NaN; changes nothing."""
-
-    nan = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.nan |= bool(scores.isnan().any())
-        return scores
-
-
-class DrawFromStream(SeeNaN):
+class DrawFromStream(LogitsProcessor):
     """Leaves transformers' own sampling loop one token to choose: the one that the stream draws."""
 
     def __init__(self, uniforms: np.ndarray, decoding: Decoding):
         self.uniforms, self.decoding, self.step = torch.from_numpy(uniforms), decoding, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        super().__call__(input_ids, scores)
         chosen = draw(scores.float(), self.uniforms[:, self.step].to(scores.device), self.decoding)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+class Watch(LogitsProcessor):
+    """Changes nothing; `nan` is whether any scores were `lost`."""
+
+    nan: bool | torch.Tensor = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.nan = lost(scores) | self.nan
+        return scores
 
 
 @torch.inference_mode()
@@ -326,8 +330,9 @@ def generate(
     """transformers' own decoding of prompts of one length with like images; the new tokens of every row.
 
     What the checkpoint's generation_config.json says counts only where `config` (the rest of a GenerationConfig) and
-    the settings here leave it open; end tokens are the model's.
+    the settings here leave it open; end tokens are the model's. Raises FloatingPointError where that computes NaN.
     """
+    watch = Watch()
     ids = torch.tensor([e.prompt_ids for e in encoded], device=vlm.device)
     output = vlm.network.generate(
         input_ids=ids,
@@ -340,10 +345,11 @@ def generate(
             pad_token_id=vlm.tokenizer.pad_token_id,
             **config,
         ),
-        logits_processor=list(processors),
+        logits_processor=[watch, *processors],
         streamer=streamer,
         **collate_inputs(vlm, [e.inputs for e in encoded], [ids.shape[1]] * len(ids)),
     )
+    refuse_nan(vlm, bool(watch.nan))
     return output[:, ids.shape[1] :].tolist()
 
 
@@ -360,9 +366,8 @@ def sample_plain(
         return []
     steps, draws = decoding.max_new_tokens, DrawFromStream(uniforms, decoding)
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": len(uniforms)}
-    rows, generations = generate(vlm, [encoded], steps, [draws], streamer, **neutral), []
-    refuse_nan(vlm, draws.nan)
-    for row in rows:
+    generations = []
+    for row in generate(vlm, [encoded], steps, [draws], streamer, **neutral):
         end = next((k for k, token in enumerate(row) if token in vlm.eos_token_ids), steps)
         generations.append(generation(vlm, row[:end], end < steps))
     return generations

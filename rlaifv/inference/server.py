@@ -6,8 +6,8 @@ own bytes, and its first question goes ahead of the others, which then find the 
 
 Each answer is on disk as soon as it came, so a run that was stopped, or whose server died, goes on and asks nothing
 twice. A served model is known by its name and by what it answers to fixed questions (`recognize`): at another address
-it keeps its answers, and another model at the same address gets none of them. The key comes from the environment and
-is stored nowhere.
+it keeps its answers, and another model at the same address gets none of them. The key comes from the environment, is
+stored nowhere and taken out of whatever a server says; a server that sends us elsewhere is not followed.
 """
 
 import base64
@@ -17,28 +17,37 @@ import json
 import logging
 import math
 import os
+import re
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NoReturn
+from urllib.parse import quote, urlsplit
 
 from PIL import Image, ImageDraw
 
 from rlaifv.fingerprint import digest
-from rlaifv.params import ServerParams
-from rlaifv.records import T, write_atomic
+from rlaifv.params import ServerParams, has_secret
+from rlaifv.records import T, to_json, write_atomic
 from rlaifv.vlm.images import FORMATS, is_upright, open_image
 
 log = logging.getLogger(__name__)
 
 YES_WORDS, NO_WORDS = ("Yes", "yes"), ("No", "no")
 
+ROUNDING = 1e-3
+"""How far above 0 a log-prob may be that a server rounded."""
+
 TOP_LOGPROBS = 20
 """The most that OpenAI's interface gives; a word that is not among them counts as probability 0."""
+
+
+SILENT = 30
+"""Seconds after which a log line says that a server does not answer."""
 
 
 class NoReply(RuntimeError):
@@ -59,11 +68,11 @@ class Server:
         who: how messages name it.
         model: its name there.
         base_url: such as http://localhost:8000/v1; None is OpenAI's, or the environment's OPENAI_BASE_URL.
-        params: how it is asked. A request is sent again when it times out, or the server answers 429 or 5xx or is not
-            there; the pauses between grow from half a second to eight.
+        params: how it is asked. A request is sent again when it times out, or the server answers 429 or 5xx, something
+            else than a chat completion, or is not there; the pauses between grow from half a second to eight.
 
     Raises:
-        ValueError: the address holds a user or a password, which would get into messages and files.
+        ValueError: the address holds a password, which would get into messages and files, or the key is none.
     """
 
     def __init__(self, who: str, model: str, base_url: str | None, params: ServerParams, give_up_after: int = 1):
@@ -71,33 +80,44 @@ class Server:
 
         check_address(base_url or os.environ.get("OPENAI_BASE_URL", ""), params)
         self.key = os.environ.get(params.key_variable, "").strip()
-        again = params.tries - 1
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError(f"the environment variable {params.key_variable} holds no key: it has odd characters")
         self.client = openai.OpenAI(
-            api_key=self.key or "none", base_url=base_url, timeout=params.timeout, max_retries=again
+            api_key=self.key or "none",
+            base_url=base_url,
+            timeout=params.timeout,
+            max_retries=params.tries - 1,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
-        self.who, self.model, self.tries, self.give_up_after = who, model, params.tries, give_up_after
-        self.refusal, self.failures, self.last = "", 0, ""
+        self.who, self.model, self.params, self.give_up_after = who, model, params, give_up_after
+        self.refusal, self.failures, self.last, self.silent = "", 0, "", False
 
-    def told(self, error: Exception) -> str:
-        """What an error of the client says, in a line without the key: some servers repeat it."""
-        text = str(getattr(error, "message", error))
-        return " ".join((text.replace(self.key, "(the key)") if self.key else text).split())[:200]
+    def told(self, text: str) -> str:
+        """What a server says, in a line without the key: some repeat it."""
+        for form in self.key_forms():
+            text = text.replace(form, "(the key)")
+        return " ".join(text.split())[:200]
+
+    def key_forms(self) -> set[str]:
+        """How the key may stand in a text. What is shorter than that is no secret ("none", "EMPTY")."""
+        written = {self.key, repr(self.key)[1:-1], json.dumps(self.key)[1:-1], quote(self.key, safe="")}
+        return written if len(self.key) >= 6 else set()
 
     def problem(self) -> str:
         """What keeps it from being asked, found without a question; "" where nothing does."""
         import openai
 
-        quick = self.client.with_options(timeout=10, max_retries=0)
         try:
-            models = [model.id for model in quick.models.list().data or []]
+            listed = self.client.with_options(timeout=10, max_retries=0).models.list()
+            models = [model.id for model in listed.data or []]
         except openai.NotFoundError:  # it answers, and lists no models
             return ""
         except openai.APIStatusError as error:
-            return f"{self.who} answers HTTP {error.status_code}: {self.told(error)}"
+            return f"{self.who} answers HTTP {error.status_code}: {self.told(error.message)}"
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
-            return f"{self.who} does not answer ({self.told(error)}): start the server"
+            return f"{self.who} does not answer ({self.told(str(error))}): start the server"
         if models and self.model not in models:
-            return f"{self.who} serves {', '.join(models[:3])} and no such model"
+            return f"{self.who} serves {self.told(', '.join(map(str, models[:3])))} and no such model"
         return ""
 
     def complete(self, messages: list[dict], **options: Any) -> Any:
@@ -105,32 +125,74 @@ class Server:
 
         Raises:
             NoReply: none after all tries, or the server was given up before.
-            ServerRefused: HTTP 4xx, for this request or (401, 403, 404) for all.
+            ServerRefused: HTTP 3xx or 4xx or a wrong reply, for this request or (`refusal`) for all.
         """
-        import openai
-
         if self.refusal:
             raise ServerRefused(self.refusal)
         if self.failures >= self.give_up_after:
-            raise NoReply(f"not asked after {self.failures} failures in a row, the last: {self.last}")
+            raise NoReply(f"{self.who} is not asked after {self.failures} failures in a row, the last: {self.last}")
+        waiting = threading.Timer(SILENT, self.say_silent)
+        waiting.daemon = True
+        waiting.start()
         try:
-            choice = self.client.chat.completions.create(model=self.model, messages=messages, **options).choices[0]
-            _ = choice.message.content  # where there is none, this is no chat completion
-        except openai.APIStatusError as error:
-            reason = f"HTTP {error.status_code}: {self.told(error)}"
-            if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                if error.status_code in (401, 403, 404):
-                    self.refusal = f"{self.who} answers {reason}"
-                raise ServerRefused(f"{self.who} answers {reason}") from None
-        except openai.OpenAIError as error:  # no connection, or no reply in time
-            reason = f"{type(error).__name__}: {self.told(error)}"
-        except (AttributeError, IndexError, TypeError, ValueError):
-            reason = "no chat completion: is this an OpenAI-compatible address?"
-        else:
-            self.failures = 0
+            choice, reason = self.ask(messages, options)
+        finally:
+            waiting.cancel()
+        if choice is not None:
+            self.failures, self.silent = 0, False
             return choice
         self.failures, self.last = self.failures + 1, reason
-        raise NoReply(f"{self.who} does not answer after {self.tries} tries ({reason})")
+        raise NoReply(f"{self.who} does not answer after {self.params.tries} tries ({reason})")
+
+    def ask(self, messages: list[dict], options: Mapping[str, Any]) -> tuple[Any, str]:
+        """The choice of a chat completion, or None and why there was none. Raises ServerRefused."""
+        import openai
+
+        reason = ""
+        for attempt in range(self.params.tries):
+            time.sleep(min(0.25 * 2**attempt, 8) if attempt else 0)
+            try:
+                raw = self.client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=messages, **options
+                )
+                reply = raw.parse()
+                choice = reply.choices[0]
+                _ = choice.message.content  # where there is none, this is no chat completion
+            except openai.APIStatusError as error:
+                status, reason = error.status_code, f"HTTP {error.status_code}: {self.told(error.message)}"
+                if status >= 500 or status in (408, 409, 429):
+                    return None, reason  # the client has tried again
+                if status < 400:
+                    where = urlsplit(error.response.headers.get("location", "")).netloc or "another path"
+                    reason = f"HTTP {status} and sends us to {self.told(where)}: give that address if it is right"
+                self.refuse(f"answers {reason}", everybody=status in (401, 403, 404) or status < 400)
+            except openai.OpenAIError as error:  # no connection, or no reply in time
+                return None, f"{type(error).__name__}: {self.told(str(error))}"
+            except (AttributeError, IndexError, TypeError, ValueError):
+                reason = "no chat completion: is this an OpenAI-compatible address?"
+                continue
+            if any(form in raw.text for form in self.key_forms()):
+                self.refuse("repeats the key in its answer: nothing of it is kept")
+            name = str(reply.model or self.model)
+            if not re.fullmatch(re.escape(self.model) + r"([-@:].*)?", name):  # some name the very version
+                self.refuse(f"answers as the model {self.told(name)}: give that name if it is the right one")
+            return choice, ""
+        return None, reason
+
+    def refuse(self, what: str, everybody: bool = True) -> NoReturn:
+        """Raise ServerRefused, for this request or for all from now on."""
+        if everybody:
+            self.refusal = f"{self.who} {what}"
+        raise ServerRefused(f"{self.who} {what}") from None
+
+    def say_silent(self) -> None:
+        """Once for all requests that wait."""
+        if not self.silent:
+            self.silent = True
+            log.warning(
+                f"{self.who} has said nothing for {SILENT} s: it gets {self.params.timeout:g} s and "
+                f"{self.params.tries} tries (server.timeout, server.tries)"
+            )
 
 
 class ReplyCache:
@@ -184,7 +246,7 @@ class ReplyCache:
             self._replies[self._asked(row)].append(reply)
             if self.path:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "reply": reply}, ensure_ascii=False) + "\n")
+                    file.write(to_json({**row, "reply": reply}) + "\n")
 
 
 def is_served(path: str) -> bool:
@@ -193,10 +255,10 @@ def is_served(path: str) -> bool:
 
 
 def check_address(url: str, params: ServerParams) -> None:
-    """Raise ValueError for an address with a user or a password in it."""
-    if "@" in urlsplit(url).netloc:
+    """Raise ValueError, which does not show it, for an address with a user, a password or a query in it."""
+    if has_secret(url):
         raise ValueError(
-            f"a server's address must hold no user and no password (given for {urlsplit(url).hostname}): "
+            "a server's address must hold no user, no password and nothing after a ?: "
             f"put the key into the environment variable {params.key_variable}"
         )
 
@@ -360,7 +422,7 @@ def ask_first_token(server: Server, image: str, question: str) -> Any:
 def top_tokens(server: Server, choice: Any) -> list[tuple[str, float]]:
     """The likeliest first tokens of an answer, each with its probability; distinct tokens may be spelled alike.
 
-    Raises ServerRefused for a server that gives no `top_logprobs`, or one that is no log-prob.
+    Raises ServerRefused for a server that gives no `top_logprobs`, or some that are none.
     """
     try:
         top = [(entry.token, entry.logprob) for entry in choice.logprobs.content[0].top_logprobs]
@@ -371,13 +433,16 @@ def top_tokens(server: Server, choice: Any) -> list[tuple[str, float]]:
             f"{server.who} gives no top_logprobs, so P(yes) and P(no) cannot be read: "
             "use a server that does (vLLM, SGLang) or load the model in this process"
         )
+    wrong = "P(yes) and P(no) would be wrong; use another server or version"
     for token, logprob in top:
-        if not isinstance(logprob, int | float) or not -math.inf < logprob <= 0:
+        if type(logprob) not in (int, float) or not -math.inf < logprob <= ROUNDING or not isinstance(token, str):
             raise ServerRefused(
-                f"{server.who} gives {token!r} the log-prob {logprob}, expected a number up to 0: P(yes) and P(no) "
-                "would be wrong; use another server or version"
+                f"{server.who} gives {token!r:.40} the log-prob {logprob!r:.40}, expected a number up to 0: {wrong}"
             )
-    return [(token, math.exp(logprob)) for token, logprob in top]
+    likely = [(token, math.exp(min(logprob, 0.0))) for token, logprob in top]
+    if (total := sum(probability for _, probability in likely)) > 1.2:  # servers round log-probs by up to an eighth
+        raise ServerRefused(f"{server.who} gives {len(top)} tokens a probability of {total:.2f} together: {wrong}")
+    return likely
 
 
 def probabilities(server: Server, choice: Any) -> dict[str, float]:

@@ -24,7 +24,7 @@ from rlaifv.inference.server import (
 from rlaifv.params import ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.store import SCRATCH
-from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed
+from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed, unfit
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_model
 
@@ -139,15 +139,6 @@ def judge_fit(
     ]
     judged = map(iter, judge_many(vlm, fit))
     return [[reason or next(answers) for reason in row] for row, answers in zip(reasons, judged, strict=True)]
-
-
-def unfit(vlm: VLM, image: Image.Image, question: str) -> UnfitText | None:
-    """Why a question cannot be put to this model; None if it can."""
-    try:
-        encode_questions(vlm, image, [question])
-    except UnfitText as error:
-        return error
-    return None
 
 
 def judge(vlm: VLM, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:

@@ -28,6 +28,7 @@ from rlaifv.tinyworld.language import INSTRUCTIONS
 from rlaifv.tinyworld.lessons import labeler_row, policy_row, teach
 from rlaifv.tinyworld.scenes import Scene, make_scene
 from rlaifv.tinyworld.tokenizer import build_processor, build_tokenizer
+from rlaifv.vlm.loading import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def examine(folder: Path, scenes: list[Scene], samples: int = 200) -> dict:
 
     def load(name: str) -> torch.nn.Module:
         kind = AutoModelForCausalLM if name == "divider" else AutoModelForImageTextToText
-        return kind.from_pretrained(folder / name, dtype=torch.float32).eval()
+        return load_weights(kind, folder / name, name, dtype=torch.float32).eval()
 
     labeler, policy, divider = load("labeler"), load("policy"), load("divider")
     features = cached_features(labeler, pixels)

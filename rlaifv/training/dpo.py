@@ -4,6 +4,7 @@ In reading order: `PairCollator` makes a batch of pairs, `PairScorer` gives thei
 `reference_logps` those under the reference, `dpo_loss` compares the two, and `PairTrainer` takes the steps.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -433,7 +434,12 @@ LOG_COLUMNS += ("entropy", "mean_token_accuracy")
 
 
 def write_log(history: list[dict], path: Path) -> None:
-    """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes."""
-    steps = pd.DataFrame([entry for entry in history if "loss" in entry], columns=LOG_COLUMNS)
+    """The trainer's history as CSV, one row a step; no times, so the same run writes the same bytes. Raises
+    FloatingPointError that names step and column of a number that is not finite."""
+    history = [entry for entry in history if "loss" in entry]
+    for entry, column in itertools.product(history, LOG_COLUMNS):
+        if not math.isfinite(entry.get(column, 0)):
+            raise FloatingPointError(f"step {entry['step']}: {column} is {entry[column]}, expected a finite number")
+    steps = pd.DataFrame(history, columns=LOG_COLUMNS)
     steps = steps.rename(columns=lambda column: column.replace("/", "_"))
     steps.to_csv(path, index=False, float_format="%.8g", na_rep="nan", lineterminator="\n")

@@ -119,7 +119,11 @@ def train(
 
 
 def launch(job: Path, params: TrainParams) -> None:
-    """Run the job in `params.processes` processes and print their output here (a notebook cell shows it)."""
+    """Run the job in `params.processes` processes and print their output here (a notebook cell shows it).
+
+    What ended one of them is raised here, in one line: MemoryError for memory, FloatingPointError for a loss that is
+    not finite, else RuntimeError.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(params.processes)]
     if params.accelerate_config:
         command += ["--config_file", str(ROOT / params.accelerate_config)]
@@ -128,21 +132,26 @@ def launch(job: Path, params: TrainParams) -> None:
         command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "rlaifv.training.job", str(job)]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    errors: list[str] = []
+    errors, killed = [], ""
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             for line in process.stdout:
                 print(line, end="")
-                errors += re.findall(r"^(?:\[rank\d+\]: *)?(?:rlaifv\.store\.)?(\w*(?:Error|InUse): .*)", line)
+                errors += re.findall(r"^(?:\[rank\d+\]: *)?(?:\w+\.)*(\w*(?:Error|InUse): \S.*)", line)
+                killed = killed or ("SIGKILL" if re.search(r"exitcode *: -9\b", line) else "")
         except BaseException:
             process.terminate()  # a cell that is interrupted takes its processes with it
             raise
     if process.returncode:
         first = errors[0] if errors else f"exit code {process.returncode}, see the output above"
         kind = FloatingPointError if first.startswith("FloatingPointError") else RuntimeError
-        raise kind(f"training in {params.processes} processes failed: {first}")
+        if killed or process.returncode == -9:  # what the others say then is that they lost it
+            kind, first = MemoryError, "one was killed (SIGKILL), usually for memory"
+        elif re.match(r"\w*(MemoryError|OutOfMemoryError)", first):
+            kind = MemoryError
+        raise kind(f"training in {params.processes} processes failed: {first}; the same command goes on where it was")
 
 
 def run_job(job: dict) -> None:

@@ -158,6 +158,15 @@ def encode_questions(vlm: Reader, image: Image.Image | None, questions: Sequence
     return EncodedPrompt(rows[0][:shared], rows, [len(row) for row in rows], inputs)
 
 
+def unfit(vlm: Reader, image: Image.Image | None, question: str) -> UnfitText | None:
+    """Why a question cannot be put to this model; None if it can."""
+    try:
+        encode_questions(vlm, image, [question])
+    except UnfitText as error:
+        return error
+    return None
+
+
 def tokenize(
     vlm: Reader, image: Image.Image | None, texts: list[str]
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:

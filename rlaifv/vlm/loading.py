@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from rlaifv import ROOT
-from rlaifv.records import ModelRecord
+from rlaifv.records import ModelRecord, json_object
 from rlaifv.vlm.chat_format import Reader, prompt_text, shows_images, thinks_first
 from rlaifv.vlm.checkpoint import TEXT_FILES, find_checkpoint, fingerprint_checkpoint
 from rlaifv.vlm.processors import load_processor
@@ -75,8 +76,9 @@ def load_vlm(
     on a CPU. `settings` are those of `ModelRecord.settings`. Only safetensors are read and no remote code runs. With
     `must_see`, a model without images is a ValueError before its weights are read.
 
-    Raises, all in one line: FileNotFoundError for what is no checkpoint, ValueError for settings that it does not have
-    and for a large model that "auto" would run on the CPU, ModuleNotFoundError for 4 bits without bitsandbytes.
+    Raises, all in one line: FileNotFoundError for what is no checkpoint, ValueError for settings that it does not have,
+    for weights that are not all there (`load_weights`) and for a large model that "auto" would run on the CPU,
+    ModuleNotFoundError for 4 bits without bitsandbytes.
     """
     folder, settings = find_checkpoint(path, revision, settings)
     config = read_config(folder, path)
@@ -85,19 +87,16 @@ def load_vlm(
     refuse_cpu(config, path, device, load_in_4bit)
     reader = read(folder, config, path, settings)
     dtype = getattr(torch, dtype or ("bfloat16" if on_gpu(device) else "float32"))
-    model = auto_class(config).from_pretrained(
+    model = load_weights(
+        auto_class(config),
         folder,
+        path,
         dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
         device_map=placement(config, device, dtype, load_in_4bit),
         quantization_config=four_bits(dtype) if load_in_4bit else None,
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = add_adapter(model, adapter)
     # cuDNN plans for 1.5 to 2.7 s for every new shape of a batch (H200), and is no faster than the other kernels then
     torch.backends.cuda.enable_cudnn_sdp(False)
     if "image_grid_pinpoints" in settings.get("processor", {}):  # LLaVA-NeXT's model cuts its tiles apart by them
@@ -111,6 +110,65 @@ def load_vlm(
         fingerprint += "+" + fingerprint_checkpoint(adapter)
     ends = end_token_ids(model.generation_config, reader.tokenizer)
     return VLM(model=model, fingerprint=fingerprint, **vars(reader) | {"eos_token_ids": ends})
+
+
+def load_weights(kind: type, folder: Path, path: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of one of transformers' classes, which alone would give weights that the files lack random
+    values and go on; `path` is how messages name the checkpoint.
+
+    Raises ValueError, in one line, for weights that are missing, renamed or of another shape, and for a broken file.
+    What is tied to a weight that is there, and what no checkpoint holds, counts as there.
+    """
+    options |= {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    said = logging.getLogger("transformers.modeling_utils")
+    said.addFilter(is_no_table)
+    try:
+        model, found = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights cannot be read ({error}): fetch or write them again") from None
+    finally:
+        said.removeFilter(is_no_table)
+    shapes = [f"{name} {tuple(there)} instead of {tuple(ours)}" for name, there, ours in found["mismatched_keys"]]
+    check_weights(path, found["missing_keys"], found["unexpected_keys"], shapes)
+    return model
+
+
+def add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with a LoRA adapter merged into its weights; ValueError for one that does not fit all of them."""
+    from peft import PeftConfig, PeftModel
+
+    with_adapter = PeftModel(model, PeftConfig.from_pretrained(adapter))
+    try:
+        found = with_adapter.load_adapter(adapter, "default")
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"the adapter {adapter} is another model's: {' '.join(str(error).split())[:300]}") from None
+    check_weights(f"the adapter {adapter}", found.missing_keys, found.unexpected_keys)
+    return with_adapter.merge_and_unload()
+
+
+def check_weights(who: str, missing: Collection[str], unknown: Collection[str], shapes: Collection[str] = ()) -> None:
+    """ValueError unless every weight of a model came from its files; one that is in the files alone gets a warning."""
+    problems = [f"lacks {named(missing)}"] if missing else []
+    problems += [f"has {named(shapes)}"] if shapes else []
+    if problems:
+        problems += [f"holds {named(unknown)} under names that the model does not know"] if unknown else []
+        raise ValueError(
+            f"{who} {' and '.join(problems)}: these weights would be random; fetch it again, or convert it into the "
+            "layout that transformers reads"
+        )
+    if unknown:
+        log.warning(f"{who} holds {named(unknown)} that the model has no use for")
+
+
+def named(weights: Collection[str]) -> str:
+    """How many weights, and the first three of them."""
+    first = ", ".join(sorted(weights)[:3]) + (", …" if len(weights) > 3 else "")
+    return f"{len(weights)} weight{'s' * (len(weights) > 1)} ({first})"
+
+
+def is_no_table(record: logging.LogRecord) -> bool:
+    """Whether a log record is not transformers' table of the weights that `check_weights` names."""
+    return "LOAD REPORT" not in (text := record.getMessage()) or "CONVERSION" in text
 
 
 def load_reader(path: str, revision: str | None = None, settings: Mapping[str, Any] = {}) -> Reader:
@@ -146,12 +204,33 @@ def check_model(model: ModelRecord, role: str) -> None:
 
 
 def read_config(folder: Path, path: str) -> PreTrainedConfig:
-    """The configuration in a checkpoint's folder; FileNotFoundError in one line where there is none that is known."""
+    """The configuration in a checkpoint's folder.
+
+    Raises, in one line, FileNotFoundError where there is none that is known and ValueError for what transformers would
+    load as something else: the original layout of LLaVA and OmniLMM, and a folder with a LoRA adapter.
+    """
+    refuse_other_layouts(folder, path)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"cannot load a model from {path!r}: {first_line}") from None
+
+
+def refuse_other_layouts(folder: Path, path: str) -> None:
+    """ValueError for a checkpoint that has to be rewritten first, naming the command that does it."""
+    own = json_object((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    original = "mm_vision_tower" in own or own.get("model_type") == "omnilmm"
+    if original and "text_config" not in own:
+        raise ValueError(
+            f"{path} is in the layout of the original LLaVA code, which transformers does not load: "
+            f"`python -m rlaifv.convert {path} OUT` writes it anew, then give OUT"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds a LoRA adapter: `python -m rlaifv.training.checkpoints MODEL {path} OUT` adds it to the "
+            "model that it was trained on, then give OUT (or take adapter_config.json away if it is in the weights)"
+        )
 
 
 def read(folder: Path, config: PreTrainedConfig, path: str, settings: Mapping[str, Any]) -> Reader:

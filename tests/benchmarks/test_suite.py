@@ -120,7 +120,7 @@ def test_a_model_answers_and_every_question_is_scored_or_listed(tmp_path, images
 
 
 def test_a_stopped_run_goes_on_and_a_repeated_one_asks_the_model_nothing(tmp_path, images, model, monkeypatch):
-    benchmarks, out, ask = {"pope": pope(tmp_path, images)}, tmp_path / "results", suite.best_answers
+    benchmarks, out, ask = {"pope": pope(tmp_path, images)}, tmp_path / "results", suite.fit_answers
     calls = []
 
     def killed_after_one(*arguments):
@@ -129,11 +129,11 @@ def test_a_stopped_run_goes_on_and_a_repeated_one_asks_the_model_nothing(tmp_pat
         calls.append(arguments)
         return ask(*arguments)
 
-    monkeypatch.setattr(suite, "best_answers", killed_after_one)
+    monkeypatch.setattr(suite, "fit_answers", killed_after_one)
     with pytest.raises(KeyboardInterrupt):
         suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     asked = []
-    monkeypatch.setattr(suite, "best_answers", lambda *a: asked.append(len(a[1])) or ask(*a))
+    monkeypatch.setattr(suite, "fit_answers", lambda *a: asked.append(len(a[1])) or ask(*a))
     suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), out)
     assert asked == [2], "the first two answers are kept"
     finished = (out / "benchmarks" / "pope" / "answers.jsonl").read_bytes()
@@ -145,12 +145,23 @@ def test_a_stopped_run_goes_on_and_a_repeated_one_asks_the_model_nothing(tmp_pat
 
 def test_the_suffix_is_asked_but_not_stored_as_the_question(tmp_path, images, model, monkeypatch):
     prompts = []
-    monkeypatch.setattr(suite, "best_answers", lambda vlm, p, *a: prompts.extend(p) or ["no"] * len(p))
+    monkeypatch.setattr(suite, "fit_answers", lambda vlm, p, *a: prompts.extend(p) or ["no"] * len(p))
     benchmarks = {"pope": pope(tmp_path, images, suffix="Please answer yes or no.")}
     suite.answer(lambda: model, benchmarks, ANSWERING, stores(tmp_path / "scratch"), tmp_path / "out")
     assert prompts[0].text == "Is there a dog in the image? Please answer yes or no."
     results = suite.score(benchmarks, "0", tmp_path / "out", ServerParams(), tmp_path / "scratch")
     assert results["pope"]["metrics"]["yes_ratio"] == 0
+
+
+def test_a_question_with_a_special_token_costs_only_itself_and_llava_s_mark_is_none(tmp_path, images, model):
+    item, out = pope(tmp_path, images), tmp_path / "results"
+    rows = read(Path(item.questions[0]))
+    rows[0]["text"], rows[1]["text"] = "<image>\n" + rows[0]["text"], "Is </s> there?"
+    write(Path(item.questions[0]), lines(rows))
+    suite.answer(lambda: model, {"pope": item}, ANSWERING, stores(tmp_path / "scratch"), out)
+    answers, (reject,) = (read(out / "benchmarks" / "pope" / f"{name}.jsonl") for name in ("answers", "rejects"))
+    assert len(answers) == 3 and not answers[0]["question"].startswith("<image>")
+    assert reject["id"] == "2" and "'</s>', which the tokenizer reads as a token of its own" in reject["reason"]
 
 
 def test_no_benchmarks_cost_nothing_and_print_one_line(tmp_path, capsys):
@@ -198,7 +209,7 @@ def test_a_judge_that_dies_stops_the_stage_and_the_next_run_asks_for_the_rest_al
     ]
     questions = write(tmp_path / "template.json", template)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
-    monkeypatch.setattr(suite, "best_answers", lambda vlm, prompts, *a: ["A dog and a cat."] * len(prompts))
+    monkeypatch.setattr(suite, "fit_answers", lambda vlm, prompts, *a: ["A dog and a cat."] * len(prompts))
 
     dying = {"mmhal": entry("mmhal", questions=(questions,), images=images, judge=judge(serve("dying", 2)))}
     suite.answer(lambda: model, dying, ANSWERING, stores(scratch), out)

@@ -70,7 +70,7 @@ class Judge(Handler):
             text = "Lovely weather today."
         if HABIT == "empty":
             text = ""
-        self.say(text, "rules")
+        self.say(text, body["model"])
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ import base64
 import hashlib
 import io
 import json
+import re
 import threading
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from openai_server import seen
 from PIL import ExifTags, Image
 
+from rlaifv import run
 from rlaifv.inference.server import (
     PROBES,
     NoReply,
@@ -217,10 +220,85 @@ def test_the_key_comes_from_the_environment_and_is_kept_and_shown_nowhere(serve,
     assert "right" not in repr(labeler) + "".join(file.read_text() for file in tmp_path.glob("served-*"))
 
 
-def test_an_address_with_a_password_is_refused_without_showing_it():
-    with pytest.raises(ValueError, match=r"no user and no password .*OPENAI_API_KEY") as caught:
-        open_served("http://me:s3cret@127.0.0.1:9/v1#some/model", PARAMS)
+@pytest.mark.parametrize("address", ["http://me:s3cret@127.0.0.1:9/v1", "https://127.0.0.1:9/v1?key=s3cret"])
+def test_an_address_with_a_password_is_refused_without_showing_it(address):
+    with pytest.raises(ValueError, match=r"no user, no password .*OPENAI_API_KEY") as caught:
+        open_served(f"{address}#some/model", PARAMS)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "schlüssel"])
+def test_a_key_that_no_request_can_carry_is_refused_without_showing_it(monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ValueError, match="MY_KEY holds no key") as caught:
+        open_served("http://127.0.0.1:9/v1#some/model", ServerParams(key_variable="MY_KEY"))
+    assert key not in str(caught.value)
+
+
+# ---- every way in which a server can fail
+
+KEY = 'sk-planted"key/0123456789'
+"""What JSON and addresses write otherwise, too."""
+
+LABELER = """
+import logging
+from pathlib import Path
+from rlaifv.inference import server
+from rlaifv.inference.server import judge_served, open_served
+from rlaifv.benchmarks.judge import Request, ask_all, open_judge
+from rlaifv.params import ServerParams
+from rlaifv.stage import start_logging
+start_logging()
+logging.getLogger().setLevel(logging.DEBUG)
+server.SILENT = 0.3
+params = ServerParams(timeout=1, tries=1, concurrency=2, key_variable="PLANTED_KEY")
+here = Path(FOLDER)
+"""
+WAYS = {
+    "locked": "HTTP 401: ",
+    "broken": r"\(HTTP 500: ",
+    "echo": "repeats the key in its answer",
+    "garbage": "no chat completion",
+    "empty": "no chat completion",
+    "hanging": "APITimeoutError",
+    "gone": "APIConnectionError",
+    "elsewhere": "HTTP 307 and sends us to localhost",
+    "renamed": "answers as the model other: give that name",
+    "words": "'Yes' the log-prob 'likely', expected a number",
+    "null": "'Yes' the log-prob None, expected a number",
+    "sure": "gives 2 tokens a probability of 1.81 together",
+}
+
+
+def test_no_failure_of_a_server_writes_or_says_the_key_and_each_is_one_line_with_its_name(
+    start_server, tmp_path, monkeypatch, capfd
+):
+    """A real kernel asks a labeler and a judge, and its notebook, logs and files are searched for the key."""
+    address = start_server("failing_server.py").removesuffix("/v1")
+    monkeypatch.setenv("PLANTED_KEY", KEY)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    cells = [nbformat.v4.new_code_cell(LABELER.replace("FOLDER", repr(str(tmp_path))))]
+    for way in WAYS:
+        asks = f"open_served('{address}/{way}/v1#some/model', params, here)"
+        judge = f"open_judge('some/model', '{address}/{way}/v1', params)"
+        judges = f"ask_all([Request('a', 'Rate it.')], {judge}, str, here / '{way}.jsonl').missing"
+        cells += [nbformat.v4.new_code_cell(code, metadata={"tags": ["raises-exception"]}) for code in (asks, judges)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, tmp_path / "40_feedback.ipynb")
+    run.execute(tmp_path / "40_feedback.ipynb", {})
+    said = capfd.readouterr()
+    executed = nbformat.read(tmp_path / "runs" / "40_feedback.ipynb", 4).cells
+    of_labeler = [cell for cell in executed if cell.source.startswith("open_served")]
+    for way, labeler in zip(WAYS, of_labeler, strict=True):
+        (error,) = (output for output in labeler.outputs if output.output_type == "error")
+        assert error.ename in ("NoReply", "ServerRefused") and "\n" not in error.evalue, way
+        assert f"the labeler {address}/{way}/v1#some/model" in error.evalue and re.search(WAYS[way], error.evalue)
+    assert "hanging/v1#some/model has said nothing for 0.3 s" in said.out + said.err
+    texts = {path: path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()}
+    for place, text in {**texts, "stdout": said.out, "stderr": said.err}.items():
+        for form in (KEY, json.dumps(KEY)[1:-1], json.dumps(json.dumps(KEY)[1:-1])[1:-1], "planted"):
+            assert form not in text, place
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:8000/v1", "models/tiny/labeler#x", "https://host/v1#"])

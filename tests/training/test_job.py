@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,10 +19,11 @@ from training_runs import PARAMS, digests, folder, log_rows, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlaifv import ROOT
+from rlaifv.params import TrainParams
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.training import job
-from rlaifv.training.dpo import EpochOrder, Watch
-from rlaifv.training.job import TrainResult, train
+from rlaifv.training.dpo import EpochOrder, Watch, write_log
+from rlaifv.training.job import TrainResult, launch, train
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.reference import ReferenceStore
 from rlaifv.vlm.loading import load_vlm
@@ -255,6 +258,41 @@ def test_a_step_starts_with_its_longest_pairs_and_which_pairs_it_has_is_left_to_
 def test_parameters_that_cannot_work_together_stop_before_anything_is_loaded(folder, change, message):
     with pytest.raises(ValueError, match=message):
         run(folder, "wrong", dataclasses.replace(PARAMS, **change))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_log_takes_no_number_that_is_not_finite(tmp_path, value):
+    history = [{"step": 1, "loss": 0.7, "grad_norm": 1.0}, {"step": 2, "loss": 0.6, "rewards/margins": value}]
+    with pytest.raises(FloatingPointError, match=f"step 2: rewards/margins is {value}, expected a finite number"):
+        write_log(history, tmp_path / "log.csv")
+    assert not (tmp_path / "log.csv").exists()
+
+
+DIES = """
+import os, signal, sys
+if os.environ.get("RANK") == "1":
+    print("RuntimeError: Connection closed by peer", flush=True)  # the others' last words
+    {death}
+"""
+
+
+@pytest.mark.parametrize(
+    ("death", "kind", "said"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            MemoryError,
+            r"one was killed \(SIGKILL\), usually for memory; the same",
+        ),
+        ("os._exit(3)", RuntimeError, "RuntimeError: Connection closed by peer; the same"),
+    ],
+)
+def test_a_process_that_dies_is_one_line_with_the_way_out(tmp_path, monkeypatch, death, kind, said):
+    (tmp_path / "sitecustomize.py").write_text(DIES.format(death=death))
+    (tmp_path / "job.json").write_text("{}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    with pytest.raises(kind, match=f"^training in 2 processes failed: {said} command goes on where it was$"):
+        launch(tmp_path / "job.json", TrainParams(processes=2))
 
 
 def test_two_processes_give_the_losses_of_one(folder, uninterrupted):
