@@ -17,7 +17,7 @@ TURNS_NAN = {
     "generate@1": "rlaifv.inference.sampling logits_of 50",
     "divide@1": "rlaifv.inference.sampling logits_of 50",
     "feedback@1": "rlaifv.inference.yes_no next_token_logprobs 1",
-    "train@1": "rlaifv.training.dpo PairScorer.forward 20",
+    "train@1": "rlaifv.training.dpo PairScorer.forward 8",
 }
 """Stage → where its model begins to compute NaN half-way: module, function, call."""
 CPU = "cpu.txt"
