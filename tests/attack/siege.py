@@ -17,7 +17,7 @@ TURNS_NAN = {
     "generate@1": "rlaifv.inference.sampling logits_of 50",
     "divide@1": "rlaifv.inference.sampling logits_of 50",
     "feedback@1": "rlaifv.inference.yes_no next_token_logprobs 1",
-    "train@1": "rlaifv.training.dpo PairScorer.forward 20",
+    "train@1": "rlaifv.training.dpo PairScorer.forward 8",
 }
 """Stage → where its model begins to compute NaN half-way: module, function, call."""
 CPU = "cpu.txt"
@@ -43,7 +43,7 @@ def usual(whole: Path, stage: Stage) -> float:
 def besiege(attempts: Attempts, whole: Path, stage: Stage) -> None:
     """All of it in one checkout, so that what one failure leaves behind meets the next."""
     folder, notebook, chance = attempts.folder / "checkout", stage.notebook, attempts.random
-    moment, bytes_written = usual(whole, stage) * chance.uniform(0.1, 0.95), largest(whole, stage)
+    moment, bytes_written = usual(whole, stage) * chance.uniform(0.1, 0.6), largest(whole, stage)
     with own_disk(folder) as leave:
         copy_run(whole, folder, stage)
         if str(stage) in TURNS_NAN:  # first, while all is still to be computed
@@ -58,10 +58,13 @@ def besiege(attempts: Attempts, whole: Path, stage: Stage) -> None:
                 leave(1 << 30)
             else:
                 done = run_stage(folder, stage, 0, partial(limit_files, size=room))
-            assert "no room to write" in done.one_line(notebook), done.one_line(notebook)
+            if done.code or not leave:  # else there was room: what is only linked takes none
+                assert "no room to write" in done.one_line(notebook), done.one_line(notebook)
         with attempts.attack(MEMORY, f"killed kernel in {stage}"):
-            line = run_stage(folder, stage, moment, kill).one_line(notebook)
-            assert "the kernel was killed, usually for memory" in line and "goes on where it was" in line, line
+            done = run_stage(folder, stage, moment, kill)
+            if done.code:  # else it had too little left to do to live until then
+                line = done.one_line(notebook)
+                assert "the kernel was killed, usually for memory" in line and "goes on where it was" in line, line
         if chance.random() < 0.5:  # of a random half of the stages: each takes time
             with attempts.attack(MEMORY, f"address-space limit in {stage}"):
                 spare = chance.randrange(4 << 20, 256 << 20)
