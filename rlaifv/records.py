@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+IMAGE_PLACES = re.compile(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$")
+"""Where LLaVA's instruction files say that a question comes with an image: before or after it."""
 
 RATES = ("response_hallucination", "mention_hallucination", "recall")
 """The rates that every row about a model's answers has: fractions, the first two better when low."""
@@ -226,3 +230,24 @@ def read_records(path: Path, kind: type[T]) -> list[T]:
 
 def batched(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def text_of(row: dict[str, Any], name: str, default: str | None = None) -> str:
+    """A field that must be text (an id may be a whole number as well); `default` for one that is missing or null.
+
+    Raises ValueError for any other value and for text that no UTF-8 file can hold.
+    """
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ValueError(f"has no field {name!r}")
+    if name in ("id", "ds_question_id") and type(value) is int:
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.40}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character, {value[error.start]!r}") from None
+    return value

@@ -80,7 +80,6 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
     # jsonschema would build a grammar of IRIs, 2 seconds of every stage; without that module it leaves them unchecked
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
-    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -123,7 +122,7 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
             file=sys.stderr,
         )
         return 1
-    except (OSError, RuntimeError, NoSuchKernel) as error:  # of papermill and Jupyter themselves
+    except (OSError, RuntimeError, LookupError) as error:  # of papermill and Jupyter themselves (no such kernel)
         room = NO_ROOM if FULL.search(str(error)) else ""
         said = " ".join(str(error).split())
         print(f"{notebook.stem}: {room}{type(error).__name__}: {said} ({executed})", file=sys.stderr)

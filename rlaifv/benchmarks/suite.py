@@ -32,9 +32,8 @@ from rlaifv.fingerprint import digest, digest_files
 from rlaifv.inference.decoding import fit_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, Params, ServerParams
-from rlaifv.records import Reject, batched, read_jsonl, write_jsonl
+from rlaifv.records import IMAGE_PLACES, Reject, batched, read_jsonl, write_jsonl
 from rlaifv.results import write_result
-from rlaifv.steps.prepare import IMAGE_PLACES
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import decode_image, open_image

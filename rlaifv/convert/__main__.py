@@ -20,8 +20,8 @@ from rlaifv.convert.folder import whole_folder
 from rlaifv.convert.layouts import PARTS, Layout, fetch, fetch_weights, find_layout
 from rlaifv.convert.llava import convert_llava
 from rlaifv.convert.original import ORIGINAL, memory_of, to_original
-from rlaifv.convert.reward import SYSTEM as REWARD_SYSTEM
-from rlaifv.convert.reward import base_fingerprint, read_format, write_head
+from rlaifv.convert.reward_head import SYSTEM as REWARD_SYSTEM
+from rlaifv.convert.reward_head import base_fingerprint, read_format, write_head
 from rlaifv.convert.tokens import SYSTEM
 from rlaifv.store import InUse
 from rlaifv.vlm.checkpoint import FILES, TEXT_FILES, file_states

@@ -25,9 +25,8 @@ from rlaifv.inference.sampling import Prompt
 from rlaifv.inference.server import ServedLabeler
 from rlaifv.inference.yes_no import judge_fit, look
 from rlaifv.params import EvaluateParams
-from rlaifv.records import RATES, Instruction, Reject, batched, read_jsonl, read_records
+from rlaifv.records import IMAGE_PLACES, RATES, Instruction, Reject, batched, read_jsonl, read_records, text_of
 from rlaifv.stage import ANNOTATIONS, annotations
-from rlaifv.steps.prepare import IMAGE_PLACES, text_of
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlaifv.records import Reject, parse_json
-from rlaifv.steps.prepare import IMAGE_PLACES, inside
+from rlaifv.records import IMAGE_PLACES, Reject, parse_json
+from rlaifv.steps.prepare import inside
 from rlaifv.steps.public_pairs import PAIR, parquet_files, problem, public_rows
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -10,34 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlaifv.params import PrepareParams, SplitParams
-from rlaifv.records import Instruction, Reject, parse_json, read_lines, write_jsonl
+from rlaifv.records import IMAGE_PLACES, Instruction, Reject, parse_json, read_lines, text_of, write_jsonl
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import check_rejects
 from rlaifv.vlm.images import open_image
-
-IMAGE_PLACES = re.compile(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$")
-"""Where LLaVA's instruction files say that a question comes with an image: before or after it."""
-
-
-def text_of(row: dict[str, Any], name: str, default: str | None = None) -> str:
-    """A field that must be text (an id may be a whole number as well); `default` for one that is missing or null.
-
-    Raises ValueError for any other value and for text that no UTF-8 file can hold.
-    """
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise ValueError(f"has no field {name!r}")
-    if name in ("id", "ds_question_id") and type(value) is int:
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r:.40}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a character, {value[error.start]!r}") from None
-    return value
 
 
 def parse_instruction(row: Any) -> Instruction:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaifv.records import Reject, parse_json
-from rlaifv.steps.prepare import IMAGE_PLACES
+from rlaifv.records import IMAGE_PLACES, Reject, parse_json
 
 CAPTION_REQUEST = "List what people say who look at this picture, one short caption a line."
 LETTERS = "ABCDEFGHIJ"

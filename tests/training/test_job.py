@@ -293,7 +293,7 @@ def test_a_process_that_dies_is_one_line_with_the_way_out(tmp_path, monkeypatch,
     (tmp_path / "job.json").write_text("{}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     with pytest.raises(kind, match=f"^training in 2 processes failed: {said} command goes on where it was$"):
-        launch(tmp_path / "job.json", TrainParams(processes=2))
+        launch(tmp_path / "job.json", TrainParams(processes=2), "rlaifv.training.job")
 
 
 STARTS = """
