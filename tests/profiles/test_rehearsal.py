@@ -102,7 +102,9 @@ def test_a_converted_model_is_rehearsed_as_policy_and_labeler_to_the_report(hub,
     done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "rlaifv-12b-self", timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     copy = folder / "scratch" / "rehearsal" / "rlaifv-12b-self"
-    assert done.stdout.count("<im_start><im_patch>×64<im_end>") == 2 and "64 tokens for an image" in done.stdout
+    said = done.stdout.count("<im_start><im_patch>×64<im_end>")
+    assert said == 4, "policy and labeler, by the rehearsal and by the stages generate and feedback"
+    assert "64 tokens for an image" in done.stdout
     summary = json.loads((copy / "metrics" / "summary.json").read_text())
     assert set(summary["iterations"]) == {"1"} and (copy / "plots" / "report.html").is_file()
 
