@@ -27,6 +27,7 @@ from rlaifv.report.render import render
 from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
 from rlaifv.steps.pairs import COLUMNS
+from rlaifv.store import readable_by_all
 
 
 def lineage(params: Params, iteration: str) -> list[str]:
@@ -64,8 +65,7 @@ def export(params: Params, params_file: Path, iteration: str, out: Path, license
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / "whole"
         write_folder(partial, params, params_file, chain, results, license_name)
-        for place in (partial, *partial.rglob("*")):
-            place.chmod(0o755 if place.is_dir() else 0o644)  # whoever shares the disk may use it
+        readable_by_all(partial)
         if out.is_dir():
             out.rmdir()
         partial.rename(out)

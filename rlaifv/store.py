@@ -209,6 +209,12 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
+def readable_by_all(folder: Path) -> None:
+    """Let whoever shares the disk read a folder that was written as a temporary one."""
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755 if place.is_dir() else 0o644)
+
+
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Iterate with a tqdm bar in JupyterLab, or a log line every few seconds (rate, time left) in a batch run."""
     if "JPY_SESSION_NAME" in os.environ:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaifv.records import write_atomic
-from rlaifv.store import lock_folder
+from rlaifv.store import lock_folder, readable_by_all
 
 JOB = "job.json"
 """In an unfinished folder, what it is going to be: another job does not go on with it."""
@@ -35,8 +35,7 @@ def whole_folder(out: Path, job: Mapping[str, Any]) -> Iterator[Path]:
         write_atomic(partial / JOB, text)
         yield partial
         (partial / JOB).unlink()
-        for place in (partial, *partial.rglob("*")):
-            place.chmod(0o755 if place.is_dir() else 0o644)  # whoever shares the disk may use it
+        readable_by_all(partial)
         partial.rename(out)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)

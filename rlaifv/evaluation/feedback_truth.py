@@ -20,13 +20,13 @@ from rlaifv.params import ParamsError, load_params
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records, to_json
 from rlaifv.stage import PREPARED, Paths
 from rlaifv.tinyworld.coco import read_scenes
-from rlaifv.tinyworld.language import claim_type, claims, is_true, to_question
+from rlaifv.tinyworld.language import claim_type, false_of, is_true, to_question
 from rlaifv.tinyworld.scenes import Scene
 
 
 def false_claims(text: str, scene: Scene) -> int:
     """How many claims of a text do not hold in the scene; a claim that is said twice counts twice."""
-    return sum(not is_true(claim, scene) for claim in claims(text))
+    return len(false_of(text, scene))
 
 
 def known_truth(instances: Path) -> Callable[[str, str], int] | None:

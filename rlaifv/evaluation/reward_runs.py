@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rlaifv import ROOT
+from rlaifv.evaluation.feedback_truth import false_claims
 from rlaifv.evaluation.reward_accuracy import ScoredAnswers, ScoredPair, accuracy, best_of_n, length_correlation
 from rlaifv.inference.reward import Rated, score
 from rlaifv.params import DivideParams, RewardModelParams, RewardRun
@@ -21,7 +22,7 @@ from rlaifv.steps.facts import (
     with_facts,
 )
 from rlaifv.steps.preferences import Preference, held_out, hold_out, read_preferences
-from rlaifv.tinyworld.annotator import annotate, false_of
+from rlaifv.tinyworld.annotator import annotate
 from rlaifv.tinyworld.coco import read_scenes
 from rlaifv.tinyworld.scenes import Scene
 from rlaifv.vlm.images import open_image
@@ -89,7 +90,7 @@ def reward_data(
                 i,
                 answers[i.id],
                 [facts_for(i.image_path, c.answer) for c in answers[i.id]],
-                [len(false_of(c.answer, scene_of(i.image_path))) for c in answers[i.id]],
+                [false_claims(c.answer, scene_of(i.image_path)) for c in answers[i.id]],
             )
             for i in instructions
             if held_out(i.image_path, settings.held_out, seed)

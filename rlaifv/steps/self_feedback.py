@@ -147,32 +147,16 @@ def write_logps(
     `load` gives the policy and the reference; it is called when something is left to do. Candidates whose image cannot
     be read are rejected. Returns the counts of rows and rejects.
     """
-    of_instruction: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
-    with_answers = [i for i in instructions if i.id in of_instruction]
 
-    def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateLogps], list[Reject]]:
+    def rows(group: Sequence[Candidate], asked: Sequence[Asked]) -> list[CandidateLogps]:
         policy, reference = models()
         names = policy.fingerprint, reference.fingerprint
-        rejects, asked, readable = [], [], []
-        for instruction in chunk:
-            group = of_instruction[instruction.id]
-            try:
-                image = open_image(image_root / instruction.image_path)
-            except (OSError, ValueError) as error:
-                rejects += [Reject(c.id, store.stage, str(error)) for c in group]
-                continue
-            cut = [c.finish_reason == "length" for c in group]
-            asked.append(Asked(image, instruction.question, [c.answer for c in group], cut))
-            readable += group
         scored = chain.from_iterable(answer_logps(policy, reference, asked))
-        pairs = zip(readable, scored, strict=True)
-        return [CandidateLogps(c.id, s.policy, s.reference, s.tokens, *names) for c, s in pairs], rejects
+        pairs = zip(group, scored, strict=True)
+        return [CandidateLogps(c.id, s.policy, s.reference, s.tokens, *names) for c, s in pairs]
 
     with loaded(load) as models:
-        store.run(batched(with_answers, batch_size), score_chunk)
-    return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)
+        return write_rows(rows, candidates, instructions, image_root, batch_size, store, out, max_reject_rate)
 
 
 @dataclass(frozen=True)
@@ -195,13 +179,36 @@ def write_scores(
     max_reject_rate: float = 0.05,
 ) -> tuple[int, int]:
     """Write what a reward model that reads no facts gives every candidate to `out`, as `write_logps` does log-probs."""
+
+    def rows(group: Sequence[Candidate], asked: Sequence[Asked]) -> list[CandidateScore]:
+        rewards = chain.from_iterable(score(model(), [Rated(a.image, a.question, a.answers) for a in asked]))
+        name = model().vlm.fingerprint
+        return [CandidateScore(c.id, r, name) for c, r in zip(group, rewards, strict=True)]
+
+    with loaded(load) as model:
+        return write_rows(rows, candidates, instructions, image_root, batch_size, store, out, max_reject_rate)
+
+
+def write_rows(
+    rows: Callable[[Sequence[Candidate], Sequence[Asked]], list],
+    candidates: Sequence[Candidate],
+    instructions: Sequence[Instruction],
+    image_root: Path,
+    batch_size: int,
+    store: Store,
+    out: Path,
+    max_reject_rate: float,
+) -> tuple[int, int]:
+    """Write a row for every candidate, `batch_size` instructions at a time, and reject those whose image cannot be
+    read; `rows` makes a batch's from its candidates and what they were asked. Returns the counts of rows and rejects.
+    """
     of_instruction: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         of_instruction.setdefault(candidate.instruction_id, []).append(candidate)
     with_answers = [i for i in instructions if i.id in of_instruction]
 
-    def score_chunk(chunk: Sequence[Instruction]) -> tuple[list[CandidateScore], list[Reject]]:
-        rejects, rated, readable = [], [], []
+    def score_chunk(chunk: Sequence[Instruction]) -> tuple[list, list[Reject]]:
+        rejects, asked, readable = [], [], []
         for instruction in chunk:
             group = of_instruction[instruction.id]
             try:
@@ -209,12 +216,10 @@ def write_scores(
             except (OSError, ValueError) as error:
                 rejects += [Reject(c.id, store.stage, str(error)) for c in group]
                 continue
-            rated.append(Rated(image, instruction.question, [c.answer for c in group]))
+            cut = [c.finish_reason == "length" for c in group]
+            asked.append(Asked(image, instruction.question, [c.answer for c in group], cut))
             readable += group
-        rewards = chain.from_iterable(score(model(), rated))
-        name = model().vlm.fingerprint
-        return [CandidateScore(c.id, r, name) for c, r in zip(readable, rewards, strict=True)], rejects
+        return rows(readable, asked), rejects
 
-    with loaded(load) as model:
-        store.run(batched(with_answers, batch_size), score_chunk)
+    store.run(batched(with_answers, batch_size), score_chunk)
     return store.publish(out, sum(len(of_instruction[i.id]) for i in with_answers), max_reject_rate)

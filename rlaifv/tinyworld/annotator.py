@@ -16,13 +16,8 @@ from collections.abc import Callable, Sequence
 
 from rlaifv.records import Candidate, Instruction
 from rlaifv.steps.preferences import Preference
-from rlaifv.tinyworld.language import TYPES, claim_type, claims, is_true
+from rlaifv.tinyworld.language import TYPES, claim_type, false_of
 from rlaifv.tinyworld.scenes import Scene
-
-
-def false_of(text: str, scene: Scene) -> list[str]:
-    """The claims of a text that do not hold in the scene, as often as they are made."""
-    return [claim for claim in claims(text) if not is_true(claim, scene)]
 
 
 def annotate(

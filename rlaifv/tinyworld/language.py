@@ -212,6 +212,11 @@ def is_true(claim: str, scene: Scene) -> bool:
     return kind == "existence" or POSITIONS[group.cell] == match["place"]
 
 
+def false_of(text: str, scene: Scene) -> list[str]:
+    """The claims of a text that do not hold in the scene, as often as they are made."""
+    return [claim for claim in claims(text) if not is_true(claim, scene)]
+
+
 def random_claim(scene: Scene, kind: str, answer: bool, rng: random.Random) -> str | None:
     """A claim of that type that is true (answer) or false of the scene, or None when a true count has no plural.
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -31,6 +30,7 @@ from rlaifv.training import library_quirks
 from rlaifv.training.packed_pairs import PADDING, build_batch, packed_masks, packed_positions, segment_weights
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import computing, sharded
+from rlaifv.training.trainer import Habits, Line, trainer_settings
 from rlaifv.training.vision_features import ImageInputs, KeptFeatures
 
 log = logging.getLogger(__name__)
@@ -230,14 +230,13 @@ class EpochOrder(Sampler[int]):
         yield from steps.gather(1, by_length).flatten().tolist()
 
 
-class StepTrainer(Trainer):
+class StepTrainer(Habits, Trainer):
     """`transformers.Trainer` over pairs, whatever is learned from them: steps in `EpochOrder`, metrics that are means
     over what was trained, a stop with the pairs' ids at anything that is not finite, and no more saved than learns.
 
     A subclass says in `compute_loss` what the loss of a micro-batch is, and what of it `watch` adds up.
     """
 
-    section = "train"  # of the parameters that messages name
     loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch: the Trainer divides it by their number
 
     def __init__(self, scorer: PairScorer, collate: PairCollator, params: TrainParams, args: TrainingArguments):
@@ -274,7 +273,7 @@ class StepTrainer(Trainer):
     def finite(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss itself; FloatingPointError with the pairs' ids where it is not finite."""
         if not torch.isfinite(loss):
-            raise FloatingPointError(self._went_wrong(f"the loss is {loss.item()}"))
+            raise FloatingPointError(self.went_wrong(f"the loss is {loss.item()}"))
         return loss
 
     def watch(self, values: dict[str, torch.Tensor], tokens: int) -> None:
@@ -308,30 +307,8 @@ class StepTrainer(Trainer):
             self._last_log = (now, step, self._tokens)
         super().log(logs, start_time)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        # private in transformers, but the only place between the gradient's norm and the optimizer's step
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise FloatingPointError(self._went_wrong(f"the gradient norm is {norm}"))
-        return norm
-
-    def _went_wrong(self, what: str) -> str:
-        pairs = ", ".join(self.now_training_on)
-        return (
-            f"{what} at step {self.state.global_step + 1}, pairs {pairs}: training stops and keeps the checkpoints "
-            f"before it; look at these pairs, lower {self.section}.learning_rate or use train.dtype float32"
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What a run goes on from: the weights that learn. FSDP and DeepSpeed save theirs with the optimizer's."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-                save_file(learned, Path(output_dir) / "model.safetensors")
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
+    def trained_on(self) -> tuple[str, str]:
+        return f", pairs {', '.join(self.now_training_on)}", "look at these pairs, "
 
 
 class PairTrainer(StepTrainer):
@@ -388,26 +365,16 @@ class PairTrainer(StepTrainer):
         )
 
 
-class Progress(TrainerCallback):
-    """One line every few seconds."""
+class Progress(Line):
+    key = "rewards/margins"
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = self.said = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        now = time.monotonic()
-        if not state.is_world_process_zero or "rewards/margins" not in (logs or {}):
-            return
-        if now - self.said >= 5.0 or state.global_step == state.max_steps:
-            rate = (state.global_step - self.first_step) / (now - self.started)
-            self.said = now
-            log.info(
-                "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
-                *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
-                *(logs["rewards/accuracies"], logs.get("throughput/pairs_per_second", math.nan)),
-                *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
-            )
+    def say(self, state, logs: dict[str, float], rate: float) -> None:
+        log.info(
+            "train: step %d/%d, loss %.4f, margin %.3f, accuracy %.2f, %.1f pairs/s, %.0f tokens/s, %.0f s left",
+            *(state.global_step, state.max_steps, logs["loss"], logs["rewards/margins"]),
+            *(logs["rewards/accuracies"], logs.get("throughput/pairs_per_second", math.nan)),
+            *(logs.get("throughput/tokens_per_second", math.nan), (state.max_steps - state.global_step) / rate),
+        )
 
 
 class Watch(TrainerCallback):
@@ -440,25 +407,14 @@ class Watch(TrainerCallback):
 def training_arguments(params: TrainParams, folder: Path, seed: int) -> TrainingArguments:
     """The Trainer's arguments for our parameters; `folder` is where it writes what it goes on from."""
     args = TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=params.learning_rate,
+        **trainer_settings(params, folder, seed),
         num_train_epochs=params.epochs,
         per_device_train_batch_size=params.micro_batch_size,
         gradient_accumulation_steps=params.batch_size // (params.micro_batch_size * params.processes),
-        lr_scheduler_type=params.scheduler,
-        warmup_steps=params.warmup_ratio,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
         bf16=params.dtype == "bfloat16" and sharded() == "deepspeed",  # else `policy.computing` does it
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
         # FSDP would hold the gradients of the whole model until the last micro-batch of a step (28 GB of a 7B)
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded() == "fsdp"}},
         report_to="tensorboard",
-        disable_tqdm=True,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
     )
     library_quirks.one_gpu_a_process(args)
     return args

@@ -46,8 +46,9 @@ from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
 from rlaifv.training.reference import ReferenceStore
-from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
+from rlaifv.training.run_folder import carry_out, go_on_from, record_whole
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
+from rlaifv.vlm.loading import VLM
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +103,10 @@ def train(
     identity = {**made_of, "params": {**settings, "collapse_nats": None, "resume_every": None}, "seed": seed}
     identity["dev"] = dev and [asked, dev.data()]
     job = {"policy": policy, "pairs": str(pairs), "params": settings, "seed": seed, "made_of": made_of, "dev": asked}
-    return carry_out("train", identity, job, params, out, scratch, run_job)
+    return run_in("train", identity, job, params, out, scratch, run_job)
 
 
-def carry_out(
+def run_in(
     kind: str, identity: dict, job: dict, params: TrainParams, out: Path, scratch: Path, work: Callable[[dict], None]
 ) -> TrainResult:
     """Let `work` do a job in `scratch/KIND-<digest of identity>`, in as many processes as `params` has, and publish to
@@ -113,23 +114,12 @@ def carry_out(
     run = (scratch / f"{kind}-{digest(identity)}").resolve()
     job = {**job, "run": str(run)}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.parent / "tensorboard" / run.name)  # stays when the run is done
-    lock = lock_folder(run, kind)
-    try:
+
+    def start() -> None:
         write_atomic(run / "job.json", to_json(job, indent=2))
-        result = read_finished(run, published(params))
-        if result is None:
-            launch(run / "job.json", params, work.__module__) if params.processes > 1 else work(job)
-            result = read_finished(run, published(params))
-        if result is None:
-            raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
-        publish(run, out)
-        for unfinished in ("trainer", "adapter", "pairs"):
-            remove(run / unfinished)
-    except FloatingPointError:
-        publish(run, out, unfinished=True)
-        raise
-    finally:
-        lock.release()
+        launch(run / "job.json", params, work.__module__) if params.processes > 1 else work(job)
+
+    result = carry_out(kind, run, published(params), out, start)
     return TrainResult(
         checkpoints=[str(out / Path(part).name) for part in checkpoints(params) if (run / part).is_dir()],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
@@ -190,20 +180,15 @@ def run_job(job: dict) -> None:
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
     data = PairData(vlm, Path(job["pairs"]), params.max_length, run / "pairs")
-    for reject in data.rejects:
-        log.warning("pair %s is not trained on: %s", reject.id, reject.reason)
-    if not data.pairs:
-        raise ValueError(f"none of the {len(data.rejects)} pairs can be trained on; first: {data.rejects[:1]}")
+    require_rows(data, "pair")
     freeze(vlm.model, params)
     if sharded():
         # a process that lacks an image's features would run the tower alone, waiting for the others' parts of it
         params = dataclasses.replace(params, feature_cache_gb=0)
     if not params.load_in_4bit:
         vlm.model.to(whole_device(vlm.model))
-    scorer, kept = PairScorer(vlm.model), run / "layout.txt"  # a run that goes on does not look again
-    if state.is_main_process and not kept.is_file():
-        write_atomic(kept, choose_layout(scorer, vlm, data, params))
-    (layout,) = broadcast_object_list([kept.read_text() if state.is_main_process else None])
+    scorer = PairScorer(vlm.model)
+    layout = kept_layout(scorer, vlm, data, params, run)
     scorer.images = scorer.images or image_source(layout, data, vlm.model)
     packed, pad = layout.startswith("packed"), vlm.tokenizer.pad_token_id
     collate = PairCollator(data, pad, packed=packed, segment_weight=params.segment_weight)
@@ -233,6 +218,22 @@ def run_job(job: dict) -> None:
         raise RuntimeError(f"{sharded()} spreads weights over GPUs only: set train.accelerate_config to null")
     writer = WriteCheckpoints(trainer, vlm, params, run, job["policy"], job["dev"] and Dev.read(job["dev"]))
     take_steps(trainer, writer, run, data, layout=layout, reference="reused" if reused else "computed")
+
+
+def require_rows(data: PairData, what: str) -> None:
+    """A log line for every row that cannot be trained on; ValueError where that leaves none."""
+    for reject in data.rejects:
+        log.warning("%s %s is not trained on: %s", what, reject.id, reject.reason)
+    if not len(data.pairs):
+        raise ValueError(f"none of the {len(data.rejects)} {what}s can be trained on; first: {data.rejects[:1]}")
+
+
+def kept_layout(scorer: PairScorer, vlm: VLM, data: PairData, params: TrainParams, run: Path) -> str:
+    """How rows go through the model, as the first process has found; a run that goes on does not look again."""
+    main, kept = PartialState().is_main_process, run / "layout.txt"
+    if main and not kept.is_file():
+        write_atomic(kept, choose_layout(scorer, vlm, data, params))
+    return broadcast_object_list([kept.read_text() if main else None])[0]
 
 
 def take_steps(trainer: StepTrainer, writer: WriteCheckpoints, run: Path, data: PairData, **said: str) -> None:

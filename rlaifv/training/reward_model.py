@@ -16,21 +16,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest_files, stage_sources
 from rlaifv.inference.yes_no import yes_no_ids
 from rlaifv.params import RewardModelParams, RewardRun, TrainParams, check_train
-from rlaifv.records import Reject, read_records, write_atomic, write_jsonl
+from rlaifv.records import Reject, read_records, write_jsonl
 from rlaifv.steps.preferences import Preference
 from rlaifv.store import link_or_copy, progress
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints
 from rlaifv.training.dpo import PairCollator, PairScorer, StepTrainer, training_arguments
-from rlaifv.training.job import TrainResult, carry_out, start_process, take_steps
-from rlaifv.training.packed_pairs import choose_layout, image_source
+from rlaifv.training.job import TrainResult, kept_layout, require_rows, run_in, start_process, take_steps
+from rlaifv.training.packed_pairs import image_source
 from rlaifv.training.pair_data import IMAGES, PAIRS, PROMPTS, TOKEN_TYPES, EncodedPair, PairData, arrow_file
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
 from rlaifv.training.run_folder import remove
@@ -226,7 +225,7 @@ def train_reward_model(
     asked = {"form": format_, "regularizer": reward.regularizer, "seed": seed}
     identity = {**made_of, **asked, "params": {**settings, "collapse_nats": None}}
     job = {"base": base, "preferences": str(preferences), "image_root": str(image_root), "params": settings, **asked}
-    return carry_out("reward_model", identity, job, params, out, scratch, run_job)
+    return run_in("reward_model", identity, job, params, out, scratch, run_job)
 
 
 def read_prompt(reward: RewardModelParams, run: RewardRun) -> str:
@@ -258,22 +257,16 @@ def run_job(job: dict) -> None:
     library_quirks.be_quiet()
     if sharded():
         raise RuntimeError(f"reward models train on whole copies, not on weights spread by {sharded()}")
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     run, params, form = Path(job["run"]), TrainParams(**job["params"]), RewardFormat(**job["form"])
     vlm = load_policy(job["base"], params)
     write = partial(write_preferences, form=form, image_root=Path(job["image_root"]))
     data = PairData(vlm, Path(job["preferences"]), params.max_length, run / "pairs", write)
-    for reject in data.rejects:
-        log.warning("preference %s is not trained on: %s", reject.id, reject.reason)
-    if not len(data.pairs):
-        raise ValueError(f"none of the {len(data.rejects)} preferences can be trained on; first: {data.rejects[:1]}")
+    require_rows(data, "preference")
     freeze(vlm.model, params)
     if not params.load_in_4bit:
         vlm.model.to(whole_device(vlm.model))
-    plain, kept = PairScorer(vlm.model), run / "layout.txt"  # a run that goes on does not look again
-    if state.is_main_process and not kept.is_file():
-        write_atomic(kept, choose_layout(plain, vlm, data, params))
-    (layout,) = broadcast_object_list([kept.read_text() if state.is_main_process else None])
+    layout = kept_layout(PairScorer(vlm.model), vlm, data, params, run)
     head = start_head(vlm, form.head, job["seed"])
     set_seed(job["seed"])
     model = add_lora(vlm.model, params) if params.lora_r else vlm.model

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,8 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
@@ -35,12 +33,13 @@ from rlaifv.fingerprint import digest, stage_sources
 from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, uniforms
 from rlaifv.params import RewardWeights, RlooParams, TrainParams
 from rlaifv.records import Reject, to_json, write_atomic
-from rlaifv.store import FINISHED, lock_folder
+from rlaifv.store import FINISHED
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
 from rlaifv.training.policy import freeze, load_policy, lora_config
 from rlaifv.training.rewards import REWARDS, Judged, neutral
-from rlaifv.training.run_folder import go_on_from, publish, read_finished, record_whole, remove
+from rlaifv.training.run_folder import carry_out, go_on_from, record_whole
+from rlaifv.training.trainer import Habits, Line, trainer_settings
 from rlaifv.training.verdicts import Judges, Task
 from rlaifv.vlm.chat_format import control_ids, encode_questions
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
@@ -108,22 +107,11 @@ def train_rloo(
         "seed": seed,
     }
     run = (scratch / f"rloo-{digest(identity)}").resolve()
-    lock = lock_folder(run, "rloo")
-    try:
-        result = read_finished(run, published(settings))
-        if result is None:
-            run_rloo(policy, tasks, load_judges(), weights, params, settings, image_root, run, seed, truth)
-            result = read_finished(run, published(settings))
-        if result is None:
-            raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
-        publish(run, out)
-        for unfinished in ("trainer", "adapter"):
-            remove(run / unfinished)
-    except FloatingPointError:
-        publish(run, out, unfinished=True)
-        raise
-    finally:
-        lock.release()
+
+    def work() -> None:
+        run_rloo(policy, tasks, load_judges(), weights, params, settings, image_root, run, seed, truth)
+
+    result = carry_out("rloo", run, published(settings), out, work)
     return RlooResult(
         checkpoints=[str(out / Path(part).name) for part in checkpoints(settings)],
         rejects=[tuple(reject) for reject in result.pop("rejects")],
@@ -206,9 +194,11 @@ class StepOrder(Sampler[int]):
             yield from step.repeat_interleave(self.params.samples).repeat(self.repeats).tolist()
 
 
-class ClaimTrainer(RLOOTrainer):
+class ClaimTrainer(Habits, RLOOTrainer):
     """TRL's RLOOTrainer (1.16) with our sampling and rewards. Its private methods are overridden in four places, each
     said there; `trl` is pinned for them."""
+
+    section = "rloo"
 
     def __init__(
         self,
@@ -312,31 +302,14 @@ class ClaimTrainer(RLOOTrainer):
                 self._log_metric("true_hallucination", fmean(known))
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            ids = ", ".join(task.id for task in self.now)
-            raise FloatingPointError(
-                f"the gradient norm is {norm} at step {self.state.global_step + 1}, instructions {ids}: training stops "
-                "and keeps the checkpoints before it; lower rloo.learning_rate or use train.dtype float32"
-            )
-        return norm
+    def trained_on(self) -> tuple[str, str]:
+        return f", instructions {', '.join(task.id for task in self.now)}", ""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What a run goes on from: the weights that learn, by the names that they have here. transformers 5.23 saves a
-        LLaVA by its names on the hub, which its Trainer does not find again: it goes on from the base model's weights,
-        with a warning."""
+        """Adapters as PEFT does."""
         if isinstance(self.model, PeftModel):
-            return super().save_model(output_dir, _internal_call)
-        learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(learned, Path(output_dir) / "model.safetensors")
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None: TRL writes one beside everything that a run can go on from."""
+            return RLOOTrainer.save_model(self, output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call)
 
 
 def cut_at_control_token(vlm: VLM, answer: Generation) -> Generation:
@@ -361,18 +334,10 @@ def watched(judged: Sequence[Judged], rewards: dict[str, list[float | None]]) ->
     return {name: fmean(values) for name, values in means.items() if values}
 
 
-class Watch(TrainerCallback):
-    """One line every few seconds."""
+class Watch(Line):
+    key = "reward"
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = self.said = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        now = time.monotonic()
-        if "reward" not in (logs or {}) or (now - self.said < 5.0 and state.global_step < state.max_steps):
-            return
-        self.said, rate = now, (state.global_step - self.first_step) / (now - self.started)
+    def say(self, state, logs: dict[str, float], rate: float) -> None:
         log.info(
             "rloo: step %d/%d, reward %.3f, answers with a rejected claim %.2f, recall %.3f, %.1f tokens, KL %.3f, "
             "%.1f s a step, %.0f s left",
@@ -385,7 +350,7 @@ class Watch(TrainerCallback):
 def rloo_arguments(params: RlooParams, train: TrainParams, weights: list[float], folder: Path, seed: int) -> RLOOConfig:
     """TRL's arguments for our parameters; `folder` is where the Trainer writes what it goes on from."""
     args = RLOOConfig(
-        output_dir=str(folder),
+        **trainer_settings(train, folder, seed) | {"learning_rate": params.learning_rate},
         max_steps=params.steps,
         per_device_train_batch_size=params.micro_batch_size,
         gradient_accumulation_steps=params.prompts * params.samples // params.micro_batch_size,
@@ -394,20 +359,9 @@ def rloo_arguments(params: RlooParams, train: TrainParams, weights: list[float],
         temperature=params.temperature,
         beta=params.beta,
         reward_weights=weights,
-        learning_rate=params.learning_rate,
-        lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup_ratio,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
         bf16=train.dtype == "bfloat16",
         gradient_checkpointing=train.gradient_checkpointing,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
         report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
     )
     library_quirks.one_gpu_a_process(args)
     return args

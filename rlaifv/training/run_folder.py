@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from rlaifv.fingerprint import files_below
 from rlaifv.records import to_json, write_atomic
-from rlaifv.store import FINISHED, link_or_copy
+from rlaifv.store import FINISHED, link_or_copy, lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,28 @@ def read_finished(run: Path, promised: Collection[str]) -> dict | None:
     for name in (FINISHED, WHOLE, "trainer", "published"):
         remove(run / name)
     return None
+
+
+def carry_out(kind: str, run: Path, promised: Collection[str], out: Path, work: Callable[[], None]) -> dict:
+    """Have `work` do what is left to do in a run's folder, under its lock, and publish it to `out`; returns what it
+    said when it finished, of which the `promised` parts are whole. `job.train` says what that gives a user."""
+    lock = lock_folder(run, kind)
+    try:
+        result = read_finished(run, promised)
+        if result is None:
+            work()
+            result = read_finished(run, promised)
+        if result is None:
+            raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
+        publish(run, out)
+        for unfinished in ("trainer", "adapter", "pairs"):
+            remove(run / unfinished)
+    except FloatingPointError:
+        publish(run, out, unfinished=True)
+        raise
+    finally:
+        lock.release()
+    return result
 
 
 def publish(run: Path, out: Path, *, unfinished: bool = False) -> None:

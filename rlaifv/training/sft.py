@@ -9,14 +9,12 @@ exact in all of that and rejects what is too long.
 
 import dataclasses
 import logging
-import math
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -28,8 +26,9 @@ from rlaifv.store import progress
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints
 from rlaifv.training.dpo import EpochOrder
-from rlaifv.training.job import TrainResult, carry_out, start_process, take_steps
+from rlaifv.training.job import TrainResult, require_rows, run_in, start_process, take_steps
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
+from rlaifv.training.trainer import Habits, trainer_settings
 from rlaifv.vlm.chat_format import Reader, check_length, common_length, prompt_text, tokenize
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.collate import collate_inputs, pad_rows
@@ -103,7 +102,7 @@ class Conversations:
         }
 
 
-class ConversationTrainer(SFTTrainer):
+class ConversationTrainer(Habits, SFTTrainer):
     """TRL's steps on our rows, in an order that a run that goes on finds again, with a stop at what is not finite."""
 
     def __init__(self, vlm: VLM, model, data: Conversations, params: TrainParams, arguments: SFTConfig):
@@ -114,28 +113,6 @@ class ConversationTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return EpochOrder(self.data.lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm} at step {self.state.global_step + 1}: training stops and keeps the "
-                "checkpoints before it; lower train.learning_rate or use train.dtype float32"
-            )
-        return norm
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What a run goes on from: the weights that learn."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-            save_file(learned, Path(output_dir) / "model.safetensors")
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """None: weights that a checkpoint lacks do not learn, and are as they were loaded."""
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None beside what a run goes on from."""
 
 
 def train_sft(
@@ -158,7 +135,7 @@ def train_sft(
     }
     job = {"policy": policy, "rows": str(rows), "image_root": str(image_root), "seed": seed}
     job["params"] = dataclasses.asdict(params)
-    return carry_out("sft", identity, job, params, out, scratch, run_job)
+    return run_in("sft", identity, job, params, out, scratch, run_job)
 
 
 def run_job(job: dict) -> None:
@@ -170,10 +147,7 @@ def run_job(job: dict) -> None:
     run, params = Path(job["run"]), TrainParams(**job["params"])
     vlm = load_policy(job["policy"], params)
     data = Conversations(vlm, Path(job["rows"]), Path(job["image_root"]), params.max_length)
-    for reject in data.rejects:
-        log.warning("row %s is not trained on: %s", reject.id, reject.reason)
-    if not data.rows:
-        raise ValueError(f"none of the {len(data.rejects)} rows can be trained on; first: {data.rejects[:1]}")
+    require_rows(data, "row")
     freeze(vlm.model, params)
     if not params.load_in_4bit:
         vlm.model.to(whole_device(vlm.model))
@@ -188,26 +162,15 @@ def run_job(job: dict) -> None:
 def sft_arguments(params: TrainParams, folder: Path, seed: int) -> SFTConfig:
     """TRL's arguments for our parameters; `folder` is where the Trainer writes what it goes on from."""
     arguments = SFTConfig(
-        output_dir=str(folder),
-        learning_rate=params.learning_rate,
+        **trainer_settings(params, folder, seed),
         num_train_epochs=params.epochs,
         per_device_train_batch_size=params.micro_batch_size,
         gradient_accumulation_steps=params.batch_size // (params.micro_batch_size * params.processes),
-        lr_scheduler_type=params.scheduler,
-        warmup_steps=params.warmup_ratio,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
         bf16=params.dtype == "bfloat16",
         gradient_checkpointing=params.gradient_checkpointing,
         max_length=None,  # nothing is cut
         remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",  # `checkpoints.WriteCheckpoints` says when
         report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
     )
     library_quirks.one_gpu_a_process(arguments)
     return arguments

@@ -3,8 +3,8 @@
 import pytest
 
 from rlaifv.records import Candidate, Instruction
-from rlaifv.tinyworld.annotator import annotate, false_of
-from rlaifv.tinyworld.language import claims, sentence
+from rlaifv.tinyworld.annotator import annotate
+from rlaifv.tinyworld.language import claims, false_of, sentence
 from rlaifv.tinyworld.scenes import Group, make_scene
 
 SCENES = {f"{k:012d}.png": make_scene(3, k) for k in range(1, 61)}

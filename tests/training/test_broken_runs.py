@@ -60,8 +60,8 @@ def finished_run(folder: Path, name: str) -> Path:
         (run_folder, "link_or_copy", 7),
         (Path, "rename", 0),
         (Path, "rename", 2),
-        (job, "remove", 0),
-        (job, "remove", 1),
+        (run_folder, "remove", 6),  # what the run no longer needs
+        (run_folder, "remove", 7),
         (shutil, "rmtree", 2),
     ],
 )
