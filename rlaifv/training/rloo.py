@@ -13,7 +13,6 @@ computed once for all k answers, and answer s of instruction i in step t comes f
 import copy
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,12 +337,12 @@ class Watch(Line):
     key = "reward"
 
     def say(self, state, logs: dict[str, float], rate: float) -> None:
+        shown = {"answers with a rejected claim": "judged_hallucination", "recall": "recall", "score": "reward_model"}
         log.info(
-            "rloo: step %d/%d, reward %.3f, answers with a rejected claim %.2f, recall %.3f, %.1f tokens, KL %.3f, "
-            "%.1f s a step, %.0f s left",
-            *(state.global_step, state.max_steps, logs["reward"], logs.get("judged_hallucination", math.nan)),
-            *(logs.get("recall", math.nan), logs["tokens"], logs.get("kl", 0.0), 1 / rate),
-            (state.max_steps - state.global_step) / rate,
+            "rloo: step %d/%d, reward %.3f%s, %.1f tokens, KL %.3f, %.1f s a step, %.0f s left",
+            *(state.global_step, state.max_steps, logs["reward"]),
+            "".join(f", {name} {logs[key]:.3f}" for name, key in shown.items() if key in logs),
+            *(logs["tokens"], logs.get("kl", 0.0), 1 / rate, (state.max_steps - state.global_step) / rate),
         )
 
 

@@ -13,7 +13,7 @@ from rlaifv.inference.reward import Rated, score
 from rlaifv.inference.sampling import Generation
 from rlaifv.inference.server import ServedLabeler
 from rlaifv.inference.yes_no import judge_fit, load_labeler, look
-from rlaifv.params import DivideParams, ServerParams
+from rlaifv.params import DivideParams, RewardWeights, ServerParams
 from rlaifv.records import Candidate, Instruction, ModelRecord
 from rlaifv.steps.divide import Division, divide_answers
 from rlaifv.training.rewards import Judged
@@ -64,6 +64,7 @@ def make_tasks(instructions: Sequence[Instruction], candidates: Sequence[Candida
 def load_judges(
     divider: ModelRecord,
     labeler: ModelRecord,
+    weights: RewardWeights,
     server: ServerParams,
     params: DivideParams,
     suffix: str,
@@ -72,10 +73,12 @@ def load_judges(
     reward_model: Path | None = None,
     dtype: str = "float32",
 ) -> "Judges":
-    """The judges of a run, and the reward model in a folder where there is one; all are in memory at once, beside the
-    policy."""
+    """The judges that a run's weights count, and the reward model in a folder where there is one; all are in memory at
+    once, beside the policy. Without `claims` no labeler is asked, without `claims` and `recall` nothing is divided."""
     asked = reward_model and scorer(load_reward_model(str(reward_model), dtype=dtype))
-    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root, asked)
+    splits = load_model(divider) if weights.claims or weights.recall else None
+    judges = load_labeler(labeler, server) if weights.claims else None
+    return Judges(splits, judges, params, suffix, seed, image_root, asked)
 
 
 def scorer(model: RewardModel) -> Score:
@@ -90,10 +93,10 @@ def scorer(model: RewardModel) -> Score:
 
 @dataclass
 class Judges:
-    """The loaded models that rewards are computed with, and how they are asked; `score` may be None."""
+    """The loaded models that rewards are computed with, and how they are asked; one that no reward needs is None."""
 
-    divider: VLM
-    labeler: VLM | ServedLabeler
+    divider: VLM | None
+    labeler: VLM | ServedLabeler | None
     params: DivideParams
     suffix: str
     seed: int
@@ -116,7 +119,7 @@ class Judges:
                     usual=task.usual,
                     claims=None if division.problem else tuple(division.claims),
                     accepted=tuple(said[q] for q in division.questions if q in said),
-                    facts=self.facts[task.id] or None,
+                    facts=self.facts.get(task.id) or None,
                     gold=task.gold,
                     score=score,
                 )
@@ -127,6 +130,8 @@ class Judges:
 
     def _divide(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[Division]]:
         """The divider's claims of every answer and of the facts of new tasks; equal texts are divided once."""
+        if self.divider is None:
+            return [[Division([], [], "no reward looks at claims")] * len(row) for row in texts]
         new = [task for task in tasks if task.id not in self.facts]
         asked = [(task.question, text) for task, row in zip(tasks, texts, strict=True) for text in row]
         asked += [(task.question, fact) for task in new for fact in task.facts]
@@ -140,6 +145,8 @@ class Judges:
     def _ask_labeler(self, tasks: Sequence[Task], divisions: Sequence[Sequence[Division]]) -> list[dict[str, bool]]:
         """For each task, question → whether its claim is accepted (a tie is not); an image's questions are asked
         together, each once. A question that the labeler cannot be asked, or has no finite answer to, is left out."""
+        if self.labeler is None:
+            return [{} for _ in tasks]
         questions = [list(dict.fromkeys(q for division in row for q in division.questions)) for row in divisions]
         items = [
             (look(self.labeler, self.image_root / task.image_path), [f"{q} {self.suffix}" for q in asked])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from rloo_runs import NONE, PARAMS, TASKS, TRAIN, WEIGHTS, WordJudges, run, save_inputs
 from training_runs import digests
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -22,9 +23,9 @@ from rlaifv.records import ModelRecord
 from rlaifv.tinyworld.scenes import Group, Scene, render
 from rlaifv.training import verdicts
 from rlaifv.training.policy import freeze, load_policy
-from rlaifv.training.rewards import recall
+from rlaifv.training.rewards import length, recall
 from rlaifv.training.rloo import ClaimTrainer, RlooResult, StepOrder, Watch, cut_at_control_token, readable
-from rlaifv.training.verdicts import Judges, Task
+from rlaifv.training.verdicts import Judges, Task, load_judges
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import load_model, load_vlm
 
@@ -222,6 +223,21 @@ def test_the_judges_say_of_the_shipped_world_what_is_true_in_it(tmp_path):
     assert wrong.accepted.count(False) >= 1 and wrong.accepted[:3] == (True, True, True) and recall(wrong) == 0.5
     assert empty.claims == () and empty.accepted == () and recall(empty) == 0.0
     assert (right.score, right.tokens, right.finished) == (len(true), 20, True)
+
+
+def test_only_the_judges_that_a_reward_counts_are_loaded_and_asked(tmp_path):
+    params = load_params("params.yaml")
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    missing = ModelRecord("no/such/model", None, "float32", "cpu", "0")
+    settings = (ServerParams(), params.divide, params.feedback.suffix, params.seed, tmp_path)
+    weights = params.rloo_runs["plain"]
+    judges = load_judges(missing, missing, weights, *settings)
+    task = Task("one", "1.png", "Describe the image.", 20.0, facts=("There is a cup.",))
+    ((answer,),) = judges.judge([task], [[Generation("There is a cup.", [5] * 20, "stop", 2)]])
+    assert answer.claims is None and answer.accepted == () and answer.facts is None and length(answer) == 0.0
+    for name in ("claims", "recall"):
+        with pytest.raises(FileNotFoundError, match="no/such/model"):
+            load_judges(missing, missing, dataclasses.replace(weights, **{name: 1.0}), *settings)
 
 
 @pytest.mark.parametrize(
