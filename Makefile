@@ -42,10 +42,12 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 
 fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without
 	dvc repro experiments/dvc.yaml:fact_rlhf
+	dvc repro --single-item --force report
 	@echo "figure: plots/fact_rlhf.png, numbers: metrics/fact_rlhf.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
 	dvc repro experiments/dvc.yaml:reward_best_of_n
+	dvc repro --single-item --force report
 	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
 
 rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
