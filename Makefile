@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,10 +40,10 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
-fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without
-	dvc repro experiments/dvc.yaml:fact_rlhf
+fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without, and RL against them
+	dvc repro experiments/dvc.yaml:fact_rlhf experiments/dvc.yaml:rloo_scored_compare
 	dvc repro --single-item --force report
-	@echo "figure: plots/fact_rlhf.png, numbers: metrics/fact_rlhf.json"
+	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
 	dvc repro experiments/dvc.yaml:reward_best_of_n
@@ -54,11 +54,6 @@ rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's
 	dvc repro experiments/dvc.yaml:rloo_compare
 	dvc repro --single-item --force report
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
-
-rloo-scored: $(READY) ## the same against each learned reward model, without and with the length anchor (about an hour)
-	dvc repro experiments/dvc.yaml:rloo_scored_compare
-	dvc repro --single-item --force report
-	@echo "figure: plots/rloo_scored.png, numbers: metrics/rloo_scored.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.profiles.experiments ablations

@@ -354,11 +354,12 @@ class RewardWeights(Section):
     correct: NotNegative  # the right answer to a question that has one
     reward_model: NotNegative  # a learned reward model's score
     scored_by: FileName | None  # that model's entry of reward_runs
+    steps: Count | None  # of this run; null: rloo.steps
 
     @property
     def of_rewards(self) -> dict[str, float]:
         """The weights by reward."""
-        return {name: value for name, value in vars(self).items() if name != "scored_by"}
+        return {name: value for name, value in vars(self).items() if name not in ("scored_by", "steps")}
 
 
 class RlooParams(Section):
@@ -510,6 +511,8 @@ def _rloo_problems(params: Params) -> Iterator[str]:
     if rloo.checkpoints > rloo.steps:
         yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
     for name, weights in params.rloo_runs.items():
+        if weights.steps is not None and rloo.checkpoints > weights.steps:
+            yield f"rloo_runs.{name}.steps: rloo.checkpoints {rloo.checkpoints} are more than its {weights.steps} steps"
         if not any(weights.of_rewards.values()):
             yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
         if bool(weights.reward_model) != (weights.scored_by in params.reward_runs):

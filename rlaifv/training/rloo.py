@@ -86,6 +86,7 @@ def train_rloo(
     Raises ValueError for fewer tasks than a step has, RuntimeError when another process trains the same,
     FloatingPointError when loss or gradient is not finite.
     """
+    params = dataclasses.replace(params, steps=weights.steps or params.steps)
     settings = dataclasses.replace(
         train,
         learning_rate=params.learning_rate,

@@ -1,5 +1,6 @@
 """Small runs of reinforcement learning on a random model, with judges that look at words."""
 
+import dataclasses
 from pathlib import Path
 
 from tiny_llava import picture, save_tiny_llava
@@ -22,8 +23,10 @@ PARAMS = RlooParams(
     compared=2,
 )
 TRAIN = TrainParams(dtype="float32", warmup_ratio=0.0)
-NONE = RewardWeights(claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None)
-WEIGHTS = RewardWeights(claims=1.0, recall=0.0, length=0.5, stop=1.0, correct=0.0, reward_model=0.0, scored_by=None)
+NONE = RewardWeights(
+    claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None, steps=None
+)
+WEIGHTS = dataclasses.replace(NONE, claims=1.0, length=0.5, stop=1.0)
 TASKS = [Task(f"task-{k}", f"{k}.png", "what is in the image ?", usual=4.0) for k in range(5)]
 """Two steps to a pass: a run of six has three."""
 
