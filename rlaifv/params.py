@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks", "reward_runs", "rloo_runs")
+NAMED = ("iterations", "benchmarks", "sft_parts", "reward_runs", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -303,6 +303,36 @@ class SelfFeedbackParams(Section):
     batch_size: Count  # instructions at a time
 
 
+class SftParams(Section):
+    """Fine-tuning on conversations before any feedback: SFT+ of Fact-RLHF (arXiv 2309.14525). What is not here is as in
+    `train`: LoRA's layers, dtype and the like."""
+
+    base: Name | None  # what is fine-tuned: a folder or hub id; null: the policy before alignment
+    rows: Count  # conversations, drawn of all parts by their weights
+    max_length: Count | None  # tokens of a conversation with its image; a longer one is rejected, never cut
+    learning_rate: LearningRate
+    epochs: Count
+    batch_size: Count  # conversations of a step
+    micro_batch_size: Count
+    scheduler: Scheduler
+    warmup_ratio: Fraction
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
+    lora_r: CountOrZero  # 0 trains all weights
+    lora_alpha: Count
+    checkpoints_per_epoch: Count  # the last one is the model; what a killed run goes on from is written with each
+    processes: Count  # (GPUs), each with the whole model
+
+
+class SftPart(Section):
+    """A data set of the mixture, as `rlaifv.steps.sft_rows` reads it."""
+
+    kind: Literal["llava_instruct", "vqa_yes_no", "a_okvqa", "flickr30k", "instructions", "questions"]
+    files: Texts  # the data set's own; of vqa_yes_no questions and annotations
+    images: Text  # the folder of its images below prepare.image_root; "": that itself
+    weight: Positive  # its share of the rows, against the other parts'
+
+
 class RewardRun(Section):
     """One reward model: whose preferences it learns, and what it reads beside an answer."""
 
@@ -405,6 +435,8 @@ class Params(Section):
     ablation: AblationParams
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
+    sft: SftParams
+    sft_parts: Annotated[dict[FileName, SftPart], _expect("a section with at least one entry", bool)]
     reward_model: RewardModelParams
     reward_runs: dict[FileName, RewardRun]
     rloo: RlooParams
@@ -573,19 +605,32 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    yield from _sft_problems(params)
     yield from _reward_problems(params)
     yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 
 
+def _sft_problems(params: Params) -> Iterator[str]:
+    yield from _batch_problems("sft", params.sft)
+    for name, part in params.sft_parts.items():
+        needed = 2 if part.kind == "vqa_yes_no" else 1
+        if len(part.files) != needed:
+            yield f"sft_parts.{name}.files: {part.kind} is {needed} file{'s' * (needed - 1)}, got {len(part.files)}"
+
+
+def _batch_problems(section: str, values: "SftParams | RewardModelParams") -> Iterator[str]:
+    if values.batch_size % (values.micro_batch_size * values.processes):
+        yield (
+            f"{section}.batch_size {values.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{values.micro_batch_size} x {values.processes}"
+        )
+
+
 def _reward_problems(params: Params) -> Iterator[str]:
     reward = params.reward_model
-    if reward.batch_size % (reward.micro_batch_size * reward.processes):
-        yield (
-            f"reward_model.batch_size {reward.batch_size} is not a multiple of micro_batch_size x processes = "
-            f"{reward.micro_batch_size} x {reward.processes}"
-        )
+    yield from _batch_problems("reward_model", reward)
     if "{}" not in reward.fact_line:
         yield f"reward_model.fact_line {reward.fact_line!r} has no {{}} for the fact"
     for name, run in params.reward_runs.items():
