@@ -7,7 +7,7 @@ and what was expected. This file imports nothing heavy, so that the check really
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
@@ -383,7 +383,7 @@ class RewardWeights(Section):
     stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
     correct: NotNegative  # the right answer to a question that has one
     reward_model: NotNegative  # a learned reward model's score
-    scored_by: FileName | None  # that model's entry of reward_runs
+    scored_by: Name | None  # that model's entry of reward_runs, or a folder (with a /): a released one, converted
 
     @property
     def of_rewards(self) -> dict[str, float]:
@@ -400,6 +400,8 @@ class RlooParams(Section):
     micro_batch_size: Count  # answers per forward pass; the rest of a step's is accumulated
     learning_rate: LearningRate
     beta: NotNegative  # what a nat of log π/π_ref costs
+    # facts by image as in reward_model.captions, for rewards that need them; null: what instructions have as reference
+    captions: Name | None
     temperature: Positive
     max_new_tokens: Count
     checkpoints: Count  # written in equal distances; dev chooses one
@@ -534,6 +536,14 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
+def as_train_params(section: RewardModelParams | SftParams, train: TrainParams) -> TrainParams:
+    """`train` with what the section of another training says otherwise, which keeps its last checkpoint and spreads no
+    weights over GPUs."""
+    same = {f.name for f in fields(section)} & {f.name for f in fields(train)}
+    changes = {"keep_checkpoints": None, "resume_every": 1, "accelerate_config": None}
+    return replace(train, **{name: getattr(section, name) for name in same}, **changes)
+
+
 def _rloo_problems(params: Params) -> Iterator[str]:
     rloo = params.rloo
     step = rloo.prompts * rloo.samples
@@ -544,9 +554,13 @@ def _rloo_problems(params: Params) -> Iterator[str]:
     for name, weights in params.rloo_runs.items():
         if not any(weights.of_rewards.values()):
             yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
-        if bool(weights.reward_model) != (weights.scored_by in params.reward_runs):
+        by = weights.scored_by or ""
+        if bool(weights.reward_model) != (by in params.reward_runs or "/" in by):
             known = ", ".join(params.reward_runs)
-            yield f"rloo_runs.{name}.scored_by: a weight of reward_model needs one of {known}; no weight needs null"
+            yield (
+                f"rloo_runs.{name}.scored_by: a weight of reward_model needs one of {known}, or a folder with a /; no "
+                "weight needs null"
+            )
 
 
 def _train_problems(params: TrainParams) -> Iterator[str]:

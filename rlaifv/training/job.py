@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest, digest_files, stage_sources
-from rlaifv.params import RewardModelParams, SftParams, TrainParams, check_train
+from rlaifv.params import TrainParams, check_train
 from rlaifv.records import to_json, write_atomic
 from rlaifv.stage import gpu_peak, start_logging
 from rlaifv.steps.public_pairs import parquet_files
@@ -104,14 +104,6 @@ def train(
     identity["dev"] = dev and [asked, dev.data()]
     job = {"policy": policy, "pairs": str(pairs), "params": settings, "seed": seed, "made_of": made_of, "dev": asked}
     return run_in("train", identity, job, params, out, scratch, run_job)
-
-
-def as_train_params(section: RewardModelParams | SftParams, train: TrainParams) -> TrainParams:
-    """`train` with what the section of another training says otherwise, which keeps its last checkpoint and spreads no
-    weights over GPUs."""
-    same = {f.name for f in dataclasses.fields(section)} & {f.name for f in dataclasses.fields(train)}
-    changes = {"keep_checkpoints": None, "resume_every": 1, "accelerate_config": None}
-    return dataclasses.replace(train, **{name: getattr(section, name) for name in same}, **changes)
 
 
 def run_in(

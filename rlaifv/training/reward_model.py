@@ -21,22 +21,14 @@ from transformers import set_seed
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest_files, stage_sources
 from rlaifv.inference.yes_no import yes_no_ids
-from rlaifv.params import RewardModelParams, RewardRun, TrainParams, check_train
+from rlaifv.params import RewardModelParams, RewardRun, TrainParams, as_train_params, check_train
 from rlaifv.records import Reject, read_records, write_jsonl
 from rlaifv.steps.preferences import Preference
 from rlaifv.store import link_or_copy, progress
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints
 from rlaifv.training.dpo import PairCollator, PairScorer, StepTrainer, training_arguments
-from rlaifv.training.job import (
-    TrainResult,
-    as_train_params,
-    kept_layout,
-    require_rows,
-    run_in,
-    start_process,
-    take_steps,
-)
+from rlaifv.training.job import TrainResult, kept_layout, require_rows, run_in, start_process, take_steps
 from rlaifv.training.packed_pairs import image_source
 from rlaifv.training.pair_data import IMAGES, PAIRS, PROMPTS, TOKEN_TYPES, EncodedPair, PairData, arrow_file
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
