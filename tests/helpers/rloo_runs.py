@@ -17,6 +17,7 @@ PARAMS = RlooParams(
     micro_batch_size=4,
     learning_rate=3e-3,
     beta=0.05,
+    captions=None,
     temperature=1.0,
     max_new_tokens=10,
     checkpoints=3,
@@ -33,6 +34,8 @@ TASKS = [Task(f"task-{k}", f"{k}.png", "what is in the image ?", usual=4.0) for 
 
 class WordJudges:
     """Every word is a claim, "dog" and "cat" are false ones; of an answer with a "kite" nothing can be said."""
+
+    needs_facts = False
 
     def judge(self, tasks, answers):
         return [[self.look(task, answer) for answer in row] for task, row in zip(tasks, answers, strict=True)]
