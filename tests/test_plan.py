@@ -288,7 +288,9 @@ def test_llava_rlhf_with_all_that_is_run_beside_the_pipeline_fits_the_machine_of
     assert [n.stage for n in found.needs][-3:] == ["sft", "reward_model", "rloo"]
     assert found.shortages() == ([], []) and machine.memory == memory * GB
     whole = dataclasses.replace(params.reward_model, lora_r=0)
-    short, _ = plan.make_plan(dataclasses.replace(params, reward_model=whole), machine, also=["reward_model"]).shortages()
+    short, _ = plan.make_plan(
+        dataclasses.replace(params, reward_model=whole), machine, also=["reward_model"]
+    ).shortages()
     assert [line for line in short if line.startswith("reward_model: ") and "reward_model.lora_r: 64" in line]
 
 
