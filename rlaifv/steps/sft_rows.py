@@ -15,7 +15,7 @@ from typing import Any
 
 from rlaifv.params import SftPart
 from rlaifv.records import IMAGE_PLACES, Reject, parse_json, read_lines, text_of
-from rlaifv.steps.prepare import parse_instruction
+from rlaifv.steps.prepare import inside, parse_instruction
 
 CAPTION_REQUEST = "List what people say who look at this picture, one short caption a line."
 YES_NO = "Please answer yes or no."
@@ -30,6 +30,10 @@ class SftRow:
     image_path: str
     conversation: list
     source: str
+
+    def image(self, root: Path) -> Path:
+        """Its image below `root`; ValueError for one elsewhere."""
+        return inside(root, self.image_path)
 
 
 def llava_instruct(path: Path) -> tuple[list[SftRow], list[Reject]]:

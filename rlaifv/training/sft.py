@@ -23,7 +23,6 @@ from trl import SFTConfig, SFTTrainer
 from rlaifv.fingerprint import digest_files, stage_sources
 from rlaifv.params import TrainParams, check_train
 from rlaifv.records import Reject, read_records
-from rlaifv.steps.prepare import inside
 from rlaifv.steps.sft_rows import SftRow
 from rlaifv.store import progress
 from rlaifv.training import library_quirks
@@ -90,7 +89,7 @@ class Conversations:
         return self.rows
 
     def encode(self, row: SftRow) -> tuple[list[int], list[int], dict]:
-        return encode_conversation(self.vlm, open_image(inside(self.image_root, row.image_path)), row.conversation)
+        return encode_conversation(self.vlm, open_image(row.image(self.image_root)), row.conversation)
 
     def __call__(self, examples: list[dict]) -> dict:
         """A batch of rows by their numbers, padded on the right: what SFTTrainer takes for a collator."""

@@ -18,7 +18,6 @@ from rlaifv.params import DivideParams, RewardWeights, ServerParams
 from rlaifv.records import Candidate, Instruction, ModelRecord
 from rlaifv.stage import REWARD_MODELS
 from rlaifv.steps.divide import Division, divide_answers
-from rlaifv.steps.facts import in_order
 from rlaifv.training.rewards import Judged
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image
@@ -54,11 +53,10 @@ def make_tasks(
     instructions: Sequence[Instruction],
     candidates: Sequence[Candidate],
     captions: Mapping[str, Sequence[str]] = {},
-    seed: int = 0,
 ) -> list[Task]:
     """The instructions with the mean length of the base model's `candidates` to them (0 where it has none). An
     instruction's reference is the right answer where it is `SHORT`, else the facts, in whose place come the `captions`
-    of its image where there are any (`steps.facts.read_facts`), in an order drawn from (seed, image)."""
+    of its image where there are any (`steps.facts.read_facts`)."""
     lengths: dict[str, list[int]] = {}
     for candidate in candidates:
         lengths.setdefault(candidate.instruction_id, []).append(candidate.n_tokens)
@@ -66,8 +64,7 @@ def make_tasks(
     for i in instructions:
         usual, short = fmean(lengths.get(i.id, [0])), len(i.reference.split()) <= SHORT
         facts, gold = ((), i.reference) if short else ((i.reference,), "")
-        known = captions.get(Path(i.image_path).name, ())
-        facts = tuple(in_order(known, len(known), seed, i.image_path)) or facts
+        facts = tuple(captions.get(Path(i.image_path).name, ())) or facts
         tasks.append(Task(i.id, i.image_path, i.question, usual, facts, gold))
     return tasks
 

@@ -19,7 +19,7 @@ from rlaifv import ROOT
 from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
 from rlaifv.inference.yes_no import load_labeler
 from rlaifv.params import ParamsError, ServerParams, check_params, load_params, read_yaml
-from rlaifv.records import ModelRecord
+from rlaifv.records import Instruction, ModelRecord
 from rlaifv.tinyworld.scenes import Group, Scene, render
 from rlaifv.training import verdicts
 from rlaifv.training.policy import freeze, load_policy
@@ -260,6 +260,57 @@ def test_a_run_against_a_reward_model_says_which_and_no_other_run_does(changed):
     content["rloo_runs"]["plain"] |= changed
     with pytest.raises(ParamsError, match=r"rloo_runs\.plain\.scored_by: a weight of reward_model needs one"):
         check_params(content, "params.yaml")
+
+
+def test_a_run_may_be_scored_by_the_folder_of_a_reward_model():
+    content = read_yaml(ROOT / "params.yaml")
+    content["rloo_runs"]["plain"] |= {"scored_by": "data/checkpoints/rm"}
+    scored_by = check_params(content, "params.yaml").rloo_runs["plain"].scored_by
+    assert verdicts.reward_model_folder(scored_by) == ROOT / "data" / "checkpoints" / "rm"
+    assert verdicts.reward_model_folder("plain") == ROOT / "data" / "reward_models" / "plain" / "model"
+    assert verdicts.reward_model_folder(None) is None
+
+
+def test_the_questions_of_a_step_share_their_images_across_instructions(monkeypatch):
+    asked = []
+
+    def judge(_, items):
+        asked.extend(items)
+        return [[(1.0, 0.0) if "true" in question else (0.0, 1.0) for question in questions] for _, questions in items]
+
+    monkeypatch.setattr(verdicts, "look", lambda labeler, path: path.name)
+    monkeypatch.setattr(verdicts, "judge_fit", judge)
+    judges = Judges(None, None, None, "yes?", 0, Path("images"))
+    tasks = [Task(name, image, "what ?", 4.0) for name, image in (("a", "1"), ("b", "2"), ("c", "1"))]
+    said = [["true q", "p"], ["true q"], ["true q", "r"]]
+    divisions = [[SimpleNamespace(questions=[question]) for question in row] for row in said]
+    found = judges._ask_labeler(tasks, divisions)
+    assert asked == [("1", ["true q yes?", "p yes?", "r yes?"]), ("2", ["true q yes?"])], (
+        "an image once, a question once"
+    )
+    assert [[row[q] for q in questions] for row, questions in zip(found, said, strict=True)] == [
+        [True, False],
+        [True],
+        [True, False],
+    ]
+
+
+def test_captions_of_an_image_are_facts_in_place_of_the_reference():
+    told = [
+        Instruction("a", "x/1.png", "what ?", "A red cup is there.", ""),
+        Instruction("b", "2.png", "is it ?", "no", ""),
+    ]
+    captions = {"1.png": ["A cup.", "Tea."]}
+    assert [task.facts for task in verdicts.make_tasks(told, [], captions)] == [("A cup.", "Tea."), ()]
+    assert verdicts.make_tasks(told, [])[0].facts == ("A red cup is there.",)
+    assert verdicts.make_tasks(told, [], captions)[1].gold == "no"
+
+
+def test_without_facts_an_instruction_is_left_out_where_the_reward_model_reads_them(folder):
+    vlm = load_vlm(str(folder / "model"), device="cpu")
+    known = dataclasses.replace(TASKS[1], facts=("A cup.",))
+    usable, (reject,) = readable(vlm, [TASKS[0], known], folder / "images", room=10, needs_facts=True)
+    assert usable == [known] and reject.id == TASKS[0].id and "rloo.captions" in reject.reason
 
 
 def test_a_reward_model_reads_facts_only_where_it_was_trained_with_them(monkeypatch):
