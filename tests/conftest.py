@@ -29,6 +29,21 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def fetched():
+    """`fetched("golden/…")`: a file that `python -m rlaifv.benchmarks.fetch golden` gets, from the folder beside the
+    checkout or from where that command puts it."""
+
+    def find(path: str) -> Path:
+        places = [SHARED / path, SHARED / "benchmarks" / path, SHARED / "benchmarks" / Path(path).name]
+        there = next((place for place in [*places, ROOT / "data/benchmarks" / path] if place.exists()), None)
+        if there is None:
+            pytest.skip(f"{path} is absent: `python -m rlaifv.benchmarks.fetch {path.split('/')[0]}` gets it")
+        return there
+
+    return find
+
+
 @pytest.fixture
 def start_server():
     """Start a server of the tests, `start_server("judge_server.py", HABIT, …)`; returns its address."""

@@ -309,3 +309,33 @@ def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):
     assert need(found, "feedback").flops / 1e12 == about(2 * 7.1e-3 * 4.6e6 + 4000 * 8.95)
     assert need(found, "train").flops / 1e12 == about(398e3 + 4000 * 5 * 8.95)
     assert found.shortages()[0] == []
+
+
+TABLE = (ROOT / "docs" / "hardware.md").read_text()
+ROWS = re.findall(
+    r"^\| `(\S+)` \| (\d) × \d+ GB \((.*?)\) \| (\d+) GB \| ([\d.]+) ([GT]B) \|.*\| ([\d.]+) h \|$", TABLE, re.M
+)
+
+
+@pytest.mark.parametrize(("name", "gpus", "gpu", "host", "disk", "unit", "hours"), ROWS, ids=lambda value: str(value))
+def test_the_table_of_hardware_says_what_the_profile_and_its_plan_say(
+    profile, name, gpus, gpu, host, disk, unit, hours
+):
+    first_lines = " ".join(
+        (ROOT / "params" / f"{name}.yaml").read_text().partition("\n\n")[0].replace("#", " ").split()
+    )
+    for asked in (f"For {gpus} GPU", f"{host} GB of main memory", f"{disk} {unit} of disk"):
+        assert asked in first_lines
+    room = float(disk) * (1000 if unit == "TB" else 1) * GB
+    found = plan.make_plan(profile(name), plan.machine_here(gpu.replace(" ", ""), int(gpus)), room, float(host) * GB)
+    assert found.shortages()[0] == []
+    assert found.iterations * sum(n.seconds for n in found.needs) / 3600 == pytest.approx(float(hours), rel=0.1)
+
+
+def test_every_profile_of_a_real_model_is_in_the_table_or_is_not_run_by_dpo():
+    real = {
+        path.stem
+        for path in (ROOT / "params").glob("*.yaml")
+        if "1 GPU" in path.read_text() or "8 GPUs" in path.read_text()
+    }
+    assert real - {row[0] for row in ROWS} <= {"rloo-claims-7b"}

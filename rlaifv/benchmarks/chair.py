@@ -3,14 +3,15 @@
 python -m rlaifv.benchmarks.chair --answers A.jsonl --objects instances_val2014.json captions_val2014.json --json
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rlaifv import ROOT
 from rlaifv.benchmarks.cli import command, run
 from rlaifv.benchmarks.spec import Spec
 from rlaifv.evaluation import chair
-from rlaifv.evaluation.answers import read_answers
+from rlaifv.evaluation.answers import Answer, read_answers
 from rlaifv.evaluation.scores import Scores
 from rlaifv.params import BenchmarkParams
 
@@ -20,7 +21,33 @@ def score_entry(item: BenchmarkParams, answers: Path, judge: None, replies: Path
     given, bad = read_answers(answers)
     vocabulary = chair.load_vocabulary(ROOT / item.vocabulary if item.vocabulary else chair.COCO_WORDS)
     objects = chair.load_objects([ROOT / path for path in item.truth], vocabulary, [a.image for a in given])
-    return chair.score(given, objects, vocabulary), bad
+    return score(given, objects, vocabulary), bad
+
+
+def score(
+    answers: Sequence[Answer],
+    objects: Mapping[str, Iterable[str]],
+    vocabulary: chair.Vocabulary,
+    counting: str = "original",
+) -> Scores:
+    """`chair.score` of the text; where every answer brings the lemmas that another scorer made of it (`words` in
+    chair.py's output), of these as well: the rates `stored_…`, and a line of how far the two rules differ."""
+    scores = chair.score(answers, objects, vocabulary, counting)
+    stored = [answer.record.get("words") for answer in answers]
+    if not scores.rows or not all(isinstance(w, list) and all(isinstance(x, str) for x in w) for w in stored):
+        return scores
+    mentions = [chair.mentions_of([word.lower() for word in words], vocabulary) for words in stored]
+    others = chair.score(answers, objects, vocabulary, counting, mentions)
+    names = ("chair_s", "chair_i", "recall")
+    differ = sum(a["mentions"] != b["mentions"] for a, b in zip(scores.rows, others.rows, strict=True))
+    moved = ", ".join(f"{name} {100 * (others.metrics[name] - scores.metrics[name]):+.2f}" for name in names)
+    said = f"by the file's own lemmas, in points: {moved}; mentions differ in {differ} of {len(scores.rows)} answers"
+    return replace(
+        scores,
+        rates={**scores.rates, **{f"stored_{name}": others.rates[name] for name in names}},
+        counts={**scores.counts, "n_stored_differ": differ},
+        settings={**scores.settings, "stored_words": said},
+    )
 
 
 SPEC = Spec("chair", score_entry, headlines=("chair_s", "chair_i", "recall", "mean_words"), truth=True)
@@ -38,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocabulary = chair.load_vocabulary(options.vocabulary)
         answers, bad = read_answers(path)
         objects = chair.load_objects(options.objects, vocabulary, [answer.image for answer in answers])
-        return chair.score(answers, objects, vocabulary, options.counting), bad
+        return score(answers, objects, vocabulary, options.counting), bad
 
     run(options, scorer, SPEC)
 

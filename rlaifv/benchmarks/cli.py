@@ -19,7 +19,9 @@ from rlaifv.records import to_json, write_jsonl
 def command(module: str, description: str) -> argparse.ArgumentParser:
     """A parser for `python -m rlaifv.benchmarks.MODULE` with the options that every command has."""
     parser = argparse.ArgumentParser(prog=f"python -m rlaifv.benchmarks.{module}", description=description)
-    parser.add_argument("--answers", required=True, help=".json or .jsonl, LLaVA-style or lmms-eval fields")
+    parser.add_argument(
+        "--answers", required=True, help=".json, .jsonl or .csv; LLaVA-style, lmms-eval's or chair.py's fields"
+    )
     parser.add_argument("--against", help="answers of another model: a paired test of --answers against it")
     parser.add_argument("--rows", help="write the per-row table here, one JSON object a line")
     parser.add_argument("--published", action="store_true", help="print the paper's rows below ours")

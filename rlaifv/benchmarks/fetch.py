@@ -23,6 +23,10 @@ _AMBER = f"{_GITHUB}/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c
 _POPE = f"{_GITHUB}/AoiDragon/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 _RLHFV = f"{_GITHUB}/RLHF-V/RLHF-V/3d35a91568b237fcc9d884463d9279fd7ae10350/eval"
 _RLAIFV = f"{_GITHUB}/RLHF-V/RLAIF-V/59e9254d4b7fe68bdc87923279f8773ed0b5a49c/eval"
+_OPERA = f"{_GITHUB}/shikiw/OPERA/61426efe4e2e53207f32d9112a86ba5f8364d1d9/log/chair_eval_results/llava-1.5"
+_LESS_IS_MORE = f"{_GITHUB}/yuezih/less-is-more/f26e187aadacc49a7cfc30443f0e9bae865b8e2e/CHAIR-eval/data/Table1-results"
+_CCA = f"{_GITHUB}/xing0047/cca-llava/8b5bb61d2cf6957ae428e52c4286fe8951f87bb2/outputs/chair"
+_ANSWERED = f"{_GITHUB}/Haoming2000/VLM-Benchmarks/6d394c981c5f7300c12905b2d5bbb14898399730"
 _MMHAL_JUDGING = f"{_GITHUB}/RLHF-V/RLAIF-V/67c98cda39d13c92c415123ab54a368797a93023/eval"
 _OBJECT_JUDGING = f"{_GITHUB}/RLHF-V/RLAIF-V/1a9538316c2c38160c15b512635ca0c4a7221210/eval"
 _REFOMB_JUDGING = f"{_GITHUB}/RLHF-V/RLAIF-V/3473ab15101d3ab726bf1845d1028821a54e9b37/eval"
@@ -30,15 +34,17 @@ _REFOMB_JUDGING = f"{_GITHUB}/RLHF-V/RLAIF-V/3473ab15101d3ab726bf1845d1028821a54
 
 @dataclass(frozen=True)
 class File:
-    """One file: where it is, and "sha256:…" or "md5:…" of its bytes ("" where only the revision is pinned)."""
+    """One file: where it is, "sha256:…" or "md5:…" of its bytes ("" where only the revision is pinned), and its path in
+    the benchmark's folder where that is not its name alone."""
 
     url: str
     digest: str = ""
+    place: str = ""
 
     @property
     def name(self) -> str:
-        """The file's name on disk."""
-        return self.url.rsplit("/", 1)[1]
+        """The file's path in the benchmark's folder."""
+        return self.place or self.url.rsplit("/", 1)[1]
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,56 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ),
         "The ground truth is COCO's (fetch coco); the published synonym table is for --vocabulary.",
     ),
+    "golden": Benchmark(
+        (
+            File(
+                f"{_OPERA}/ours.jsonl",
+                "sha256:63742c6032d28cfd0396afc24003900cef1aaf270ffef3f5ba3e10aaa7cde318",
+                "chair_opera/llava-1.5/ours.jsonl",
+            ),
+            File(
+                f"{_LESS_IS_MORE}/r1-llava1.5-7b.jsonl",
+                "sha256:f8fdd4dc8f594bd628722d8213e4248c27f6f1d3da73e8a77dbd63ae30adc275",
+                "chair_lessismore/r1-llava1.5-7b.jsonl",
+            ),
+            File(
+                f"{_LESS_IS_MORE}/r7-llava1.5-13b.jsonl",
+                "sha256:ef618e6064333cac7fe88d1390c7c6bb180bc09dfb94fd33f7a2fc1793bcb988",
+                "chair_lessismore/r7-llava1.5-13b.jsonl",
+            ),
+            File(
+                f"{_CCA}/llava-v1.5-7b_coco_chair_long_ans.jsonl",
+                "sha256:48373a1421637e532cb266ccfdb3a2c88af1cc06cb639d74df560e523b009def",
+                "chair_cca/llava-v1.5-7b_coco_chair_long_ans.jsonl",
+            ),
+            File(
+                f"{_CCA}/llava-v1.5-7b_coco_chair_short_ans.jsonl",
+                "sha256:02dfb28f07364732227b805484392db283be6efde5725c11c984dac4ab32973a",
+                "chair_cca/llava-v1.5-7b_coco_chair_short_ans.jsonl",
+            ),
+            File(
+                f"{_ANSWERED}/AMBER-master/results/llava-v1.5-7b.jsonl",
+                "sha256:dbdf5760aebe6cf3a330c9cfca6c765f79ed0e76ac8a234e8782d7ac23facdb4",
+                "amber_llava15/llava-v1.5-7b.jsonl",
+            ),
+            File(
+                f"{_ANSWERED}/playground/data/eval/pope/answers/llava-v1.5-7b.jsonl",
+                "sha256:94430ed66303d980eb1d28ba92c2dfbcbac11c1c36aded10b83c3bb368f7b89f",
+                "pope_llava15/answers_llava-v1.5-7b.jsonl",
+            ),
+            File(
+                f"{_POPE}/coco_pope_adversarial.json",
+                "sha256:1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26",
+                "pope_llava15/coco_pope_adversarial.json",
+            ),
+            File(
+                f"{_POPE}/coco_pope_random.json",
+                "sha256:c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35",
+                "pope_llava15/coco_pope_random.json",
+            ),
+        ),
+        "Answers that others scored, which the tests read here; the truth is that of coco and amber: fetch them too.",
+    ),
     "prompts": Benchmark(
         (
             File(f"{_MMHAL_JUDGING}/eval_gpt_mmhal.py"),
@@ -154,6 +210,7 @@ def fetch(name: str, to: str | Path, benchmarks: Mapping[str, Benchmark] = BENCH
     folder.mkdir(parents=True, exist_ok=True)
     for file in benchmarks[name].files:
         target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and (not file.digest or _digest(target, file.digest) == file.digest):
             print(f"{target}: already there")
             continue

@@ -12,11 +12,23 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlaifv.evaluation.answers import Answer, read_answers
 from rlaifv.records import to_json, write_jsonl
+
+NO_ABILITY = ("yes_ratio", "yes-ratio")
+"""Parts of the names of numbers of which neither more nor less is better."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a result file says: task → metric → number ("mmstar" → {"average": 0.33, "average_stderr": …}), and task →
+    metric → whether more of it is better, as far as it says."""
+
+    numbers: Mapping[str, Mapping[str, float]]
+    higher_is_better: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class Ability:
     Attributes:
         lost: the aligned model is worse by more than the tolerance allows.
         certain: the change exceeds 1.96 standard errors; None where the files give no standard error.
+        higher_is_better: as the files say; where they do not, it is.
     """
 
     task: str
@@ -34,6 +47,7 @@ class Ability:
     aligned: float
     lost: bool
     certain: bool | None
+    higher_is_better: bool = True
 
     @property
     def change(self) -> float:
@@ -41,8 +55,8 @@ class Ability:
         return self.aligned - self.base
 
 
-def read_results(path: str | Path) -> dict[str, dict[str, float]]:
-    """The numbers of an lmms-eval result file: task → metric ("mmstar" → {"average": 0.33, "average_stderr": …}).
+def read_results(path: str | Path) -> Results:
+    """The numbers of an lmms-eval result file.
 
     Args:
         path: a `*_results.json`/`results_*.json`, or a folder, of which the newest such file is read.
@@ -60,7 +74,8 @@ def read_results(path: str | Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        results = dict(json.loads(path.read_text(encoding="utf-8"))["results"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = dict(content["results"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} is no result file of lmms-eval: it has no "results"') from None
     tasks = {}
@@ -74,13 +89,13 @@ def read_results(path: str | Path) -> dict[str, dict[str, float]]:
         }
         if numbers:
             tasks[task] = numbers
-    return tasks
+    directions = content.get("higher_is_better")
+    said = {task: row for task, row in directions.items() if isinstance(row, Mapping)} if directions else {}
+    return Results(tasks, {t: {name: up for name, up in row.items() if up is not None} for t, row in said.items()})
 
 
-def guard(
-    base: Mapping[str, Mapping[str, float]], aligned: Mapping[str, Mapping[str, float]], tolerance: float = 0.02
-) -> list[Ability]:
-    """Compare all numbers that both models have.
+def guard(base: Results, aligned: Results, tolerance: float = 0.02) -> list[Ability]:
+    """Compare all numbers that both models have, but for those of which neither direction is better (`NO_ABILITY`).
 
     Args:
         base, aligned: of `read_results`.
@@ -90,26 +105,34 @@ def guard(
         ValueError: no number in common.
     """
     found = []
-    for task in base:
-        for metric, before in base[task].items():
-            after = aligned.get(task, {}).get(metric)
-            if after is None or "_stderr" in metric:
+    for task, numbers in base.numbers.items():
+        others = aligned.numbers.get(task, {})
+        for metric, before in numbers.items():
+            after = others.get(metric)
+            if after is None or "_stderr" in metric or any(name in metric.lower() for name in NO_ABILITY):
                 continue
-            errors = [numbers[task].get(_error_of(metric)) for numbers in (base, aligned)]
-            certain = None
-            if None not in errors:
-                certain = abs(after - before) > 1.96 * math.hypot(*errors)
-            lost = after < before - tolerance * abs(before)
-            found.append(Ability(task, metric, before, after, lost, certain))
+            error = next((name for name in numbers if _is_error_of(name, metric) and name in others), None)
+            certain = error and abs(after - before) > 1.96 * math.hypot(numbers[error], others[error])
+            up = _more_is_better(task, metric, base, aligned)
+            lost = (before - after if up else after - before) > tolerance * abs(before)
+            found.append(Ability(task, metric, before, after, lost, certain, up))
     if not found:
-        raise ValueError(f"no benchmark in common: {', '.join(base) or 'none'} against {', '.join(aligned) or 'none'}")
+        known = (", ".join(results.numbers) or "none" for results in (base, aligned))
+        raise ValueError(f"no benchmark in common: {' against '.join(known)}")
     return found
 
 
-def _error_of(metric: str) -> str:
-    """The name of a metric's standard error: "acc" → "acc_stderr", "acc,strict" → "acc_stderr,strict"."""
-    name, comma, part = metric.partition(",")
-    return f"{name}_stderr{comma}{part}"
+def _more_is_better(task: str, metric: str, *files: Results) -> bool:
+    """What the first file that says it of this metric says."""
+    name = metric.partition(",")[0]
+    return next((said for file in files if (said := file.higher_is_better.get(task, {}).get(name)) is not None), True)
+
+
+def _is_error_of(name: str, metric: str) -> bool:
+    """Whether `name` is a standard error of the metric: of "acc,strict" are "acc_stderr,strict" and
+    "acc_stderr_clt,strict", of which a file has as numbers only those that were computed."""
+    (of, _, part), (wanted, _, wanted_part) = name.partition(","), metric.partition(",")
+    return of.startswith(f"{wanted}_stderr") and part == wanted_part
 
 
 def sample_rows(answers: Iterable[Answer], task: str) -> list[dict]:
@@ -149,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     for ability in found:
         sure = {True: ", beyond its standard error", False: ", within its standard error", None: ""}[ability.certain]
-        word = "LOST" if ability.lost else "kept"
+        word = ("LOST" if ability.lost else "kept") + ("" if ability.higher_is_better else " (less is better)")
         print(f"{ability.task:>24} {ability.metric:>20}  {ability.base:.4g} → {ability.aligned:.4g}  {word}{sure}")
     lost = [f"{ability.task} {ability.metric}" for ability in found if ability.lost]
     if options.json:

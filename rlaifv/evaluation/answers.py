@@ -1,7 +1,9 @@
-"""Read the answers to be scored: our own rows, LLaVA-style result files and lmms-eval sample files."""
+"""Read the answers to be scored: our own rows, LLaVA-style result files, lmms-eval samples, chair.py's output, CSV."""
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -42,7 +44,7 @@ def read_json_objects(path: str | Path) -> tuple[list[dict], list[dict]]:
     """Every JSON object of a .json or .jsonl file, plain or gzipped, and what could not be read.
 
     Accepts a list, one object a line, objects that follow each other without a line break, an object that
-    wraps the list ("imgToEval", "samples", "logs", "results", "data"), and a missing final newline.
+    wraps the list ("imgToEval", "sentences", "samples", "logs", "results", "data"), and a missing final newline.
 
     Returns the objects and, for each piece that does not parse, {"id": "line 7", "reason"}.
 
@@ -76,6 +78,33 @@ def read_json_objects(path: str | Path) -> tuple[list[dict], list[dict]]:
     return records, bad
 
 
+def read_table(path: str | Path) -> tuple[list[dict], list[dict]]:
+    """The rows of a .csv or .tsv file, plain or gzipped, as `read_json_objects` gives those of JSON.
+
+    The first line names the columns; whichever of comma, semicolon and tab it holds most of stands between cells.
+    """
+    text = _read_text(Path(path))
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    records, bad = [], []
+    try:
+        for row in reader:
+            cells = [cell for name, cell in row.items() if name is not None]
+            if None in row or None in cells:
+                columns = len(reader.fieldnames)
+                reason = f"{'more' if None in row else 'fewer'} cells than the {columns} columns of the first line"
+                bad.append({"id": f"line {reader.line_num}", "reason": reason})
+            else:
+                records.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error})") from None
+    if not records:
+        raise ValueError(
+            f"{path} holds no rows: expected the names of the columns in its first line, then a row a line"
+        )
+    return records, bad
+
+
 def _read_text(path: Path) -> str:
     """The text of a file; what it begins with, not its name, says whether it is gzipped or UTF-16."""
     if not path.is_file():
@@ -104,11 +133,11 @@ def _unwrap(value: Any) -> Iterable[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, Mapping):
-        for key in ("imgToEval", "samples", "logs", "results", "data"):
+        for key in ("imgToEval", "sentences", "samples", "logs", "results", "data"):
             inner = value.get(key)
             if isinstance(inner, Mapping) and inner and all(isinstance(row, Mapping) for row in inner.values()):
                 return list(inner.values())
-            if isinstance(inner, list):
+            if isinstance(inner, list) and any(isinstance(row, Mapping) for row in inner):
                 return inner
     return [value]
 
@@ -166,7 +195,8 @@ def _no_text(record: Mapping[str, Any], name: str | None) -> str:
 
 def read_answers(path: str | Path) -> tuple[list[Answer], list[dict]]:
     """Answers of a file, and every row of it that is none, each with its reason."""
-    records, bad = read_json_objects(path)
+    table = Path(str(path).removesuffix(".gz")).suffix.lower() in (".csv", ".tsv")
+    records, bad = read_table(path) if table else read_json_objects(path)
     answers, without_text = to_answers(records)
     return answers, bad + without_text
 

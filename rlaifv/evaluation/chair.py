@@ -105,7 +105,11 @@ def known_words(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
 
 def find_mentions(text: str, vocabulary: Vocabulary) -> list[str]:
     """Every word of a text that names a class, in order, repetitions included; phrases before single words."""
-    lemmas = [noun_lemma(token) for token in tokenize(text)]
+    return mentions_of([noun_lemma(token) for token in tokenize(text)], vocabulary)
+
+
+def mentions_of(lemmas: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """`find_mentions` of a text that somebody else has split and lemmatized; phrases may be joined already."""
     words, at = [], 0
     while at < len(lemmas):
         phrase = " ".join(lemmas[at : at + 2])

@@ -47,6 +47,13 @@ def test_a_file_is_fetched_checked_and_not_fetched_again(remote, tmp_path):
     assert asked == ["/a.json"]
 
 
+def test_a_file_may_lie_deeper_than_its_name(remote, tmp_path):
+    folder, address, _ = remote
+    (folder / "a.json").write_bytes(b"[1]")
+    file = fetch.File(f"{address}/a.json", sha256(b"[1]"), "of/others/b.json")
+    assert (fetch.fetch("x", tmp_path, {"x": fetch.Benchmark((file,))}) / "of/others/b.json").read_bytes() == b"[1]"
+
+
 def test_a_changed_file_is_refused_and_not_kept(remote, tmp_path):
     folder, address, _ = remote
     (folder / "a.json").write_bytes(b"[2]")
@@ -79,7 +86,9 @@ def test_an_unknown_benchmark_is_answered_with_the_known_ones(tmp_path):
 
 def test_the_pinned_hashes_are_those_of_the_files_that_were_tested(shared):
     pinned = {file.name: file.digest for b in fetch.BENCHMARKS.values() for file in b.files if file.digest}
-    for path in [*(shared / "benchmarks").rglob("*.*"), *(shared / "golden/pope_llava15").glob("coco*.json")]:
-        if path.name in pinned:
-            assert sha256(path.read_bytes()) == pinned.pop(path.name)
+    golden = {path.relative_to(shared / "golden").as_posix(): path for path in (shared / "golden").rglob("*.json*")}
+    popes = {path.name: path for path in (shared / "golden/pope_llava15").glob("coco*.json")}
+    for name, path in {**golden, **popes, **{p.name: p for p in (shared / "benchmarks").rglob("*.*")}}.items():
+        if name in pinned:
+            assert sha256(path.read_bytes()) == pinned.pop(name)
     assert set(pinned) == {"annotations_trainval2014.zip"}

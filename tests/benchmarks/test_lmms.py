@@ -22,7 +22,7 @@ def test_numbers_of_a_result_file_are_read_and_the_rest_is_left(tmp_path):
         llava_in_the_wild={"gpt_eval_llava_all,none": 58.9, "gpt_eval_llava_all_stderr,none": 1.5},
         group={"alias": "group"},
     )
-    assert lmms.read_results(path) == {
+    assert lmms.read_results(path).numbers == {
         "mmstar": {"average": 0.33},
         "llava_in_the_wild": {"gpt_eval_llava_all": 58.9, "gpt_eval_llava_all_stderr": 1.5},
     }
@@ -32,10 +32,42 @@ def test_numbers_of_a_result_file_are_read_and_the_rest_is_left(tmp_path):
 def test_a_loss_beyond_the_tolerance_is_named_and_its_certainty_given():
     base = {"a": {"acc": 0.50, "acc_stderr": 0.01}, "b": {"score": 60.0}}
     aligned = {"a": {"acc": 0.45, "acc_stderr": 0.01}, "b": {"score": 59.5}, "c": {"acc": 1.0}}
-    lost, kept = lmms.guard(base, aligned)
+    lost, kept = lmms.guard(lmms.Results(base), lmms.Results(aligned))
     assert (lost.task, lost.lost, lost.certain) == ("a", True, True)
     assert lost.change == pytest.approx(-0.05)
     assert (kept.task, kept.lost, kept.certain) == ("b", False, None)
+
+
+def test_a_number_of_which_less_is_better_is_lost_when_it_rises(tmp_path):
+    """`higher_is_better` of the file decides; where it says nothing, more is better."""
+    files = []
+    for name, errors, accuracy in (("base", 0.2, 0.5), ("aligned", 0.3, 0.6)):
+        path = write(tmp_path / f"{name}.json", hall={"errors,none": errors, "acc,none": accuracy, "other,none": 1})
+        content = json.loads(path.read_text())
+        path.write_text(
+            json.dumps({**content, "higher_is_better": {"hall": {"errors": False, "acc": True, "other": None}}})
+        )
+        files.append(lmms.read_results(path))
+    assert [(a.metric, a.lost) for a in lmms.guard(*files)] == [("errors", True), ("acc", False), ("other", False)]
+    assert [(a.metric, a.lost) for a in lmms.guard(*files[::-1])] == [
+        ("errors", False),
+        ("acc", True),
+        ("other", False),
+    ]
+
+
+def test_the_standard_error_that_was_computed_is_taken(tmp_path):
+    values = {"acc,none": 0.5, "acc_stderr,none": "N/A", "acc_stderr_clt,none": 0.01, "acc,strict": 0.5}
+    files = [
+        lmms.read_results(write(tmp_path / "a.json", a=values)),
+        lmms.read_results(write(tmp_path / "b.json", a={**values, "acc,none": 0.45, "acc,strict": 0.45})),
+    ]
+    assert [(a.metric, a.certain) for a in lmms.guard(*files)] == [("acc", True), ("acc,strict", None)]
+
+
+def test_the_share_of_yes_is_no_ability():
+    base, aligned = ({"pope": {"pope_yes_ratio": ratio, "pope_accuracy": 0.8}} for ratio in (0.5, 0.3))
+    assert [a.metric for a in lmms.guard(lmms.Results(base), lmms.Results(aligned))] == ["pope_accuracy"]
 
 
 def test_the_guard_fails_a_run_that_lost_ability(tmp_path, capsys):
@@ -57,7 +89,7 @@ def test_another_file_is_refused(tmp_path, content):
 
 def test_results_without_a_common_benchmark_are_refused():
     with pytest.raises(ValueError, match="no benchmark in common: a against b"):
-        lmms.guard({"a": {"acc": 1.0}}, {"b": {"acc": 1.0}})
+        lmms.guard(lmms.Results({"a": {"acc": 1.0}}), lmms.Results({"b": {"acc": 1.0}}))
 
 
 @given(st.lists(st.text(max_size=40).map(str.strip), max_size=5))

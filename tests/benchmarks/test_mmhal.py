@@ -95,8 +95,8 @@ def test_a_published_prompt_with_four_blanks_is_filled_in_order(tmp_path):
     assert result.settings["prompt"].startswith("published ")
 
 
-def test_the_real_template_is_read_filled_in_or_joined_with_an_answer_file(shared, tmp_path):
-    template = shared / "benchmarks/mmhal-bench_answer_template.json"
+def test_the_real_template_is_read_filled_in_or_joined_with_an_answer_file(fetched, tmp_path):
+    template = fetched("mmhal/mmhal-bench_answer_template.json")
     records = json.loads(template.read_text())
     filled, answers = tmp_path / "filled.json", tmp_path / "answers.jsonl"
     filled.write_text(json.dumps([{**record, "model_answer": "A cat."} for record in records[:95]] + records[95:]))

@@ -142,16 +142,16 @@ def test_the_rates_are_those_of_a_plain_count(rows):
     assert metrics["yes_ratio"] == pytest.approx((tp + fp) / len(rows))
 
 
-def test_the_published_adversarial_split_is_met_exactly(shared):
-    folder = shared / "golden/pope_llava15"
+def test_the_published_adversarial_split_is_met_exactly(fetched):
+    folder = fetched("golden/pope_llava15")
     given, _ = read_answers(folder / "answers_llava-v1.5-7b.jsonl")
     metrics = pope.score(pope.read_questions(folder / "coco_pope_adversarial.json"), given).metrics
     assert [metrics[name] for name in ("tp", "fp", "tn", "fn")] == [1187, 133, 1367, 313]
     assert metrics["f1"] == pytest.approx(0.8418439716312057)
 
 
-def test_the_misaligned_random_split_is_refused_with_the_ids(shared):
-    folder = shared / "golden/pope_llava15"
+def test_the_misaligned_random_split_is_refused_with_the_ids(fetched):
+    folder = fetched("golden/pope_llava15")
     command = [sys.executable, "-m", "rlaifv.benchmarks.pope", "--json"]
     command += ["--answers", folder / "answers_llava-v1.5-7b.jsonl"]
     command += ["--questions", folder / "coco_pope_random.json"]

@@ -65,8 +65,8 @@ def test_rows_that_the_judge_left_are_listed_with_their_run():
     assert [row["reason"] for row in result.missing] == [f"run {n}, review: no reply: HTTP 500" for n in range(3)]
 
 
-def test_the_real_rows_are_joined_by_question_and_image(shared, tmp_path):
-    reference = shared / "benchmarks/gpt4v_RefoMB_dev_0521.jsonl"
+def test_the_real_rows_are_joined_by_question_and_image(fetched, tmp_path):
+    reference = fetched("refomb/gpt4v_RefoMB_dev_0521.jsonl")
     records = [json.loads(line) for line in reference.read_text().splitlines()]
     lines = [{"image_url": r["image_url"], "prompt": r["question"], "text": f"No {r['id']}"} for r in records]
     lines[1]["text"] = ""
