@@ -24,6 +24,7 @@ from rlaifv.params import (
     ModelParams,
     Params,
     ParamsError,
+    RewardWeights,
     SplitParams,
     TrainParams,
     as_train_params,
@@ -486,11 +487,19 @@ def tuning(
     )
 
 
-def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Machine, scorer: Model | None) -> Need:
-    """One run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
-    once for the reference's, and forward and backward. Policy and judges are in memory together, among them the reward
-    model `scorer` where a run has one."""
+def reinforcing(
+    params: Params,
+    run: RewardWeights,
+    models: Mapping[str, Model | None],
+    machine: Machine,
+    scorer: Model | None,
+) -> Need:
+    """A run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
+    once for the reference's, and forward and backward. Policy and the judges that the run counts are in memory
+    together, among them the reward model `scorer` where it has one."""
     rloo, train, (policy, labeler, divider) = params.rloo, params.train, models.values()
+    labeler, divider = labeler if run.claims else None, divider if run.claims or run.recall else None
+    steps = run.steps or rloo.steps
     answers, answer = rloo.prompts * rloo.samples, ANSWER * rloo.max_new_tokens
     row, longest = (image + PROMPT + answer for image in (policy.image, policy.largest))
     passes = 5 + train.gradient_checkpointing - (train.lora_r > 0)
@@ -521,9 +530,9 @@ def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Mac
     size = policy.parameters * (2 if train.dtype == "bfloat16" else 4)
     return Need(
         "rloo",
-        tokens=rloo.steps * answers * row,
-        flops=rloo.steps * flops,
-        seconds=sum(map(start, loaded)) + rloo.steps * seconds,
+        tokens=steps * answers * row,
+        flops=steps * flops,
+        seconds=sum(map(start, loaded)) + steps * seconds,
         gpu=gpu,
         host=host,
         disk=rloo.checkpoints * size,
@@ -666,7 +675,8 @@ def make_plan(
     also: Collection[str] = (),
 ) -> Plan:
     """The plan of a run on a machine with `disk` and `host` bytes free; `timings` is where the stages that have run
-    here noted what they took (None: it is another machine). `also` names what of `BESIDE` is in it, one run of each.
+    here noted what they took (None: it is another machine). `also` names what of `BESIDE` is in it, of each
+    one run, of RLOO the one that takes most memory.
 
     Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
     """
@@ -685,8 +695,11 @@ def make_plan(
     if "reward_model" in also:
         needs.append(rewarding(params, size(model_at(params, params.reward_model.base)), machine))
     if "rloo" in also:
-        scorers = [size(model_at(params, path)) for path in scoring_models(params, "reward_model" in also)]
-        needs.append(reinforcing(params, models, machine, max(scorers, key=lambda m: m.bytes, default=None)))
+        trained = "reward_model" in also
+        runs = [run for run in params.rloo_runs.values() if trained or run.scored_by is None or "/" in run.scored_by]
+        scorers = [(run, scoring_model(params, run)) for run in runs]
+        each = [reinforcing(params, run, models, machine, scorer and size(scorer)) for run, scorer in scorers]
+        needs.append(max(each, key=lambda need: need.gpu))
     found = measured(timings, params.policy.path) if timings else {}
     ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
     return Plan(needs, machine, host, disk, len(params.iterations), ahead, found)
@@ -697,11 +710,11 @@ def model_at(params: Params, path: str | None) -> ModelParams:
     return replace(params.policy, path=path, revision=None, processor={}, system=None) if path else params.policy
 
 
-def scoring_models(params: Params, trained: bool) -> list[str | None]:
-    """The reward models that runs of RLOO ask: folders, and what those are made of that are trained here."""
-    names = [weights.scored_by for weights in params.rloo_runs.values() if weights.scored_by]
-    paths = (name if "/" in name else params.reward_model.base for name in names if trained or "/" in name)
-    return list(dict.fromkeys(paths))
+def scoring_model(params: Params, run: RewardWeights) -> ModelParams | None:
+    """The reward model that a run of RLOO asks: a folder's, or what that is made of which is trained here."""
+    if run.scored_by is None:
+        return None
+    return model_at(params, run.scored_by if "/" in run.scored_by else params.reward_model.base)
 
 
 def measured(timings: Path, policy: str) -> dict[str, dict[str, float]]:

@@ -297,8 +297,13 @@ def test_llava_rlhf_with_all_that_is_run_beside_the_pipeline_fits_the_machine_of
 def test_a_reward_model_lies_beside_the_policy_while_rloo_asks_it(profile):
     params, machine = profile("llava-rlhf-7b"), plan.machine_here("H100", 1)
     alone = dataclasses.replace(params, rloo_runs={"claims": params.rloo_runs["claims"]})
-    asked, free = (need(plan.make_plan(p, machine, also=["rloo"]), "rloo") for p in (params, alone))
-    assert asked.gpu - free.gpu > 26 * GB and asked.seconds > free.seconds
+    scored = params.rloo_runs["fact_rlhf"]
+    both = dataclasses.replace(params, rloo_runs={"both": dataclasses.replace(scored, claims=0.33)})
+    asked, free, all_judges = (
+        need(plan.make_plan(p, machine, also=["rloo"]), "rloo") for p in (params, alone, both)
+    )
+    assert all_judges.gpu - free.gpu > 26 * GB and all_judges.seconds > free.seconds
+    assert all_judges.gpu - asked.gpu > plan.measure(params.labeler).bytes, "judges that no reward counts stay out"
 
 
 def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):

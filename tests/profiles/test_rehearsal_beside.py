@@ -1,4 +1,4 @@
-"""What a profile names beside the pipeline is rehearsed: small data of its formats, small models, their real prompts."""
+"""What a profile names beside the pipeline is rehearsed: small data of its formats, small models, real prompts."""
 
 import pytest
 from lookalikes import write_repository
