@@ -41,6 +41,7 @@ from rlaifv.vlm.reward_format import (
     write_reward_files,
 )
 
+ENTRIES = {"sft": "sft_parts", "reward_model": "reward_runs", "rloo": "rloo_runs"}
 NOTEBOOKS = {"sft": "83_sft", "reward_model": "88_reward_model", "rloo": "87_rloo"}
 PROMPT = "USER: How good is the last answer? {}ASSISTANT: It is"
 """In place of a prompt file that is not there yet."""
@@ -66,11 +67,16 @@ class Beside:
 
 
 def named_beside(profile: str, content: Mapping[str, Any]) -> Beside:
-    """The sections that a profile sets; the default sets all, and is run rather than rehearsed."""
+    """The sections that a profile sets (the default sets all, and is run rather than rehearsed), and the first of the
+    runs; of the reward models that which RLOO asks, where one that is trained here is asked."""
     overlay = {} if profile == "default" else read_yaml(ROOT / "params" / f"{profile}.yaml") or {}
-    names = tuple(name for name in BESIDE if overlay.keys() & {name, f"{name}_runs", f"{name}_parts"})
-    first = {name: next(iter(content[f"{name}_runs"])) for name in names if name != "sft"}
-    return Beside(names, first.get("reward_model"), first.get("rloo"))
+    names = {name for name in BESIDE if overlay.keys() & {name, ENTRIES[name]}}
+    first = {name: next(iter(content[ENTRIES[name]])) for name in names}
+    scored_by = content["rloo_runs"][first["rloo"]]["scored_by"] if "rloo" in names else None
+    if scored_by in content["reward_runs"]:
+        first["reward_model"] = scored_by
+    in_order = tuple(name for name in BESIDE if name in first)
+    return Beside(in_order, first.get("reward_model"), first.get("rloo"))
 
 
 def shorten_beside(content: dict[str, Any], tokens: int) -> None:
