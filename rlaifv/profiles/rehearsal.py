@@ -108,7 +108,7 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
             print("\n".join(prepared(role, small, image)), flush=True)
     print("\n".join(prompts_beside(small, small.policy.path, beside, image)), flush=True)
     if beside.names:
-        run(folder, "feedback@1", "test_base")  # what they begin with
+        run(folder, "feedback@1", "evaluate_base", "test_base")  # what they begin with
         run_beside(folder, beside, surroundings(folder))
     run(folder, "report")
     print("\n".join(times(folder)))

@@ -25,7 +25,7 @@ from rlaifv.profiles.shrink import random_checkpoint
 from rlaifv.records import Reject, read_jsonl
 from rlaifv.steps.facts import read_facts
 from rlaifv.steps.preferences import Preference, read_preferences
-from rlaifv.steps.prepare import parse_instruction
+from rlaifv.steps.prepare import inside, parse_instruction
 from rlaifv.steps.sft_rows import READERS, SftRow
 from rlaifv.training.reward_model import read_prompt
 from rlaifv.training.sft import encode_conversation
@@ -41,6 +41,7 @@ from rlaifv.vlm.reward_format import (
     write_reward_files,
 )
 
+ENTRIES = {"sft": "sft_parts", "reward_model": "reward_runs", "rloo": "rloo_runs"}
 NOTEBOOKS = {"sft": "83_sft", "reward_model": "88_reward_model", "rloo": "87_rloo"}
 PROMPT = "USER: How good is the last answer? {}ASSISTANT: It is"
 """In place of a prompt file that is not there yet."""
@@ -66,18 +67,23 @@ class Beside:
 
 
 def named_beside(profile: str, content: Mapping[str, Any]) -> Beside:
-    """The sections that a profile sets; the default sets all, and is run rather than rehearsed."""
+    """The sections that a profile sets (the default sets all, and is run rather than rehearsed), and the first of the
+    runs; of the reward models that which RLOO asks, where one that is trained here is asked."""
     overlay = {} if profile == "default" else read_yaml(ROOT / "params" / f"{profile}.yaml") or {}
-    names = tuple(name for name in BESIDE if overlay.keys() & {name, f"{name}_runs", f"{name}_parts"})
-    first = {name: next(iter(content[f"{name}_runs"])) for name in names if name != "sft"}
-    return Beside(names, first.get("reward_model"), first.get("rloo"))
+    names = {name for name in BESIDE if overlay.keys() & {name, ENTRIES[name]}}
+    first = {name: next(iter(content[ENTRIES[name]])) for name in names}
+    scored_by = content["rloo_runs"][first["rloo"]]["scored_by"] if "rloo" in names else None
+    if scored_by in content["reward_runs"]:
+        first["reward_model"] = scored_by
+    in_order = tuple(name for name in BESIDE if name in first)
+    return Beside(in_order, first.get("reward_model"), first.get("rloo"))
 
 
 def shorten_beside(content: dict[str, Any], tokens: int) -> None:
     """A step or two of each training, in one process, in place."""
     for section in (content["sft"], content["reward_model"]):
         micro = min(section["micro_batch_size"], 2)
-        section |= {"epochs": 1, "batch_size": 2 * micro, "micro_batch_size": micro, "processes": 1}
+        section |= {"epochs": 1, "batch_size": micro, "micro_batch_size": micro, "processes": 1}
         section["checkpoints_per_epoch"] = 1
     content["sft"]["rows"] = ROWS // 2
     content["reward_model"]["held_out"] = 0.5
@@ -113,10 +119,13 @@ def write_beside_data(content: dict[str, Any], root: Path, beside: Beside, own_i
         (folder / "preferences.json").write_text(json.dumps([as_human(p) for p in preferences]))
         reward["preferences"] = f"{FOLDER}/preferences.json"
         for key, place in (("prompt", ""), ("facts_prompt", PLACE)):
-            if reward[key] and not (ROOT / reward[key]).is_file():
-                drawn.append(f"reward_model.{key}")
-                reward[key] = f"{FOLDER}/{key}.txt"
-                (root / reward[key]).write_text(PROMPT.format(place))
+            if reward[key]:
+                file = ROOT / reward[key]
+                if not file.is_file():
+                    drawn.append(f"reward_model.{key}")
+                    file = folder / f"{key}.txt"
+                    file.write_text(PROMPT.format(place))
+                reward[key] = str(file)  # wherever it is read from
     for section in (reward, content["rloo"]):
         if section["captions"]:
             own = ROOT / section["captions"]
@@ -155,7 +164,7 @@ def require(rows: Sequence[SftRow], rejects: Sequence[Reject], file: str) -> Non
 def bring(names: Sequence[str], images: Path, target: Path) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images / name, target / name)
+        shutil.copyfile(inside(images, name), inside(target, name))
 
 
 def as_llava_instruct(row: SftRow) -> dict[str, Any]:

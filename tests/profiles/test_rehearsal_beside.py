@@ -1,4 +1,4 @@
-"""What a profile names beside the pipeline is rehearsed: small data of its formats, small models, real prompts."""
+"""What a profile names beside the pipeline is rehearsed: data of its formats, small models, their real prompts."""
 
 import pytest
 from lookalikes import write_repository
@@ -16,7 +16,7 @@ from rlaifv.profiles.rehearsal_beside import (
 )
 from rlaifv.profiles.rehearsal_data import write_data
 from rlaifv.steps.facts import read_facts
-from rlaifv.steps.preferences import read_preferences
+from rlaifv.steps.preferences import hold_out, read_preferences
 from rlaifv.steps.sft_rows import mixture, read_parts
 from rlaifv.vlm.reward_format import FORMAT, load_reward_model
 
@@ -71,13 +71,11 @@ def test_its_data_are_in_the_formats_that_its_stages_read(rehearsed):
     preferences, rejects = read_preferences(folder / params.reward_model.preferences, images)
     facts = read_facts(folder / params.rloo.captions)
     assert len(preferences) == 8 and not rejects and all(facts[p.image_path] for p in preferences)
+    assert all(len(part) > 1 for part in hold_out(preferences, params.reward_model.held_out, params.seed))
 
 
 def test_its_prompts_are_those_of_the_published_models_with_the_image_folded(rehearsed):
-    content, folder, _, beside, policy, _ = rehearsed
-    settings = content["reward_model"]
-    for key in ("prompt", "facts_prompt"):
-        settings[key] = str(folder / settings[key])
+    content, _, _, beside, policy, _ = rehearsed
     said = "\n".join(prompts_beside(check_params(content, "it"), str(policy), beside, Image.new("RGB", (640, 480))))
     assert "sft: 256 tokens an image" in said and "<image>×256" in said
     assert "learned of it: There is a dog.</s>No.</s>" in said
