@@ -42,7 +42,8 @@ def hub(tmp_path):
 def checkout(folder: Path, **profiles: str) -> Path:
     """A copy of the repository with more profiles."""
     copy_repository(folder)
-    shutil.copytree(ROOT / "metrics", folder / "metrics")
+    for part in ("metrics", "experiments"):
+        shutil.copytree(ROOT / part, folder / part)
     for name, text in profiles.items():
         (folder / "params" / f"{name}.yaml").write_text(text)
     return folder

@@ -1,5 +1,7 @@
 """What a profile names beside the pipeline is rehearsed: data of its formats, small models, their real prompts."""
 
+import re
+
 import pytest
 from lookalikes import write_repository
 from PIL import Image
@@ -78,7 +80,7 @@ def test_its_prompts_are_those_of_the_published_models_with_the_image_folded(reh
     content, _, _, beside, policy, _ = rehearsed
     said = "\n".join(prompts_beside(check_params(content, "it"), str(policy), beside, Image.new("RGB", (640, 480))))
     assert "sft: 256 tokens an image" in said and "<image>×256" in said
-    assert "learned of it: There is a dog.</s>No.</s>" in said
+    assert re.search(r"learned of it: There is a dog\.</s> ?No\.</s>\n", said)
     assert "reward_model: 576 tokens an image" in said and "by these captions of the image:⏎  - There is a dog." in said
     scored = said.partition("rloo is scored by: 576")[2]
     assert "curious user" in scored and "There is a dog.</s>" in scored and scored.endswith("ASSISTANT: It is")
