@@ -55,11 +55,20 @@ def test_an_answer_is_judged_from_any_folder(tmp_path):
     from rlaifv.tinyworld.scenes import make_scene, render
 
     render(make_scene(7, 0), 7).save(tmp_path / "photo.png")
-    command = [sys.executable, "-m", "rlaifv", "judge", "--image", "photo.png", "--answer", "There is a red kite."]
+    command = [
+        sys.executable,
+        "-m",
+        "rlaifv",
+        "judge",
+        "--image",
+        "photo.png",
+        "--answer",
+        "There is a purple cat at the bottom of the picture.",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "P(yes)" in done.stdout and "1 claims, " in done.stdout
+    assert done.stdout.count("accepted  P(yes)") == 3 and "3 claims, 0 rejected" in done.stdout
 
 
 def test_ctrl_c_is_no_traceback(capsys, monkeypatch):

@@ -93,10 +93,14 @@ def train(model: str, pairs: str | Path, out: str | Path, seed: int = 0, **setti
     """
     settings = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32", **settings}
     params = build(TrainParams, {**vars(TrainParams()), **settings}, "train")
+    result = job.train(_place(model), fetch_pairs(pairs), params, Path(out).resolve(), SCRATCH, seed)
+    load.cache_clear()  # a checkpoint of this name may have been another before
+    return result
+
+
+def _place(model: str) -> str:
     here = Path(model).expanduser().resolve()
-    return job.train(
-        str(here) if here.is_dir() else model, fetch_pairs(pairs), params, Path(out).resolve(), SCRATCH, seed
-    )
+    return str(here) if here.is_dir() else model
 
 
 def _model(model: str | VLM) -> VLM:
