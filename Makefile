@@ -8,7 +8,7 @@ SHELL  := /bin/bash  # macOS's make 3.81 looks programs up in an exported PATH o
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile plan rehearsal rehearsals repro self-feedback sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,23 +41,24 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
-fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without
-	dvc repro experiments/dvc.yaml:fact_rlhf
-	@echo "figure: plots/fact_rlhf.png, numbers: metrics/fact_rlhf.json"
+sft: $(READY) ## fine-tune the policy on conversations, a mixture of data sets (two minutes): data/sft/model
+	dvc repro experiments/dvc.yaml:sft
+	@echo "checkpoint: data/sft/model (give it to policy.path), what it does: runs/83_sft.ipynb"
+
+fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without, and RL against them
+	dvc repro experiments/dvc.yaml:fact_rlhf experiments/dvc.yaml:rloo_scored_compare
+	dvc repro --single-item --force report
+	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
 	dvc repro experiments/dvc.yaml:reward_best_of_n
+	dvc repro --single-item --force report
 	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
 
 rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
 	dvc repro experiments/dvc.yaml:rloo_compare
 	dvc repro --single-item --force report
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
-
-rloo-scored: $(READY) ## the same against each learned reward model, without and with the length anchor (about an hour)
-	dvc repro experiments/dvc.yaml:rloo_scored_compare
-	dvc repro --single-item --force report
-	@echo "figure: plots/rloo_scored.png, numbers: metrics/rloo_scored.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.profiles.experiments ablations
@@ -102,7 +103,7 @@ tiny: $(READY) ## train the shipped checkpoints again from nothing; models/tiny'
 	python -m rlaifv.run 01_tiny_checkpoints
 
 # what the pipeline and its experiments make; pictures, checkpoints and pairs of yours in data/ are none of it
-MADE := scratch runs .dvc/cache .dvc/tmp $(addprefix data/,world prepared iterations results models self_feedback rloo reward_models reward_best_of_n)
+MADE := scratch runs .dvc/cache .dvc/tmp $(addprefix data/,world prepared iterations results models self_feedback sft rloo reward_models reward_best_of_n)
 
 clean: ## remove the environment and tools' caches; ALL=1: also data, runs, unfinished work and DVC's cache, after asking
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -118,6 +118,10 @@ def judge(arguments: list[str]) -> None:
     parser.add_argument("--labeler", default="models/tiny/labeler", help="a vision-language model that checks")
     parser.add_argument("--divider", default="models/tiny/divider", help="an instruct language model that divides")
     options = parser.parse_args(arguments)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     claims = rlaifv.divide(options.divider, options.question, options.answer)
     judged = rlaifv.judge(options.labeler, options.image, [question for _, question in claims]) if claims else []
     for (claim, _), (p_yes, p_no) in zip(claims, judged, strict=True):

@@ -7,7 +7,7 @@ and what was expected. This file imports nothing heavy, so that the check really
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 from rlaifv import ROOT
 
 DEFAULT = ROOT / "params.yaml"
-NAMED = ("iterations", "benchmarks", "reward_runs", "rloo_runs")
+NAMED = ("iterations", "benchmarks", "sft_parts", "reward_runs", "rloo_runs")
 """The sections whose keys are names."""
 
 
@@ -303,6 +303,36 @@ class SelfFeedbackParams(Section):
     batch_size: Count  # instructions at a time
 
 
+class SftParams(Section):
+    """Fine-tuning on conversations before any feedback: SFT+ of Fact-RLHF (arXiv 2309.14525). What is not here is as in
+    `train`: LoRA's layers, dtype and the like."""
+
+    base: Name | None  # what is fine-tuned: a folder or hub id; null: the policy before alignment
+    rows: Count  # conversations, drawn of all parts by their weights
+    max_length: Count | None  # tokens of a conversation with its image; a longer one is rejected, never cut
+    learning_rate: LearningRate
+    epochs: Count
+    batch_size: Count  # conversations of a step
+    micro_batch_size: Count
+    scheduler: Scheduler
+    warmup_ratio: Fraction
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
+    lora_r: CountOrZero  # 0 trains all weights
+    lora_alpha: Count
+    checkpoints_per_epoch: Count  # the last one is the model; what a killed run goes on from is written with each
+    processes: Count  # (GPUs), each with the whole model
+
+
+class SftPart(Section):
+    """A data set of the mixture, as `rlaifv.steps.sft_rows` reads it."""
+
+    kind: Literal["llava_instruct", "vqa_yes_no", "a_okvqa", "flickr30k", "instructions", "questions"]
+    files: Texts  # the data set's own; of vqa_yes_no questions and annotations
+    images: Text  # the folder of its images below prepare.image_root; "": that itself
+    weight: Positive  # its share of the rows, against the other parts'
+
+
 class RewardRun(Section):
     """One reward model: whose preferences it learns, and what it reads beside an answer."""
 
@@ -353,12 +383,13 @@ class RewardWeights(Section):
     stop: NotNegative  # -1 for an answer that is cut at max_new_tokens
     correct: NotNegative  # the right answer to a question that has one
     reward_model: NotNegative  # a learned reward model's score
-    scored_by: FileName | None  # that model's entry of reward_runs
+    scored_by: Name | None  # that model's entry of reward_runs, or a folder (with a /): a released one, converted
+    steps: Count | None  # of this run; null: rloo.steps
 
     @property
     def of_rewards(self) -> dict[str, float]:
         """The weights by reward."""
-        return {name: value for name, value in vars(self).items() if name != "scored_by"}
+        return {name: value for name, value in vars(self).items() if name not in ("scored_by", "steps")}
 
 
 class RlooParams(Section):
@@ -370,6 +401,8 @@ class RlooParams(Section):
     micro_batch_size: Count  # answers per forward pass; the rest of a step's is accumulated
     learning_rate: LearningRate
     beta: NotNegative  # what a nat of log π/π_ref costs
+    # facts by image as in reward_model.captions, for rewards that need them; null: what instructions have as reference
+    captions: Name | None
     temperature: Positive
     max_new_tokens: Count
     checkpoints: Count  # written in equal distances; dev chooses one
@@ -405,6 +438,8 @@ class Params(Section):
     ablation: AblationParams
     benchmarks: dict[FileName, BenchmarkParams]
     self_feedback: SelfFeedbackParams
+    sft: SftParams
+    sft_parts: Annotated[dict[FileName, SftPart], _expect("a section with at least one entry", bool)]
     reward_model: RewardModelParams
     reward_runs: dict[FileName, RewardRun]
     rloo: RlooParams
@@ -502,6 +537,14 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
+def as_train_params(section: RewardModelParams | SftParams, train: TrainParams) -> TrainParams:
+    """`train` with what the section of another training says otherwise, which keeps its last checkpoint and spreads no
+    weights over GPUs."""
+    same = {f.name for f in fields(section)} & {f.name for f in fields(train)}
+    changes = {"keep_checkpoints": None, "resume_every": 1, "accelerate_config": None}
+    return replace(train, **{name: getattr(section, name) for name in same}, **changes)
+
+
 def _rloo_problems(params: Params) -> Iterator[str]:
     rloo = params.rloo
     step = rloo.prompts * rloo.samples
@@ -510,11 +553,17 @@ def _rloo_problems(params: Params) -> Iterator[str]:
     if rloo.checkpoints > rloo.steps:
         yield f"rloo.checkpoints {rloo.checkpoints} are more than its {rloo.steps} steps"
     for name, weights in params.rloo_runs.items():
+        if weights.steps is not None and rloo.checkpoints > weights.steps:
+            yield f"rloo_runs.{name}.steps: rloo.checkpoints {rloo.checkpoints} are more than its {weights.steps} steps"
         if not any(weights.of_rewards.values()):
             yield f"rloo_runs.{name}: all weights are 0, so that there is nothing to learn"
-        if bool(weights.reward_model) != (weights.scored_by in params.reward_runs):
+        by = weights.scored_by or ""
+        if bool(weights.reward_model) != (by in params.reward_runs or "/" in by):
             known = ", ".join(params.reward_runs)
-            yield f"rloo_runs.{name}.scored_by: a weight of reward_model needs one of {known}; no weight needs null"
+            yield (
+                f"rloo_runs.{name}.scored_by: a weight of reward_model needs one of {known}, or a folder with a /; no "
+                "weight needs null"
+            )
 
 
 def _train_problems(params: TrainParams) -> Iterator[str]:
@@ -573,19 +622,32 @@ def _problems(params: Params) -> Iterator[str]:
     if config and not (ROOT / config).resolve().is_relative_to(ROOT.resolve()):
         yield f"train.accelerate_config: expected a file of the repository, got {config!r}"
     yield from (f"train.{problem}" for problem in _train_problems(params.train))
+    yield from _sft_problems(params)
     yield from _reward_problems(params)
     yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
 
 
+def _sft_problems(params: Params) -> Iterator[str]:
+    yield from _batch_problems("sft", params.sft)
+    for name, part in params.sft_parts.items():
+        needed = 2 if part.kind == "vqa_yes_no" else 1
+        if len(part.files) != needed:
+            yield f"sft_parts.{name}.files: {part.kind} is {needed} file{'s' * (needed - 1)}, got {len(part.files)}"
+
+
+def _batch_problems(section: str, values: "SftParams | RewardModelParams") -> Iterator[str]:
+    if values.batch_size % (values.micro_batch_size * values.processes):
+        yield (
+            f"{section}.batch_size {values.batch_size} is not a multiple of micro_batch_size x processes = "
+            f"{values.micro_batch_size} x {values.processes}"
+        )
+
+
 def _reward_problems(params: Params) -> Iterator[str]:
     reward = params.reward_model
-    if reward.batch_size % (reward.micro_batch_size * reward.processes):
-        yield (
-            f"reward_model.batch_size {reward.batch_size} is not a multiple of micro_batch_size x processes = "
-            f"{reward.micro_batch_size} x {reward.processes}"
-        )
+    yield from _batch_problems("reward_model", reward)
     if "{}" not in reward.fact_line:
         yield f"reward_model.fact_line {reward.fact_line!r} has no {{}} for the fact"
     for name, run in params.reward_runs.items():

@@ -1,6 +1,6 @@
 """What a run of a parameter file will take, before it starts: tokens, memory, disk and hours of every stage.
 
-    python -m rlaifv.plan [--params FILE] [--gpu H100 --gpus 8] [--disk GB] [--rloo] [--check]
+    python -m rlaifv.plan [--params FILE] [--gpu H100 --gpus 8] [--disk GB] [--sft] [--reward-model] [--rloo] [--check]
 
 Everything is computed from the parameters and the models' configurations; of a hub model only its config.json is
 fetched. What cannot fit is exit code 1 with the key to change. Where stages have run, the measured minutes stand
@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,17 @@ import psutil
 
 from rlaifv import ROOT
 from rlaifv.inference.server import is_served
-from rlaifv.params import ModelParams, Params, ParamsError, SplitParams, load_params, read_yaml
+from rlaifv.params import (
+    ModelParams,
+    Params,
+    ParamsError,
+    RewardWeights,
+    SplitParams,
+    TrainParams,
+    as_train_params,
+    load_params,
+    read_yaml,
+)
 from rlaifv.results import read_timings
 from rlaifv.stage import RUNS, Paths
 from rlaifv.vlm.checkpoint import resolve_checkpoint
@@ -55,6 +65,17 @@ DIVIDED = 1.4
 PROMPT = 40
 """Text tokens of a prompt beside its image."""
 
+CONVERSATION = 150
+"""Text tokens of a conversation to fine-tune on (LLaVA-Instruct 300, a yes/no question 20), and of the longest:"""
+
+LONG_CONVERSATION = 1000
+
+JUDGED = 250
+"""Text tokens that ask a reward model for a score, with facts in them."""
+
+PEOPLES_PAIRS = 9_400
+"""Preferences in LLaVA-Human-Preference-10K."""
+
 PHOTO = (640, 480)
 """Pixels of an image where the model's own size does not say how many tokens it takes."""
 
@@ -80,6 +101,10 @@ RUNTIME = 2.0 * GB
 
 PROCESS = 0.5 * GB
 """Main memory of a process that has imported PyTorch and transformers."""
+
+BESIDE = {"sft": "fine-tuning (`make sft`)", "reward_model": "one reward model (`make fact-rlhf`)"}
+BESIDE |= {"rloo": "one run of `make rloo`"}
+"""What a plan can have in it beside the pipeline: sections of the parameters → what they are."""
 
 CLOSE = 0.92
 """From this share of the memory on, it is close."""
@@ -406,10 +431,75 @@ def training(params: Params, model: Model, machine: Machine) -> Need:
     )
 
 
-def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Machine) -> Need:
-    """One run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
-    once for the reference's, and forward and backward. Policy and judges are in memory together."""
+def finetuning(params: Params, model: Model, machine: Machine) -> Need:
+    """`make sft`: conversations, each a row of its own."""
+    sft = params.sft
+    longest = model.largest + (sft.max_length or LONG_CONVERSATION)
+    rows = sft.rows, model.image + CONVERSATION, longest, CONVERSATION / 2
+    return tuning(
+        "sft", params, replace(as_train_params(sft, params.train), feature_cache_gb=0.0), model, machine, *rows
+    )
+
+
+def rewarding(params: Params, model: Model, machine: Machine) -> Need:
+    """A reward model of `make fact-rlhf`: both answers of a preference in one row, the image and question shared."""
+    reward, answer = params.reward_model, ANSWER * params.generate.max_new_tokens
+    asked_about = params.prepare.per_iteration * reward.per_instruction
+    learned = (PEOPLES_PAIRS if reward.preferences else asked_about) * (1 - reward.held_out)
+    rows = min(learned, reward.pairs or learned)
+    row, longest = (image + PROMPT + 2 * (answer + JUDGED) for image in (model.image, model.largest))
+    return tuning("reward_model", params, as_train_params(reward, params.train), model, machine, rows, row, longest, 0)
+
+
+def tuning(
+    stage: str,
+    params: Params,
+    train: TrainParams,
+    model: Model,
+    machine: Machine,
+    rows: float,
+    row: float,
+    longest: float,
+    answers: float,
+) -> Need:
+    """Training of whole copies of a model by `train` on so many rows of `row` tokens, the longest of `longest`, with
+    the logits of `answers` tokens of each."""
+    params, processes = replace(params, train=train), min(train.processes, machine.gpus)
+    passes = 3 + train.gradient_checkpointing - (train.lora_r > 0)
+    flops = train.epochs * rows * (2 * model.active * row * passes + model.seeing)
+    launches = train.epochs * rows / train.micro_batch_size / processes * passes * model.layers
+    checkpoints = train.epochs * train.checkpoints_per_epoch
+    size, (trained, _) = model.parameters * (2 if train.dtype == "bfloat16" else 4), learning(model, params)
+    computing = max(flops / (machine.flops * UTILIZATION) / processes, launches * machine.launch)
+    ways = [] if train.gradient_checkpointing else ["train.gradient_checkpointing: true"]
+    ways += [] if train.lora_r else [f"{stage}.lora_r: 64"]
+    ways += ["train.load_in_4bit: true"] if train.lora_r and not train.load_in_4bit else []
+    way = ", or ".join([*ways, f"{stage}.base, for a smaller one"])
+    return Need(
+        stage,
+        tokens=train.epochs * rows * row,
+        flops=flops,
+        seconds=start(model) + computing + checkpoints * (size + 12 * trained) / WRITE,
+        gpu=states(model, params, processes) + activations(model, params, longest, answers) + RUNTIME,
+        host=main_memory(model, params, processes),
+        disk=checkpoints * size,
+        fixes={"gpu": way, "host": way, "disk": f"{stage}.checkpoints_per_epoch or {stage}.epochs"},
+    )
+
+
+def reinforcing(
+    params: Params,
+    run: RewardWeights,
+    models: Mapping[str, Model | None],
+    machine: Machine,
+    scorer: Model | None,
+) -> Need:
+    """A run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
+    once for the reference's, and forward and backward. Policy and the judges that the run counts are in memory
+    together, among them the reward model `scorer` where it has one."""
     rloo, train, (policy, labeler, divider) = params.rloo, params.train, models.values()
+    labeler, divider = labeler if run.claims else None, divider if run.claims or run.recall else None
+    steps = run.steps or rloo.steps
     answers, answer = rloo.prompts * rloo.samples, ANSWER * rloo.max_new_tokens
     row, longest = (image + PROMPT + answer for image in (policy.image, policy.largest))
     passes = 5 + train.gradient_checkpointing - (train.lora_r > 0)
@@ -427,13 +517,22 @@ def reinforcing(params: Params, models: Mapping[str, Model | None], machine: Mac
         if model:
             _, took, memory = work(params, model, machine, answers)
             seconds, gpu, host = seconds + took - start(model), gpu + memory - RUNTIME, host + model.stored
-    way = "rloo.micro_batch_size or rloo.prompts, labeler.load_in_4bit: true, or labeler, for a served one"
+    loaded = [model for model in (policy, labeler, divider, scorer) if model]
+    if scorer:
+        judged = rloo.prompts * (scorer.image + PROMPT) + answers * (answer + JUDGED)
+        seconds += sight(scorer, machine, rloo.prompts) + forward(scorer, machine, judged, 2)
+        gpu, host = (
+            gpu + cached(scorer, 1, scorer.largest + rloo.max_new_tokens + JUDGED) - RUNTIME,
+            host + scorer.stored,
+        )
+    four = "" if labeler is None or labeler.bytes < labeler.stored else "labeler.load_in_4bit: true, "
+    way = f"rloo.micro_batch_size or rloo.prompts, {four}or labeler, for a served one"
     size = policy.parameters * (2 if train.dtype == "bfloat16" else 4)
     return Need(
         "rloo",
-        tokens=rloo.steps * answers * row,
-        flops=rloo.steps * flops,
-        seconds=sum(start(model) for model in models.values() if model) + rloo.steps * seconds,
+        tokens=steps * answers * row,
+        flops=steps * flops,
+        seconds=sum(map(start, loaded)) + steps * seconds,
         gpu=gpu,
         host=host,
         disk=rloo.checkpoints * size,
@@ -573,23 +672,49 @@ def make_plan(
     disk: float = math.inf,
     host: float = math.inf,
     timings: Path | None = None,
-    rloo: bool = False,
+    also: Collection[str] = (),
 ) -> Plan:
     """The plan of a run on a machine with `disk` and `host` bytes free; `timings` is where the stages that have run
-    here noted what they took (None: it is another machine). With `rloo`, one run of `make rloo` is in it.
+    here noted what they took (None: it is another machine). `also` names what of `BESIDE` is in it, of each
+    one run, of RLOO the one that takes most memory.
 
     Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
     """
     roles = {role: getattr(params, role) for role in ("policy", "labeler", "divider")}
     known: dict[ModelParams, Model] = {}
-    for model in roles.values():
-        if not is_served(model.path) and model not in known:
+
+    def size(model: ModelParams) -> Model:
+        if model not in known:
             known[model] = measure(model)
-    models = {role: known.get(model) for role, model in roles.items()}
-    needs = [*stages(params, models, machine), *([reinforcing(params, models, machine)] if rloo else [])]
+        return known[model]
+
+    models = {role: None if is_served(model.path) else size(model) for role, model in roles.items()}
+    needs = list(stages(params, models, machine))
+    if "sft" in also:
+        needs.append(finetuning(params, size(model_at(params, params.sft.base)), machine))
+    if "reward_model" in also:
+        needs.append(rewarding(params, size(model_at(params, params.reward_model.base)), machine))
+    if "rloo" in also:
+        trained = "reward_model" in also
+        runs = [run for run in params.rloo_runs.values() if trained or run.scored_by is None or "/" in run.scored_by]
+        scorers = [(run, scoring_model(params, run)) for run in runs]
+        each = [reinforcing(params, run, models, machine, scorer and size(scorer)) for run, scorer in scorers]
+        needs.append(max(each, key=lambda need: need.gpu))
     found = measured(timings, params.policy.path) if timings else {}
     ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
     return Plan(needs, machine, host, disk, len(params.iterations), ahead, found)
+
+
+def model_at(params: Params, path: str | None) -> ModelParams:
+    """The checkpoint in a folder or of a hub id, used as the policy is; null is the policy."""
+    return replace(params.policy, path=path, revision=None, processor={}, system=None) if path else params.policy
+
+
+def scoring_model(params: Params, run: RewardWeights) -> ModelParams | None:
+    """The reward model that a run of RLOO asks: a folder's, or what that is made of which is trained here."""
+    if run.scored_by is None:
+        return None
+    return model_at(params, run.scored_by if "/" in run.scored_by else params.reward_model.base)
 
 
 def measured(timings: Path, policy: str) -> dict[str, dict[str, float]]:
@@ -661,7 +786,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=MACHINES, help="default: what this machine has")
     parser.add_argument("--gpus", type=int, help="how many of them")
     parser.add_argument("--disk", type=float, metavar="GB", help="default: what is free here")
-    parser.add_argument("--rloo", action="store_true", help="one run of `make rloo` as well")
+    for name, what in BESIDE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"{what} as well")
     parser.add_argument("--check", action="store_true", help="be brief: only what does not fit or is close")
     options = parser.parse_args(arguments)
     try:
@@ -677,7 +803,8 @@ def main(arguments: list[str] | None = None) -> None:
         disk = options.disk * GB if options.disk else shutil.disk_usage(ROOT).free
         here = options.gpu is None
         host = psutil.virtual_memory().total if here else float("inf")
-        plan = make_plan(params, machine, disk, host, RUNS / "timings" if here else None, options.rloo)
+        also = [name for name in BESIDE if getattr(options, name)]
+        plan = make_plan(params, machine, disk, host, RUNS / "timings" if here else None, also)
     except (ParamsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"plan: {error}")
     if not options.check:

@@ -27,6 +27,7 @@ RUNS = ROOT / "runs"
 PREPARED = DATA / "prepared"
 WORLD = DATA / "world"
 MODELS = DATA / "models"
+REWARD_MODELS = DATA / "reward_models"
 EXAM = DATA / "results" / "exam" / "labeler.json"
 
 

@@ -37,7 +37,16 @@ def profile(tmp_path_factory):
             model = getattr(params, role)
             here = dataclasses.replace(model, path=str(write_config(folder, model.path)))
             params = dataclasses.replace(params, **{role: here})
-        return dataclasses.replace(params, train=dataclasses.replace(params.train, **train))
+        changes = {"train": dataclasses.replace(params.train, **train)}
+        for section in ("sft", "reward_model"):
+            if base := (values := getattr(params, section)).base:
+                changes[section] = dataclasses.replace(values, base=str(write_config(folder, base)))
+        changes["rloo_runs"] = {
+            name: dataclasses.replace(run, scored_by=str(write_config(folder, by))) if by in CONFIGS else run
+            for name, run in params.rloo_runs.items()
+            for by in [run.scored_by]
+        }
+        return dataclasses.replace(params, **changes)
 
     return read
 
@@ -262,12 +271,37 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
 def test_rloo_needs_policy_and_judges_in_memory_together_and_is_planned_on_request(profile):
     params = profile("rloo-claims-7b")
     assert "rloo" not in {n.stage for n in planned(params, 1).needs}
-    found = plan.make_plan(params, plan.machine_here("H100", 1), 4000 * GB, float("inf"), rloo=True)
+    found = plan.make_plan(params, plan.machine_here("H100", 1), 4000 * GB, float("inf"), also=["rloo"])
     judges = sum(plan.measure(getattr(params, role)).bytes for role in ("labeler", "divider"))
     assert found.shortages()[0] == [] and need(found, "rloo").gpu > judges + plan.measure(params.policy).bytes
     whole = dataclasses.replace(params, labeler=dataclasses.replace(params.labeler, load_in_4bit=False))
-    short, _ = plan.make_plan(whole, plan.machine_here("H100", 1), 4000 * GB, float("inf"), rloo=True).shortages()
+    short, _ = plan.make_plan(whole, plan.machine_here("H100", 1), 4000 * GB, float("inf"), also=["rloo"]).shortages()
     assert [line for line in short if line.startswith("rloo: ") and "labeler.load_in_4bit: true" in line]
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("llava-rlhf-7b", "H100"), ("llava-rlhf-13b", "H200")])
+def test_llava_rlhf_with_all_that_is_run_beside_the_pipeline_fits_the_machine_of_its_first_lines(profile, name, gpu):
+    params, text = profile(name), (ROOT / "params" / f"{name}.yaml").read_text()
+    memory, host, disk = map(int, re.search(r"1 GPU of (\d+) GB, (\d+) GB .* and (\d+) GB of disk", text).groups())
+    machine = plan.machine_here(gpu, 1)
+    found = plan.make_plan(params, machine, disk * GB, host * GB, also=list(plan.BESIDE))
+    assert [n.stage for n in found.needs][-3:] == ["sft", "reward_model", "rloo"]
+    assert found.shortages() == ([], []) and machine.memory == memory * GB
+    whole = dataclasses.replace(params.reward_model, lora_r=0)
+    short, _ = plan.make_plan(
+        dataclasses.replace(params, reward_model=whole), machine, also=["reward_model"]
+    ).shortages()
+    assert [line for line in short if line.startswith("reward_model: ") and "reward_model.lora_r: 64" in line]
+
+
+def test_a_reward_model_lies_beside_the_policy_while_rloo_asks_it(profile):
+    params, machine = profile("llava-rlhf-7b"), plan.machine_here("H100", 1)
+    alone = dataclasses.replace(params, rloo_runs={"claims": params.rloo_runs["claims"]})
+    scored = params.rloo_runs["fact_rlhf"]
+    both = dataclasses.replace(params, rloo_runs={"both": dataclasses.replace(scored, claims=0.33)})
+    asked, free, all_judges = (need(plan.make_plan(p, machine, also=["rloo"]), "rloo") for p in (params, alone, both))
+    assert all_judges.gpu - free.gpu > 26 * GB and all_judges.seconds > free.seconds
+    assert all_judges.gpu - asked.gpu > plan.measure(params.labeler).bytes, "judges that no reward counts stay out"
 
 
 def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):

@@ -4,9 +4,10 @@
 
 What can go wrong is as in the run itself: the models' own configurations, processors, chat templates and tokenizers,
 fetched from the hub without the weights; dtypes, sharding, notebooks, `dvc repro`. What takes time is small: models
-of few narrow layers, eight instructions, a few training steps. It runs in a copy of the repository, below
-scratch/rehearsal, and says what is made up. With --gpu, --gpus or --disk, of the machine that the profile is for, what
-will not fit there stops it at once (`make plan` says more).
+of few narrow layers, eight instructions, a few training steps. What a profile names beside the pipeline (sft,
+reward_model, rloo) is run before the report, a step or two of each (`rehearsal_beside`). It runs in a copy of the
+repository, below scratch/rehearsal, and says what is made up. With --gpu, --gpus or --disk, of the machine that the
+profile is for, what will not fit there stops it at once (`make plan` says more).
 """
 
 import argparse
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,16 @@ from rlaifv import ROOT
 from rlaifv.inference.server import is_served
 from rlaifv.inference.yes_no import yes_no_ids
 from rlaifv.params import ModelParams, Params, load_params, read_content
-from rlaifv.plan import GB, MACHINES, Machine, machine_here, make_plan
+from rlaifv.plan import GB, MACHINES, Machine, machine_here, make_plan, model_at
+from rlaifv.profiles.rehearsal_beside import (
+    check_scorer,
+    named_beside,
+    prompts_beside,
+    run_beside,
+    shorten_beside,
+    shrink_beside,
+    write_beside_data,
+)
 from rlaifv.profiles.rehearsal_data import FOLDER, ROWS, write_data
 from rlaifv.profiles.shrink import random_checkpoint, teach_to_divide
 from rlaifv.steps.divide import CLAIMS_PROMPT
@@ -43,7 +53,7 @@ from rlaifv.vlm.checkpoint import TEXT_FILES, find_checkpoint
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import check_model, load_model
 
-PARTS = ("rlaifv", "notebooks", "params", "metrics", "models/tiny", "dvc.yaml", ".dvcignore")
+PARTS = ("rlaifv", "notebooks", "params", "metrics", "models/tiny", "dvc.yaml", "experiments/dvc.yaml", ".dvcignore")
 """What of the repository DVC wants to see; models/tiny is not used."""
 
 TOKENS = 8
@@ -68,14 +78,20 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
     started, folder = time.monotonic(), SCRATCH / "rehearsal" / name
     profile, content = load_params(f"params/{name}.yaml"), read_content(ROOT / "params" / f"{name}.yaml")
     sources = {role: fetch(role, model) for role in ROLES if not is_served((model := getattr(profile, role)).path)}
+    beside = named_beside(name, content)
+    more = {key: fetch(key, model_at(profile, path)) for key, path in beside.models(content).items()}
+    if "scored_by" in more:
+        check_scorer(beside.models(content)["scored_by"], more["scored_by"])
     if machine or disk < float("inf"):
-        require_room(profile, "the profile does not fit", machine or machine_here(None, None), disk)
+        require_room(profile, "the profile does not fit", machine or machine_here(None, None), disk, beside.names)
+    own_images = ROOT / content["prepare"]["image_root"]
     copy_repository(folder)
     notes = shorten(content)
     for role, source in sources.items():
         random_checkpoint(source, folder / "models" / role, content[role]["dtype"], divides=role == "divider")
         content[role] |= {"path": f"models/{role}", "revision": None}
-    drawn = write_data(content, folder)
+    shrink_beside(more, content, folder, beside)
+    drawn = write_data(content, folder) + write_beside_data(content, folder, beside, own_images)
     YAML().dump(content, folder / "params.yaml")
     small = load_params(folder / "params.yaml")
     small = replace(
@@ -83,14 +99,18 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
     )
     require_room(small, "no room for a rehearsal", machine_here(None, None), shutil.disk_usage(folder).free)
     print(f"rehearsal of {name}: {ROWS} instructions, a few training steps\n{MADE_UP}")
-    print("\n".join([*notes, "data: " + (f"drawn scenes for {', '.join(drawn)}" if drawn else "the profile's own")]))
+    print("\n".join([*notes, "data: " + (f"drawn or made up: {', '.join(drawn)}" if drawn else "the profile's own")]))
     image = open_image(next((folder / FOLDER / "images").rglob("*.*")))
     for role in ROLES:
         source = getattr(profile, role)
         print(f"{role}: {source.path}" + (f" at {source.revision}" if source.revision else ""))
         if role in sources:
             print("\n".join(prepared(role, small, image)), flush=True)
-    run(folder)
+    print("\n".join(prompts_beside(small, small.policy.path, beside, image)), flush=True)
+    if beside.names:
+        run(folder, "feedback@1", "evaluate_base", "test_base")  # what they begin with
+        run_beside(folder, beside, surroundings(folder))
+    run(folder, "report")
     print("\n".join(times(folder)))
     print(f"{name}: every stage has run, in {(time.monotonic() - started) / 60:.1f} minutes")
     print(f"report: {folder.relative_to(ROOT)}/plots/report.html")
@@ -102,11 +122,11 @@ def fetch(role: str, model: ModelParams) -> Path:
     return find_checkpoint(model.path, model.revision, files=TEXT_FILES)[0]
 
 
-def require_room(params: Params, problem: str, machine: Machine, disk: float) -> None:
+def require_room(params: Params, problem: str, machine: Machine, disk: float, also: Collection[str] = ()) -> None:
     """Raise ValueError with the plan's first line about what does not fit."""
     here = machine == machine_here(None, None)
     host = psutil.virtual_memory().total if here else float("inf")
-    short, _ = make_plan(params, machine, disk, host).shortages()
+    short, _ = make_plan(params, machine, disk, host, also=also).shortages()
     if short:
         raise ValueError(f"{problem}: {short[0]}")
 
@@ -120,6 +140,7 @@ def copy_repository(folder: Path) -> None:
     )
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / part, folder / part)
 
 
@@ -136,6 +157,7 @@ def shorten(content: dict[str, Any]) -> list[str]:
     content["feedback"]["min_answer_mass"] = 0.0
     content["ablation"]["coin_share"] = 1.0  # a random labeler says the same of all claims, which makes no pairs
     content["report"]["gallery"] = 2
+    shorten_beside(content, TOKENS)
     return shorten_training(content["train"]) + without_4_bits(content)
 
 
@@ -190,11 +212,16 @@ def prepared(role: str, params: Params, image: Image.Image) -> Iterator[str]:
         vlm.model.save_pretrained(model.path)
 
 
-def run(folder: Path) -> None:
-    """`dvc repro` of the copy up to its report; its output is shown as it comes."""
+def surroundings(folder: Path) -> dict[str, str]:
+    """The environment of what runs in the copy."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = os.environ | {"PYTHONPATH": str(folder), "PATH": path}
-    if subprocess.run([sys.executable, "-m", "dvc", "repro", "report"], cwd=folder, env=environment).returncode:
+    return os.environ | {"PYTHONPATH": str(folder), "PATH": path}
+
+
+def run(folder: Path, *stages: str) -> None:
+    """`dvc repro` of the copy up to these stages; its output is shown as it comes."""
+    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    if subprocess.run(command, cwd=folder, env=surroundings(folder)).returncode:
         raise RuntimeError(f"a stage failed, the reason is above; its notebook is in {folder.relative_to(ROOT)}/runs")
 
 

@@ -1,7 +1,8 @@
 """Findings: the report's sections on what is measured beside the pipeline.
 
-`make ablations`, `make rounds`, `make self-feedback` and `make rloo` leave small files in `metrics/`. They may be older
-than the run that the report is about, so each section says which checkpoints and settings its numbers are of.
+`make ablations`, `make rounds`, `make self-feedback`, `make rloo` and `make fact-rlhf` leave small files in `metrics/`.
+They may be older than the run that the report is about, so each section says which checkpoints and settings its numbers
+are of.
 """
 
 import json
@@ -30,6 +31,10 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
+    if (file := metrics / "fact_rlhf.json").is_file():
+        best_of_n = metrics / "reward_best_of_n.json"
+        curves = json.loads(best_of_n.read_text()) if best_of_n.is_file() else None
+        sections.append(fact_rlhf_html(json.loads(file.read_text()), curves, inputs["models"]["policy"]["fingerprint"]))
     for file in (metrics / "rloo.json", metrics / "rloo_scored.json"):
         if file.is_file():
             sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
@@ -90,6 +95,13 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
         aligned=aligned,
         figure=plots.best_of_n(curves),
     )
+
+
+def fact_rlhf_html(result: Mapping, best_of_n: Mapping | None, base: str) -> Markup:
+    """The section on reward models and their annotators' taste; `best_of_n` are the curves of notebook 91, `base` the
+    fingerprint of this run's base model, which the reward models begin as."""
+    figure = best_of_n and plots.best_of_n(best_of_n["curves"])
+    return render("fact_rlhf.html", result=result, run=best_of_n and best_of_n["run"], base=base, figure=figure)
 
 
 def rloo_html(result: Mapping, base: str) -> Markup:

@@ -101,7 +101,8 @@ def rloo(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for (name, rows), color in zip(logs.items(), colors, strict=True):
         table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
         for axis, (column, (title, scale)) in zip(axes, panels.items(), strict=True):
-            axis.plot(scale * table[column], color=color, label=name)
+            if column in table:  # a run that no labeler judges has the truth's line alone
+                axis.plot(scale * table[column], color=color, label=name)
             axis.set(title=title, xlabel="step")
         if "true_hallucination" in table:
             axes[0].plot(100 * table["true_hallucination"], ":", color=color, label=f"{name}, truth")

@@ -2,9 +2,10 @@
 
 LLaVA-Instruct teaches to talk; yes/no questions of VQA-v2, A-OKVQA's choices with their reasons and Flickr30k's short
 captions teach to be right about the picture. Each reader takes the data set's own files; the wording of questions
-around them is ours.
+around them is ours. Two more take this project's own: instructions with references, and yes/no questions.
 """
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaifv.records import IMAGE_PLACES, Reject, parse_json
+from rlaifv.params import SftPart
+from rlaifv.records import IMAGE_PLACES, Reject, parse_json, read_lines, text_of
+from rlaifv.steps.prepare import inside, parse_instruction
 
 CAPTION_REQUEST = "List what people say who look at this picture, one short caption a line."
+YES_NO = "Please answer yes or no."
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -26,6 +30,10 @@ class SftRow:
     image_path: str
     conversation: list
     source: str
+
+    def image(self, root: Path) -> Path:
+        """Its image below `root`; ValueError for one elsewhere."""
+        return inside(root, self.image_path)
 
 
 def llava_instruct(path: Path) -> tuple[list[SftRow], list[Reject]]:
@@ -91,6 +99,69 @@ def flickr30k(path: Path) -> tuple[list[SftRow], list[Reject]]:
                 SftRow(f"flickr-{row['filename']}", row["filename"], [CAPTION_REQUEST, "\n".join(captions)], "flickr")
             )
     return kept, []
+
+
+def instructions(path: Path) -> tuple[list[SftRow], list[Reject]]:
+    """Instructions as `prepare` takes them (JSONL, this project's or the original's): the reference is the answer."""
+    kept, rejects = [], []
+    for number, line in read_lines(path):
+        place = f"{path.name}:{number}"
+        try:
+            row = parse_instruction(parse_json(line))
+            if not row.reference.strip():
+                raise ValueError("has no reference, which would be the answer")
+            kept.append(SftRow(row.id, row.image_path, [row.question, row.reference], "instructions"))
+        except ValueError as error:
+            rejects.append(Reject(place, "sft", str(error)))
+    return kept, rejects
+
+
+def questions(path: Path) -> tuple[list[SftRow], list[Reject]]:
+    """Yes/no questions with answers, as `prepare.dev.questions` has them (JSONL)."""
+    kept, rejects = [], []
+    for number, line in read_lines(path):
+        place = f"{path.name}:{number}"
+        try:
+            row = parse_json(line)
+            name, image, asked, answer = (text_of(row, key) for key in ("id", "image_path", "question", "answer"))
+            if answer not in ("yes", "no"):
+                raise ValueError(f"the answer is yes or no, got {answer!r:.40}")
+            turns = [f"{IMAGE_PLACES.sub('', asked)} {YES_NO}", answer.capitalize()]
+            kept.append(SftRow(name, image, turns, "questions"))
+        except (AttributeError, ValueError) as error:
+            rejects.append(Reject(place, "sft", str(error)))
+    return kept, rejects
+
+
+READERS = {
+    reader.__name__: reader for reader in (llava_instruct, vqa_yes_no, a_okvqa, flickr30k, instructions, questions)
+}
+"""`kind` of a part in params.yaml → what reads its files."""
+
+
+def read_parts(parts: Mapping[str, SftPart], root: Path) -> tuple[dict[str, list[SftRow]], list[Reject]]:
+    """The rows of every part of a mixture, whose files' paths start at `root`, and what of them cannot be used. The
+    part's name is the rows' `source` and begins their ids.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
+    found, rejects = {}, []
+    for name, part in parts.items():
+        if absent := next((file for file in part.files if not (root / file).is_file()), None):
+            raise FileNotFoundError(f"no file {absent} (sft_parts.{name}.files)")
+        rows, lost = READERS[part.kind](*(root / file for file in part.files))
+        named = {row.id: row for row in rows}
+        if len(named) < len(rows):
+            twice = next(row.id for k, row in enumerate(rows) if named[row.id] is not rows[k])
+            raise ValueError(f"{part.files[0]}: the id {twice!r} is there twice (sft_parts.{name})")
+        rejects += [Reject(f"{name}/{reject.id}", "sft", reject.reason) for reject in lost]
+        found[name] = [
+            dataclasses.replace(
+                row, id=f"{name}/{row.id}", image_path=str(Path(part.images, row.image_path)), source=name
+            )
+            for row in rows
+        ]
+    return found, rejects
 
 
 def mixture(parts: Mapping[str, Sequence[SftRow]], weights: Mapping[str, float], rows: int, seed: int) -> list[SftRow]:

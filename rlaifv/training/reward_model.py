@@ -21,7 +21,7 @@ from transformers import set_seed
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest_files, stage_sources
 from rlaifv.inference.yes_no import yes_no_ids
-from rlaifv.params import RewardModelParams, RewardRun, TrainParams, check_train
+from rlaifv.params import RewardModelParams, RewardRun, TrainParams, as_train_params, check_train
 from rlaifv.records import Reject, read_records, write_jsonl
 from rlaifv.steps.preferences import Preference
 from rlaifv.store import link_or_copy, progress
@@ -39,14 +39,6 @@ from rlaifv.vlm.loading import VLM
 from rlaifv.vlm.reward_format import PLACE, RewardFormat, RewardHead, encode_answers, write_reward_files
 
 log = logging.getLogger(__name__)
-
-
-def as_train_params(reward: RewardModelParams, train: TrainParams) -> TrainParams:
-    """`train` with what `reward_model` says otherwise."""
-    same = {f.name for f in dataclasses.fields(reward)} & {f.name for f in dataclasses.fields(train)}
-    # LoRA's own dropout would make rewards noisy in training alone; weights are spread over GPUs for policies only
-    changes = {"keep_checkpoints": None, "resume_every": 1, "lora_dropout": 0.0, "accelerate_config": None}
-    return dataclasses.replace(train, **{name: getattr(reward, name) for name in same}, **changes)
 
 
 # ---- preferences as rows
@@ -212,7 +204,8 @@ def train_reward_model(
     A killed run goes on as one of `job.train` does, whose other promises hold as well. Raises FloatingPointError with
     the preferences' ids when the loss or gradient is not finite.
     """
-    params = as_train_params(reward, train)
+    # LoRA's own dropout would make rewards noisy in training alone
+    params = dataclasses.replace(as_train_params(reward, train), lora_dropout=0.0)
     check_train(params)
     preferences, image_root = Path(preferences).resolve(), Path(image_root).resolve()
     form = RewardFormat(prompt, reward.facts_intro, reward.fact_line, fingerprint_checkpoint(base), reward.head)

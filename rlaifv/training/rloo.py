@@ -13,7 +13,6 @@ computed once for all k answers, and answer s of instruction i in step t comes f
 import copy
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +86,7 @@ def train_rloo(
     Raises ValueError for fewer tasks than a step has, RuntimeError when another process trains the same,
     FloatingPointError when loss or gradient is not finite.
     """
+    params = dataclasses.replace(params, steps=weights.steps or params.steps)
     settings = dataclasses.replace(
         train,
         learning_rate=params.learning_rate,
@@ -135,7 +135,7 @@ def run_rloo(
     """Load, train (or go on), and write `finished.json` into the run's folder."""
     library_quirks.be_quiet()
     vlm = load_policy(policy, train)
-    usable, rejects = readable(vlm, tasks, image_root, params.max_new_tokens)
+    usable, rejects = readable(vlm, tasks, image_root, params.max_new_tokens, judges.needs_facts)
     freeze(vlm.model, train)
     set_seed(seed)
     last = go_on_from(run)
@@ -154,14 +154,19 @@ def run_rloo(
     write_atomic(run / FINISHED, to_json(result))
 
 
-def readable(vlm: VLM, tasks: Sequence[Task], image_root: Path, room: int) -> tuple[list[Task], list[Reject]]:
+def readable(
+    vlm: VLM, tasks: Sequence[Task], image_root: Path, room: int, needs_facts: bool = False
+) -> tuple[list[Task], list[Reject]]:
     """The tasks that the policy can be asked, and why the others cannot: an image that cannot be read, a question that
-    holds a special token, or no room in the context for `room` tokens of an answer."""
+    holds a special token, no room in the context for `room` tokens of an answer, or no facts for a reward model that
+    reads them."""
     usable, rejects = [], []
     for task in tasks:
         try:
             if not task.usual > 0:
                 raise ValueError("the base model has no answer to it, so that there is no length to compare with")
+            if needs_facts and not task.facts:
+                raise ValueError("the reward model reads facts, and there are none of its image: name rloo.captions")
             encode_questions(vlm, open_image(image_root / task.image_path), [task.question], room=room)
             usable.append(task)
         except (OSError, ValueError) as error:
@@ -338,12 +343,12 @@ class Watch(Line):
     key = "reward"
 
     def say(self, state, logs: dict[str, float], rate: float) -> None:
+        shown = {"answers with a rejected claim": "judged_hallucination", "recall": "recall", "score": "reward_model"}
         log.info(
-            "rloo: step %d/%d, reward %.3f, answers with a rejected claim %.2f, recall %.3f, %.1f tokens, KL %.3f, "
-            "%.1f s a step, %.0f s left",
-            *(state.global_step, state.max_steps, logs["reward"], logs.get("judged_hallucination", math.nan)),
-            *(logs.get("recall", math.nan), logs["tokens"], logs.get("kl", 0.0), 1 / rate),
-            (state.max_steps - state.global_step) / rate,
+            "rloo: step %d/%d, reward %.3f%s, %.1f tokens, KL %.3f, %.1f s a step, %.0f s left",
+            *(state.global_step, state.max_steps, logs["reward"]),
+            "".join(f", {name} {logs[key]:.3f}" for name, key in shown.items() if key in logs),
+            *(logs["tokens"], logs.get("kl", 0.0), 1 / rate, (state.max_steps - state.global_step) / rate),
         )
 
 

@@ -9,6 +9,7 @@ exact in all of that and rejects what is too long.
 
 import dataclasses
 import logging
+import math
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from rlaifv.fingerprint import digest_files, stage_sources
@@ -28,7 +30,7 @@ from rlaifv.training.checkpoints import WriteCheckpoints
 from rlaifv.training.dpo import EpochOrder
 from rlaifv.training.job import TrainResult, require_rows, run_in, start_process, take_steps
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
-from rlaifv.training.trainer import Habits, trainer_settings
+from rlaifv.training.trainer import Habits, Line, trainer_settings
 from rlaifv.vlm.chat_format import Reader, check_length, common_length, prompt_text, tokenize
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint
 from rlaifv.vlm.collate import collate_inputs, pad_rows
@@ -74,7 +76,7 @@ class Conversations:
                 ids, _, _ = self.encode(row)
                 check_length(vlm, len(ids), "the conversation and its image are")
                 if max_length and len(ids) > max_length:
-                    raise ValueError(f"the conversation is {len(ids)} tokens, train.max_length is {max_length}")
+                    raise ValueError(f"the conversation is {len(ids)} tokens, sft.max_length is {max_length}")
             except (OSError, ValueError) as error:
                 self.rejects.append(Reject(row.id, "sft", str(error)))
                 continue
@@ -87,7 +89,7 @@ class Conversations:
         return self.rows
 
     def encode(self, row: SftRow) -> tuple[list[int], list[int], dict]:
-        return encode_conversation(self.vlm, open_image(self.image_root / row.image_path), row.conversation)
+        return encode_conversation(self.vlm, open_image(row.image(self.image_root)), row.conversation)
 
     def __call__(self, examples: list[dict]) -> dict:
         """A batch of rows by their numbers, padded on the right: what SFTTrainer takes for a collator."""
@@ -105,14 +107,29 @@ class Conversations:
 class ConversationTrainer(Habits, SFTTrainer):
     """TRL's steps on our rows, in an order that a run that goes on finds again, with a stop at what is not finite."""
 
+    section = "sft"
+
     def __init__(self, vlm: VLM, model, data: Conversations, params: TrainParams, arguments: SFTConfig):
         self.data, self.params = data, params
         numbers = Dataset.from_dict({"image": list(range(len(data.rows)))})  # TRL sees images in a column of that name
         processor = vlm.processor
         super().__init__(model, arguments, data_collator=data, train_dataset=numbers, processing_class=processor)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Watch())
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return EpochOrder(self.data.lengths, self.params.batch_size, self.args.seed, lambda: self.state.global_step)
+
+
+class Watch(Line):
+    key = "loss"
+
+    def say(self, state, logs: dict[str, float], rate: float) -> None:
+        log.info(
+            "sft: step %d/%d, loss %.4f, %.1f %% of the answers' tokens right, %.0f s left",
+            *(state.global_step, state.max_steps, logs["loss"], 100 * logs.get("mean_token_accuracy", math.nan)),
+            (state.max_steps - state.global_step) / rate,
+        )
 
 
 def train_sft(
@@ -129,7 +146,7 @@ def train_sft(
     identity = {
         "policy": fingerprint_checkpoint(policy),
         "data": [digest_files(rows), digest_files(image_root, by_stat_from=0)],
-        "source": stage_sources("train"),
+        "source": stage_sources("sft"),
         "params": {**dataclasses.asdict(params), "collapse_nats": None, "resume_every": None},
         "seed": seed,
     }

@@ -2,19 +2,21 @@
 model. Divider and labeler are asked in the words of the method's own steps (`steps.divide`, `steps.feedback`)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
 
+from rlaifv import ROOT
 from rlaifv.inference.reward import Rated, score
 from rlaifv.inference.sampling import Generation
 from rlaifv.inference.server import ServedLabeler
 from rlaifv.inference.yes_no import judge_fit, load_labeler, look
-from rlaifv.params import DivideParams, ServerParams
+from rlaifv.params import DivideParams, RewardWeights, ServerParams
 from rlaifv.records import Candidate, Instruction, ModelRecord
+from rlaifv.stage import REWARD_MODELS
 from rlaifv.steps.divide import Division, divide_answers
 from rlaifv.training.rewards import Judged
 from rlaifv.vlm.chat_format import UnfitText
@@ -47,9 +49,14 @@ SHORT = 3
 """Words of a reference that is itself the right answer ("no", "a red cup"); a longer one is a text about the image."""
 
 
-def make_tasks(instructions: Sequence[Instruction], candidates: Sequence[Candidate]) -> list[Task]:
+def make_tasks(
+    instructions: Sequence[Instruction],
+    candidates: Sequence[Candidate],
+    captions: Mapping[str, Sequence[str]] = {},
+) -> list[Task]:
     """The instructions with the mean length of the base model's `candidates` to them (0 where it has none). An
-    instruction's reference is the right answer where it is `SHORT`, else the facts."""
+    instruction's reference is the right answer where it is `SHORT`, else the facts, in whose place come the `captions`
+    of its image where there are any (`steps.facts.read_facts`)."""
     lengths: dict[str, list[int]] = {}
     for candidate in candidates:
         lengths.setdefault(candidate.instruction_id, []).append(candidate.n_tokens)
@@ -57,13 +64,22 @@ def make_tasks(instructions: Sequence[Instruction], candidates: Sequence[Candida
     for i in instructions:
         usual, short = fmean(lengths.get(i.id, [0])), len(i.reference.split()) <= SHORT
         facts, gold = ((), i.reference) if short else ((i.reference,), "")
+        facts = tuple(captions.get(Path(i.image_path).name, ())) or facts
         tasks.append(Task(i.id, i.image_path, i.question, usual, facts, gold))
     return tasks
+
+
+def reward_model_folder(scored_by: str | None) -> Path | None:
+    """Where a run's reward model lies: that of an entry of reward_runs, or the folder that is named."""
+    if scored_by is None:
+        return None
+    return ROOT / scored_by if "/" in scored_by else REWARD_MODELS / scored_by / "model"
 
 
 def load_judges(
     divider: ModelRecord,
     labeler: ModelRecord,
+    weights: RewardWeights,
     server: ServerParams,
     params: DivideParams,
     suffix: str,
@@ -72,10 +88,13 @@ def load_judges(
     reward_model: Path | None = None,
     dtype: str = "float32",
 ) -> "Judges":
-    """The judges of a run, and the reward model in a folder where there is one; all are in memory at once, beside the
-    policy."""
-    asked = reward_model and scorer(load_reward_model(str(reward_model), dtype=dtype))
-    return Judges(load_model(divider), load_labeler(labeler, server), params, suffix, seed, image_root, asked)
+    """The judges that a run's weights count, and the reward model in a folder where there is one; all are in memory at
+    once, beside the policy. Without `claims` no labeler is asked, without `claims` and `recall` nothing is divided."""
+    asked = reward_model and load_reward_model(str(reward_model), dtype=dtype)
+    splits = load_model(divider) if weights.claims or weights.recall else None
+    judges = load_labeler(labeler, server) if weights.claims else None
+    needs_facts = bool(asked) and asked.format.facts
+    return Judges(splits, judges, params, suffix, seed, image_root, asked and scorer(asked), needs_facts)
 
 
 def scorer(model: RewardModel) -> Score:
@@ -90,15 +109,17 @@ def scorer(model: RewardModel) -> Score:
 
 @dataclass
 class Judges:
-    """The loaded models that rewards are computed with, and how they are asked; `score` may be None."""
+    """The loaded models that rewards are computed with, and how they are asked; one that no reward needs is None.
+    `needs_facts` says that the reward model reads facts about an image."""
 
-    divider: VLM
-    labeler: VLM | ServedLabeler
+    divider: VLM | None
+    labeler: VLM | ServedLabeler | None
     params: DivideParams
     suffix: str
     seed: int
     image_root: Path
     score: Score | None = None
+    needs_facts: bool = False
     facts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a task's as claims, divided when first needed
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[Sequence[Generation]]) -> list[list[Judged]]:
@@ -116,7 +137,7 @@ class Judges:
                     usual=task.usual,
                     claims=None if division.problem else tuple(division.claims),
                     accepted=tuple(said[q] for q in division.questions if q in said),
-                    facts=self.facts[task.id] or None,
+                    facts=self.facts.get(task.id) or None,
                     gold=task.gold,
                     score=score,
                 )
@@ -127,6 +148,8 @@ class Judges:
 
     def _divide(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[Division]]:
         """The divider's claims of every answer and of the facts of new tasks; equal texts are divided once."""
+        if self.divider is None:
+            return [[Division([], [], "no reward looks at claims")] * len(row) for row in texts]
         new = [task for task in tasks if task.id not in self.facts]
         asked = [(task.question, text) for task, row in zip(tasks, texts, strict=True) for text in row]
         asked += [(task.question, fact) for task in new for fact in task.facts]
@@ -138,21 +161,28 @@ class Judges:
         return [[found[task.question, text] for text in row] for task, row in zip(tasks, texts, strict=True)]
 
     def _ask_labeler(self, tasks: Sequence[Task], divisions: Sequence[Sequence[Division]]) -> list[dict[str, bool]]:
-        """For each task, question → whether its claim is accepted (a tie is not); an image's questions are asked
-        together, each once. A question that the labeler cannot be asked, or has no finite answer to, is left out."""
-        questions = [list(dict.fromkeys(q for division in row for q in division.questions)) for row in divisions]
+        """For each task, question → whether its claim is accepted (a tie is not); all of a step's questions about an
+        image are asked together, each once. One that the labeler cannot be asked, or has no finite answer to, is left
+        out."""
+        if self.labeler is None:
+            return [{} for _ in tasks]
+        questions: dict[str, list[str]] = {}
+        for task, row in zip(tasks, divisions, strict=True):
+            of_image = [*questions.get(task.image_path, ()), *(q for division in row for q in division.questions)]
+            questions[task.image_path] = list(dict.fromkeys(of_image))
         items = [
-            (look(self.labeler, self.image_root / task.image_path), [f"{q} {self.suffix}" for q in asked])
-            for task, asked in zip(tasks, questions, strict=True)
+            (look(self.labeler, self.image_root / path), [f"{q} {self.suffix}" for q in asked])
+            for path, asked in questions.items()
         ]
-        return [
-            {
+        said = {
+            path: {
                 question: answer[0] > answer[1]
                 for question, answer in zip(asked, replies, strict=True)
                 if not isinstance(answer, UnfitText) and math.isfinite(sum(answer))
             }
-            for asked, replies in zip(questions, judge_fit(self.labeler, items), strict=True)
-        ]
+            for (path, asked), replies in zip(questions.items(), judge_fit(self.labeler, items), strict=True)
+        }
+        return [said[task.image_path] for task in tasks]
 
     def _score(self, tasks: Sequence[Task], texts: Sequence[Sequence[str]]) -> list[list[float | None]]:
         """The reward model's scores; None where there is none."""

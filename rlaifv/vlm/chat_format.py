@@ -210,12 +210,16 @@ MANY = 4
 
 
 def folded_prompt(vlm: Reader, image: Image.Image | None, question: str) -> tuple[str, int]:
-    """A prompt as its model gets it, to be looked at on one line, and how many of its tokens are the image's.
+    """A prompt as its model gets it: what `folded_tokens` makes of it."""
+    return folded_tokens(vlm, expand_image(vlm, image, prompt_text(vlm, question, image=image is not None))[0])
+
+
+def folded_tokens(vlm: Reader, ids: Sequence[int]) -> tuple[str, int]:
+    """Tokens to be looked at on one line, and how many of them are an image's.
 
     The text is that of the tokens, not of the template; a row of equal tokens is written once (`<image>×576`), a new
     line as ⏎.
     """
-    ids = expand_image(vlm, image, prompt_text(vlm, question, image=image is not None))[0]
     runs = [(token, len(list(run))) for token, run in groupby(ids)]
     text, image_tokens, before = "", 0, []
     for many, group in groupby(runs, key=lambda run: run[1] >= MANY):

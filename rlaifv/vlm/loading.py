@@ -244,7 +244,10 @@ def read(folder: Path, config: PreTrainedConfig, path: str, settings: Mapping[st
         tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
         set_template(processor or tokenizer, settings.get("template", {}), settings.get("system"))
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+        files = sorted(folder.glob("*.json"))
+        broken = [file.name for file in files if not json_object(file.read_text("utf-8", "replace"))]
+        which = f"{', '.join(broken)} cannot be read: fetch or write it again; " if broken else ""
+        raise ValueError(f"{path}: {which}{str(error).strip().splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     own = folder / GENERATION_CONFIG_NAME

@@ -12,7 +12,7 @@ from stages import STAGES, Done, Stage, copy_run, kill, make_checkout, own_disk,
 
 DISK, MEMORY, NAN = "disk full", "low memory", "not a number"
 TURNS_NAN = {
-    "exam": "rlaifv.inference.yes_no next_token_logprobs 1",
+    "exam": "rlaifv.inference.yes_no next_token_logprobs 0",  # its only batch
     "evaluate@0": "rlaifv.inference.sampling logits_of 20",
     "generate@1": "rlaifv.inference.sampling logits_of 50",
     "divide@1": "rlaifv.inference.sampling logits_of 50",

@@ -46,6 +46,7 @@ class Spoiled(Labeler):
 
 
 if __name__ == "__main__":
+    ThreadingHTTPServer.request_queue_size = 128  # with Python's 5 a busy machine loses connections
     server = ThreadingHTTPServer(("127.0.0.1", PORT), Spoiled)
     print(server.server_port, flush=True)
     server.serve_forever()

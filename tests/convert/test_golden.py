@@ -1,5 +1,7 @@
 """The tiny checkpoints in the released layouts give, once converted, what the original code gave for them."""
 
+import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -8,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rloo_runs import NONE, PARAMS, TRAIN
 from safetensors.torch import load_file, save_file
 
 from rlaifv.convert.__main__ import main
 from rlaifv.inference.logprobs import continuation_logprobs
-from rlaifv.inference.reward import score_rows
+from rlaifv.inference.reward import Rated, score, score_rows
+from rlaifv.steps.divide import Division
+from rlaifv.training.rloo import train_rloo
+from rlaifv.training.verdicts import Judges, Task, reward_model_folder
+from rlaifv.training.verdicts import scorer as scorer_of
 from rlaifv.vlm.chat_format import EncodedPrompt, common_length, encode, prompt_text
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import VLM, load_vlm
-from rlaifv.vlm.reward_format import load_reward_model
+from rlaifv.vlm.reward_format import load_reward_model, reward_text
 
 CLOSE = 1e-4
 
@@ -158,6 +165,48 @@ def test_the_reward_model_gives_the_originals_rewards(golden, shared, tmp_path):
         encoded = EncodedPrompt(rows[0][:common], rows, [len(row) for row in rows], inputs)
         assert score_rows(model, [encoded])[0] == pytest.approx([case["reward"] for case in asked], abs=CLOSE)
     assert begin.prompt_ids == with_placeholders(cases[0]["input_ids"])[: len(begin.prompt_ids)]
+
+
+def test_the_released_reward_model_is_the_reward_of_a_run(golden, shared, tmp_path):
+    (tmp_path / "prompt.txt").write_text("USER: Is it good, given {factual_prompt}? ASSISTANT: It is\n")
+    (tmp_path / "facts.txt").write_text("these facts:")
+    told = ["--prompt", str(tmp_path / "prompt.txt"), "--facts", str(tmp_path / "facts.txt")]
+    scorer = converted(golden / "llava_rlhf" / "rm_lora_adapter_model", tmp_path / "rm", *told)
+    policy = converted(golden / "llava_rlhf", tmp_path / "policy", "--part", "policy")
+    images = shared / "real" / "examples"
+    names = list(dict.fromkeys(case["image"] for case in expected(golden, "llava_rlhf")["rewards"]))
+    tasks = [Task(name, name, "What?", 4.0, facts=("A photo.",)) for name in names]
+    weights = dataclasses.replace(NONE, reward_model=1.0, scored_by=str(scorer))
+    seen = []
+
+    def load() -> Judges:
+        model = load_reward_model(str(reward_model_folder(weights.scored_by)), device="cpu")
+        ask = scorer_of(model)
+
+        def score(prompts):
+            seen.extend(zip(prompts, found := ask(prompts), strict=True))
+            return found
+
+        judges = Judges(None, None, None, "", 0, images, score, needs_facts=model.format.facts)
+        judges._divide = lambda tasks, texts: [[Division([], [])] * len(row) for row in texts]
+        judges._ask_labeler = lambda tasks, divisions: [{} for _ in tasks]
+        judges.facts = {task.id: () for task in tasks}
+        return judges
+
+    params = dataclasses.replace(PARAMS, steps=1, prompts=len(names), samples=2, checkpoints=1, max_new_tokens=4)
+    params = dataclasses.replace(params, micro_batch_size=2)
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    result = train_rloo(str(policy), tasks, load, {}, weights, params, TRAIN, images, out, scratch, seed=3)
+    with open(result.log) as stream:
+        (row,) = csv.DictReader(stream)
+    rewards = [reward for _, rewards in seen for reward in rewards]
+    assert float(row["reward_model"]) == pytest.approx(np.mean(rewards), abs=CLOSE) and len(set(rewards)) > 1
+    model = load_reward_model(str(scorer), device="cpu")
+    (image, question, answers, facts), given = seen[0]
+    text = reward_text(model.vlm, model.format, question, answers[0], list(facts), image=True)
+    assert "these facts:\n  - A photo.\n" in text
+    (alone,) = score(model, [Rated(image, question, answers[:1], list(facts))], shared=False)
+    assert alone[0] == pytest.approx(given[0], abs=CLOSE)
 
 
 def test_the_way_back_gives_the_released_tensors(golden, llava, tmp_path):

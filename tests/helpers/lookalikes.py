@@ -21,10 +21,13 @@ from transformers import (
 )
 
 from rlaifv import ROOT
+from rlaifv.convert.reward_head import SYSTEM as REWARD_SYSTEM
 from rlaifv.convert.tokens import SYSTEM, chat_template
 from rlaifv.params import load_params
 from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
+from rlaifv.vlm.loading import load_reader
 from rlaifv.vlm.omnilmm import OmniLMMImageProcessor, OmniLMMProcessor
+from rlaifv.vlm.reward_format import RewardFormat, RewardHead, write_reward_files
 
 WORDS = 800
 """Pieces that a look-alike's tokenizer has learned; the rest of its vocabulary is filled with made-up ones."""
@@ -98,12 +101,21 @@ def write(path: Path, content: dict) -> None:
 
 def llava(path: Path) -> None:
     if path.name.startswith("data--"):  # converted by this package
+        scores = "-rm-" in path.name
+        side = json.loads((path / "config.json").read_text())["vision_config"]["image_size"]
         tokens = {"unk_token": None, "pad_token": "</s>", "extra_special_tokens": {"image_token": "<image>"}}
         tokenizer = llama_tokenizer(32000, ["<image>", "<s>", "</s>"], [], add_bos_token=True, **tokens)
-        looks = LlavaImageProcessorPil(do_pad=True, size=CLIP["size"], crop_size=CLIP["crop_size"])
-        parts = {"image_processor": looks, "tokenizer": tokenizer, "chat_template": chat_template(path, SYSTEM)}
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        looks = LlavaImageProcessorPil(do_pad=True, **sizes)
+        turns = chat_template(path, REWARD_SYSTEM if scores else SYSTEM)
+        parts = {"image_processor": looks, "tokenizer": tokenizer, "chat_template": turns}
         LlavaProcessor(**parts, **TILES).save_pretrained(path)
         write(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+        if scores:
+            form = RewardFormat(
+                "  USER: Is it good, given {factual_prompt}? ASSISTANT: It is", "", "- {}\n", "", "released"
+            )
+            write_reward_files(path, RewardHead(1), form, load_reader(str(path)))
         return
     tokenizer = llama_tokenizer(
         32000, ["<unk>", "<s>", "</s>"], ["<image>", "<pad>"], add_bos_token=True, pad_token="<pad>"
@@ -212,6 +224,7 @@ def write_converted(profile: str, root: Path) -> list[Path]:
     were not there."""
     params = load_params(f"params/{profile}.yaml")
     paths = {model.path for model in (params.policy, params.labeler, params.divider)}
+    paths |= {params.sft.base, params.reward_model.base, *(run.scored_by for run in params.rloo_runs.values())}
     absent = [path for path in paths if path in CONFIGS and path.startswith("data/") and not (root / path).is_dir()]
     for path in absent:
         with tempfile.TemporaryDirectory() as folder:

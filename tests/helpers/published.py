@@ -36,7 +36,29 @@ def qwen3_vl(text: dict, vision: dict) -> dict:
     }
 
 
+def llava_rlhf(size: str, side: int) -> dict:
+    """LLaVA-RLHF as `rlaifv.convert` writes it: Vicuna, and one linear layer behind an image encoder of that side."""
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
+    if size == "13b":
+        text |= {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+        text |= {"num_key_value_heads": 40}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 0,
+        "image_seq_length": (side // 14) ** 2,
+        "projector_hidden_act": "linear",
+        "vision_config": TOWER | {"image_size": side},
+        "text_config": text,
+    }
+
+
 CONFIGS = {
+    "data/checkpoints/llava-rlhf-7b": llava_rlhf("7b", 224),
+    "data/checkpoints/llava-sft-7b": llava_rlhf("7b", 224),
+    "data/checkpoints/llava-rlhf-13b": llava_rlhf("13b", 336),
+    "data/checkpoints/llava-sft-13b": llava_rlhf("13b", 336),
+    "data/checkpoints/llava-rm-13b": llava_rlhf("13b", 336),
     "Qwen/Qwen3-VL-4B-Instruct": qwen3_vl(
         {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
         {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},

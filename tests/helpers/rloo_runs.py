@@ -1,5 +1,6 @@
 """Small runs of reinforcement learning on a random model, with judges that look at words."""
 
+import dataclasses
 from pathlib import Path
 
 from tiny_llava import picture, save_tiny_llava
@@ -16,20 +17,25 @@ PARAMS = RlooParams(
     micro_batch_size=4,
     learning_rate=3e-3,
     beta=0.05,
+    captions=None,
     temperature=1.0,
     max_new_tokens=10,
     checkpoints=3,
     compared=2,
 )
 TRAIN = TrainParams(dtype="float32", warmup_ratio=0.0)
-NONE = RewardWeights(claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None)
-WEIGHTS = RewardWeights(claims=1.0, recall=0.0, length=0.5, stop=1.0, correct=0.0, reward_model=0.0, scored_by=None)
+NONE = RewardWeights(
+    claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None, steps=None
+)
+WEIGHTS = dataclasses.replace(NONE, claims=1.0, length=0.5, stop=1.0)
 TASKS = [Task(f"task-{k}", f"{k}.png", "what is in the image ?", usual=4.0) for k in range(5)]
 """Two steps to a pass: a run of six has three."""
 
 
 class WordJudges:
     """Every word is a claim, "dog" and "cat" are false ones; of an answer with a "kite" nothing can be said."""
+
+    needs_facts = False
 
     def judge(self, tasks, answers):
         return [[self.look(task, answer) for answer in row] for task, row in zip(tasks, answers, strict=True)]

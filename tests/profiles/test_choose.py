@@ -29,8 +29,8 @@ def in_checkout(folder: Path, name: str = "mine", text: str = "") -> Path:
 
 def test_the_shipped_profiles():
     names = (
-        "default four-iterations llava15-7b llava15-7b-lora one-large-iteration public-dataset qwen3vl-4b "
-        "rlaifv-12b-self rlaifv-7b rloo-claims-7b self self-8b"
+        "default four-iterations llava-rlhf-13b llava-rlhf-7b llava15-7b llava15-7b-lora one-large-iteration "
+        "public-dataset qwen3vl-4b rlaifv-12b-self rlaifv-7b rloo-claims-7b self self-8b"
     )
     assert names.split() == PROFILES
 

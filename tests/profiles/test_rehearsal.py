@@ -110,6 +110,19 @@ def test_a_converted_model_is_rehearsed_as_policy_and_labeler_to_the_report(hub,
 
 
 @SLOW
+def test_llava_rlhf_is_rehearsed_with_fine_tuning_a_reward_model_and_a_step_of_rloo(hub, tmp_path):
+    folder = checkout(tmp_path / "copy")
+    push_models(hub, "llava-rlhf-7b", tmp_path / "more")
+    write_converted("llava-rlhf-7b", folder)
+    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "llava-rlhf-7b", timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    copy = folder / "scratch" / "rehearsal" / "llava-rlhf-7b"
+    assert "rloo is scored by: 576 tokens an image" in done.stdout and "1 steps, 4 answers" in done.stdout
+    assert {"sft", "reward_models", "rloo"} <= {path.name for path in (copy / "data").iterdir()}
+    assert (copy / "plots" / "report.html").is_file()
+
+
+@SLOW
 def test_a_rehearsal_goes_from_hub_ids_to_the_report_without_fetching_weights(hub, tmp_path):
     folder = checkout(tmp_path / "copy")
     done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "llava15-7b", timeout=900)

@@ -13,7 +13,7 @@ from rlaifv.benchmarks import published
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
-from rlaifv.report.findings import TITLES, findings_html, rloo_html
+from rlaifv.report.findings import TITLES, fact_rlhf_html, findings_html, rloo_html
 from rlaifv.report.page import benchmarks_html, plan_html, recall_lost, summarize
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
@@ -258,3 +258,25 @@ def test_reinforcement_learning_stands_beside_dpo_and_says_of_which_base_model()
     assert "anchored against DPO" in html and "-30.0 points" in html
     assert "<td>0.33 × -0.400</td>" in html and "<td>1.0 × –</td>" in html  # no answer had that reward
     assert "another base model" in rloo_html(result, "bbbbbbbb")
+
+
+def test_reward_models_stand_with_what_their_annotators_liked_and_a_run_without_truth_leaves_cells_empty():
+    row = {
+        "run": "plain",
+        "taste": 0.0,
+        "facts": "none",
+        "pairs": 399,
+        "labels_right": 0.84,
+        "right": [0.98, 0.96, 1.0],
+    }
+    row |= {"calibration_error": 0.02, "length_correlation": [-0.2, -0.26, -0.13], "image_effect": 0.1}
+    row |= {f"{who}_{what}": [0.1, 0.05, 0.15] for who in ("best_of_n", "all") for what in ("error", "tokens")}
+    people = {key: row[key] for key in ("run", "taste", "facts", "right", "calibration_error")}
+    people |= {"pairs": 0, "labels_right": None, "image_effect": None}
+    result = {"base": "aaaaaaaa", "reward_models": [row, people]}
+    html = " ".join(fact_rlhf_html(result, None, "aaaaaaaa").split())
+    assert "<td>98.0 <small>(96.0–100.0)</small></td>" in html and "<td>-0.20 <small>(-0.26–-0.13)</small></td>" in html
+    assert "0.10 sd" in html and html.count("<td>–</td>") == 6 and "another base model" not in html
+    curve = [RATES | {"method": "reward_model", "n": n} for n in (1, 2)]
+    html = fact_rlhf_html(result, {"run": "plain", "curves": {"base": curve, "aligned": curve}}, "bbbbbbbb")
+    assert "another base model" in html and "data:image/png;base64," in html and "<code>plain</code>" in html

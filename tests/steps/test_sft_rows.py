@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from rlaifv.steps.sft_rows import SftRow, a_okvqa, flickr30k, llava_instruct, mixture, vqa_yes_no
+from rlaifv.params import SftPart
+from rlaifv.records import write_jsonl
+from rlaifv.steps.sft_rows import (
+    SftRow,
+    a_okvqa,
+    flickr30k,
+    instructions,
+    llava_instruct,
+    mixture,
+    questions,
+    read_parts,
+    vqa_yes_no,
+)
 
 
 def write(folder: Path, name: str, content) -> Path:
@@ -68,6 +80,48 @@ def test_flickr_gives_the_captions_of_its_training_images(tmp_path):
     ]
     ((row,), _) = flickr30k(write(tmp_path, "f.json", {"images": rows}))
     assert row.image_path == "train.jpg" and row.conversation[1] == "A.\nB."
+
+
+def test_the_projects_own_instructions_and_questions_are_rows_too(tmp_path):
+    asked = {"id": "i", "image_path": "1.png", "question": "What?"}
+    write_jsonl(tmp_path / "i.jsonl", [asked | {"reference": "A cup."}, asked | {"id": "j"}])
+    (row,), (reject,) = instructions(tmp_path / "i.jsonl")
+    assert (row.conversation, reject.id) == (["What?", "A cup."], "i.jsonl:2") and "no reference" in reject.reason
+    write_jsonl(tmp_path / "q.jsonl", [asked | {"answer": "no"}, asked | {"answer": "maybe"}])
+    (row,), (reject,) = questions(tmp_path / "q.jsonl")
+    assert row.conversation == ["What? Please answer yes or no.", "No"] and "'maybe'" in reject.reason
+
+
+def part(kind: str, *files: str, images: str = "") -> SftPart:
+    return SftPart(kind=kind, files=files, images=images, weight=1.0)
+
+
+def test_parts_name_their_rows_and_have_their_own_images(tmp_path):
+    rows = [{"filename": f"{k}.jpg", "split": "train", "sentences": [{"raw": "A."}]} for k in range(2)]
+    write(tmp_path, "f.json", {"images": rows})
+    turns = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
+    write(tmp_path, "l.json", [{"id": "1", "image": "1.jpg", "conversations": turns}, {"id": "2"}])
+    told = {"short": part("flickr30k", "f.json", images="flickr"), "talk": part("llava_instruct", "l.json")}
+    found, (reject,) = read_parts(told, tmp_path)
+    assert [(row.id, row.image_path, row.source) for row in found["short"]] == [
+        (f"short/flickr-{k}.jpg", f"flickr/{k}.jpg", "short") for k in range(2)
+    ]
+    assert found["talk"][0].id == "talk/llava-0:1" and reject.id == "talk/llava-1:2"
+
+
+def test_a_missing_file_and_an_id_that_is_there_twice_are_named_with_their_part(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file gone\.json \(sft_parts\.talk\.files\)"):
+        read_parts({"talk": part("llava_instruct", "gone.json")}, tmp_path)
+    row = {"id": "i", "image_path": "1.png", "question": "What?", "reference": "A cup."}
+    write_jsonl(tmp_path / "i.jsonl", [row, row])
+    with pytest.raises(ValueError, match=r"i\.jsonl: the id 'i' is there twice \(sft_parts\.own\)"):
+        read_parts({"own": part("instructions", "i.jsonl")}, tmp_path)
+
+
+def test_an_image_outside_the_folder_is_refused(tmp_path):
+    assert SftRow("a", "b/1.png", ["?", "."], "").image(tmp_path) == tmp_path / "b" / "1.png"
+    with pytest.raises(ValueError, match=r"image \.\./1\.png lies outside"):
+        SftRow("a", "../1.png", ["?", "."], "").image(tmp_path)
 
 
 def parts(**sizes: int) -> dict[str, list[SftRow]]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from rloo_runs import NONE, PARAMS, TASKS, TRAIN, WEIGHTS, WordJudges, run, save_inputs
 from training_runs import digests
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -18,13 +19,13 @@ from rlaifv import ROOT
 from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
 from rlaifv.inference.yes_no import load_labeler
 from rlaifv.params import ParamsError, ServerParams, check_params, load_params, read_yaml
-from rlaifv.records import ModelRecord
+from rlaifv.records import Instruction, ModelRecord
 from rlaifv.tinyworld.scenes import Group, Scene, render
 from rlaifv.training import verdicts
 from rlaifv.training.policy import freeze, load_policy
-from rlaifv.training.rewards import recall
+from rlaifv.training.rewards import length, recall
 from rlaifv.training.rloo import ClaimTrainer, RlooResult, StepOrder, Watch, cut_at_control_token, readable
-from rlaifv.training.verdicts import Judges, Task
+from rlaifv.training.verdicts import Judges, Task, load_judges
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import load_model, load_vlm
 
@@ -224,6 +225,21 @@ def test_the_judges_say_of_the_shipped_world_what_is_true_in_it(tmp_path):
     assert (right.score, right.tokens, right.finished) == (len(true), 20, True)
 
 
+def test_only_the_judges_that_a_reward_counts_are_loaded_and_asked(tmp_path):
+    params = load_params("params.yaml")
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    missing = ModelRecord("no/such/model", None, "float32", "cpu", "0")
+    settings = (ServerParams(), params.divide, params.feedback.suffix, params.seed, tmp_path)
+    weights = params.rloo_runs["plain"]
+    judges = load_judges(missing, missing, weights, *settings)
+    task = Task("one", "1.png", "Describe the image.", 20.0, facts=("There is a cup.",))
+    ((answer,),) = judges.judge([task], [[Generation("There is a cup.", [5] * 20, "stop", 2)]])
+    assert answer.claims is None and answer.accepted == () and answer.facts is None and length(answer) == 0.0
+    for name in ("claims", "recall"):
+        with pytest.raises(FileNotFoundError, match="no/such/model"):
+            load_judges(missing, missing, dataclasses.replace(weights, **{name: 1.0}), *settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,6 +260,57 @@ def test_a_run_against_a_reward_model_says_which_and_no_other_run_does(changed):
     content["rloo_runs"]["plain"] |= changed
     with pytest.raises(ParamsError, match=r"rloo_runs\.plain\.scored_by: a weight of reward_model needs one"):
         check_params(content, "params.yaml")
+
+
+def test_a_run_may_be_scored_by_the_folder_of_a_reward_model():
+    content = read_yaml(ROOT / "params.yaml")
+    content["rloo_runs"]["plain"] |= {"scored_by": "data/checkpoints/rm"}
+    scored_by = check_params(content, "params.yaml").rloo_runs["plain"].scored_by
+    assert verdicts.reward_model_folder(scored_by) == ROOT / "data" / "checkpoints" / "rm"
+    assert verdicts.reward_model_folder("plain") == ROOT / "data" / "reward_models" / "plain" / "model"
+    assert verdicts.reward_model_folder(None) is None
+
+
+def test_the_questions_of_a_step_share_their_images_across_instructions(monkeypatch):
+    asked = []
+
+    def judge(_, items):
+        asked.extend(items)
+        return [[(1.0, 0.0) if "true" in question else (0.0, 1.0) for question in questions] for _, questions in items]
+
+    monkeypatch.setattr(verdicts, "look", lambda labeler, path: path.name)
+    monkeypatch.setattr(verdicts, "judge_fit", judge)
+    judges = Judges(None, None, None, "yes?", 0, Path("images"))
+    tasks = [Task(name, image, "what ?", 4.0) for name, image in (("a", "1"), ("b", "2"), ("c", "1"))]
+    said = [["true q", "p"], ["true q"], ["true q", "r"]]
+    divisions = [[SimpleNamespace(questions=[question]) for question in row] for row in said]
+    found = judges._ask_labeler(tasks, divisions)
+    assert asked == [("1", ["true q yes?", "p yes?", "r yes?"]), ("2", ["true q yes?"])], (
+        "an image once, a question once"
+    )
+    assert [[row[q] for q in questions] for row, questions in zip(found, said, strict=True)] == [
+        [True, False],
+        [True],
+        [True, False],
+    ]
+
+
+def test_captions_of_an_image_are_facts_in_place_of_the_reference():
+    told = [
+        Instruction("a", "x/1.png", "what ?", "A red cup is there.", ""),
+        Instruction("b", "2.png", "is it ?", "no", ""),
+    ]
+    captions = {"1.png": ["A cup.", "Tea."]}
+    assert [task.facts for task in verdicts.make_tasks(told, [], captions)] == [("A cup.", "Tea."), ()]
+    assert verdicts.make_tasks(told, [])[0].facts == ("A red cup is there.",)
+    assert verdicts.make_tasks(told, [], captions)[1].gold == "no"
+
+
+def test_without_facts_an_instruction_is_left_out_where_the_reward_model_reads_them(folder):
+    vlm = load_vlm(str(folder / "model"), device="cpu")
+    known = dataclasses.replace(TASKS[1], facts=("A cup.",))
+    usable, (reject,) = readable(vlm, [TASKS[0], known], folder / "images", room=10, needs_facts=True)
+    assert usable == [known] and reject.id == TASKS[0].id and "rloo.captions" in reject.reason
 
 
 def test_a_reward_model_reads_facts_only_where_it_was_trained_with_them(monkeypatch):

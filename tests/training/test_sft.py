@@ -84,6 +84,18 @@ def test_a_run_learns_rejects_by_id_and_its_first_loss_is_that_of_the_answers(fo
     assert not any("vision_tower" in name for name in before if not before[name].equal(after[name]))
 
 
+def test_with_lora_and_activations_computed_again_adapters_learn_and_the_checkpoint_is_a_whole_model(folder):
+    params = dataclasses.replace(PARAMS, lora_r=4, gradient_checkpointing=True, learning_rate=3e-2)
+    result = run(folder, "lora", params)
+    losses = [row["loss"] for row in log_rows(result)]
+    assert losses[-1] < losses[0] - 0.1
+    before, after = (
+        load_vlm(path, device="cpu").model.state_dict() for path in (str(folder / "model"), result.checkpoints[-1])
+    )
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and all("language_model" in name for name in moved)
+
+
 def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_step(folder):
     first = log_rows(run(folder, "one", dataclasses.replace(PARAMS, batch_size=4, micro_batch_size=2)))[0]["loss"]
     vlm = load_vlm(str(folder / "model"), device="cpu")
