@@ -34,7 +34,7 @@ rehearsal: $(READY) ## every stage of a profile in minutes, with small random mo
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	python -m rlaifv.plan --check
 	dvc repro
-	@echo "report: plots/report.html, numbers: metrics/summary.json"
+	@python -m rlaifv.results
 
 self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (a few minutes)
 	dvc repro experiments/dvc.yaml:self_feedback
