@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import stage_definition
-from rlaifv.params import ParamsError, load_params, read_yaml
+from rlaifv.fingerprint import place_of, stage_definition
+from rlaifv.params import ParamsError, load_params
 from rlaifv.records import write_atomic
 from rlaifv.stage import RUNS
 
@@ -58,18 +58,6 @@ def main(arguments: list[str]) -> int:
     if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
         print(place, flush=True)
     return execute(notebook, parameters)
-
-
-def place_of(stage: str, iteration: str, iterations: list[str]) -> str:
-    """Where a stage stands in the pipeline: "generate@1: stage 8 of 25"; "" for one that `dvc repro` does not run."""
-    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    looped = [name for name, entry in stages.items() if "foreach" in entry]
-    before = [name for name, entry in stages.items() if name not in looped and not entry.get("frozen")]
-    last = [name for name in before if list(stages).index(name) > list(stages).index(looped[-1])]
-    order = [name for name in before if name not in last]
-    order += [f"{name}@{number}" for number in iterations for name in looped] + last
-    label = f"{stage}_base" if iteration == "0" else f"{stage}@{iteration}" if iteration else stage
-    return f"{label}: stage {order.index(label) + 1} of {len(order)}" if label in order else ""
 
 
 def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:

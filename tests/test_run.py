@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from rlaifv import ROOT, run
+from rlaifv.fingerprint import place_of
 
 
 def notebook(folder: Path, source: str, name: str = "20_generate") -> Path:
@@ -170,10 +171,10 @@ def test_a_stage_of_feedback_is_left_out_where_the_pairs_are_there(tmp_path, mon
 
 def test_a_run_says_where_its_stage_stands_in_the_pipeline():
     places = [
-        run.place_of(*stage, ["1", "2"]) for stage in (("world", ""), ("test", "0"), ("generate", "2"), ("report", ""))
+        place_of(*stage, ["1", "2"]) for stage in (("world", ""), ("test", "0"), ("generate", "2"), ("report", ""))
     ]
     numbers = [int(place.split()[-3]) for place in places]
     total = int(places[0].split()[-1])
     assert places[2].startswith("generate@2: stage ") and all(place.endswith(f" of {total}") for place in places)
     assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] == total
-    assert run.place_of("self_feedback", "", ["1"]) == run.place_of("tiny_checkpoints", "", ["1"]) == ""
+    assert place_of("self_feedback", "", ["1"]) == place_of("tiny_checkpoints", "", ["1"]) == ""
