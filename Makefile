@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+SHELL  := /bin/bash  # macOS's make 3.81 looks programs up in an exported PATH only where a shell of one's own does
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -33,7 +34,7 @@ rehearsal: $(READY) ## every stage of a profile in minutes, with small random mo
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	python -m rlaifv.plan --check
 	dvc repro
-	@echo "report: plots/report.html, numbers: metrics/summary.json"
+	@python -m rlaifv.results
 
 self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (a few minutes)
 	dvc repro experiments/dvc.yaml:self_feedback
@@ -86,8 +87,9 @@ format: $(READY) ## format code and strip notebooks in place
 	ruff format .
 	nbstripout notebooks/*.ipynb notebooks/explore/*.ipynb
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	jupyter lab notebooks
+lab: $(READY) ## open the notebooks in JupyterLab: make lab ARGS="--no-browser --port 8890"
+	jupyter lab --config=$(CURDIR)/notebooks/jupyter_server_config.py --ServerApp.root_dir=$(CURDIR) \
+		--ServerApp.preferred_dir=$(CURDIR)/notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 speed: $(READY) ## measure the speed of feedback, generation and training
 	python speed/feedback.py
@@ -97,8 +99,16 @@ speed: $(READY) ## measure the speed of feedback, generation and training
 gpu-check: $(READY) ## a random 7B on one GPU: exactness, ratios and peak memory, into speed/results
 	python speed/gpu_check.py
 
-tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothing
+tiny: $(READY) ## train the shipped checkpoints again from nothing; models/tiny's old ones go to scratch/
 	python -m rlaifv.run 01_tiny_checkpoints
 
-clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/sft data/rloo data/reward_models data/reward_best_of_n .dvc/cache .dvc/tmp
+# what the pipeline and its experiments make; pictures, checkpoints and pairs of yours in data/ are none of it
+MADE := scratch runs .dvc/cache .dvc/tmp $(addprefix data/,world prepared iterations results models self_feedback sft rloo reward_models reward_best_of_n)
+
+clean: ## remove the environment and tools' caches; ALL=1: also data, runs, unfinished work and DVC's cache, after asking
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	@if [ -n "$(ALL)" ]; then \
+		du -sh $(wildcard $(MADE)) 2>/dev/null; \
+		printf 'Delete all of this, with every trained checkpoint and unfinished run in it? Type yes: '; \
+		read answer; if [ "$$answer" = yes ]; then rm -rf $(MADE); else echo kept; exit 1; fi; \
+	fi

@@ -68,6 +68,18 @@ def stage_definition(name: str) -> dict[str, Any]:
     return stages()[name]
 
 
+def place_of(stage: str, iteration: str, iterations: list[str]) -> str:
+    """Where a stage stands in the pipeline: "generate@1: stage 8 of 25"; "" for one that `dvc repro` does not run."""
+    stages = read_yaml(ROOT / PIPELINES[0])["stages"]
+    looped = [name for name, entry in stages.items() if "foreach" in entry]
+    before = [name for name, entry in stages.items() if name not in looped and not entry.get("frozen")]
+    last = [name for name in before if list(stages).index(name) > list(stages).index(looped[-1])]
+    order = [name for name in before if name not in last]
+    order += [f"{name}@{number}" for number in iterations for name in looped] + last
+    label = f"{stage}_base" if iteration == "0" else f"{stage}@{iteration}" if iteration else stage
+    return f"{label}: stage {order.index(label) + 1} of {len(order)}" if label in order else ""
+
+
 def stage_sources(name: str) -> str:
     """16 hex digits of the code that dvc.yaml says a stage runs through."""
     return digest_files(*(ROOT / dep for dep in stage_definition(name)["deps"] if dep.startswith("rlaifv/")))

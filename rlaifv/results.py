@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlaifv import ROOT
 from rlaifv.records import read_jsonl, to_json, write_atomic, write_jsonl
 
 FILES = {
@@ -75,3 +76,29 @@ def read_timings(folder: Path) -> list[dict]:
     """The wall minutes and peak memory that every stage noted (`peak_gpu_gb` where it used a GPU); they lie outside
     `data/`, for they are never equal."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def last_line(summary: dict[str, Any]) -> str:
+    """What became of the base, from metrics/summary.json: "response hallucination 55.7 % → 0.15 %, …"."""
+    base, final = summary["base"], summary["final"]
+    shown = ("response_hallucination", "response_rejection", "recall", "accepted_claims")
+
+    def said(name: str, value: float) -> str:
+        return f"{value:.3g}" if name == "accepted_claims" else f"{100 * value:.4g} %"
+
+    changes = [
+        f"{name.replace('_', ' ')} {said(name, base[name])} → {said(name, final[name])}"
+        for name in shown
+        if name in base
+    ]
+    return f"base → iteration {final['iteration']}, on test: {', '.join(changes)}"
+
+
+def main() -> None:
+    """What `make repro` ends with."""
+    print(last_line(json.loads((ROOT / "metrics" / "summary.json").read_text())))
+    print("report: plots/report.html, numbers: metrics/summary.json; next: `rlaifv chat`, `make lab`, `rlaifv export`")
+
+
+if __name__ == "__main__":
+    main()

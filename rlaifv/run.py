@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import stage_definition
+from rlaifv.fingerprint import place_of, stage_definition
 from rlaifv.params import ParamsError, load_params
 from rlaifv.records import write_atomic
 from rlaifv.stage import RUNS
@@ -34,6 +34,9 @@ FEEDBACK = ("20_generate", "30_divide", "40_feedback")
 
 
 def main(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
     if not arguments or not all("=" in a for a in arguments[1:]):
         print("usage: python -m rlaifv.run NOTEBOOK [name=value ...]", file=sys.stderr)
         return 2
@@ -52,6 +55,8 @@ def main(arguments: list[str]) -> int:
         reason = f"nothing to do: the pairs come from pairs.source = {params.pairs.source}"
         print(f"{name}: {reason}")
         return leave_out(notebook, parameters, reason)
+    if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
+        print(place, flush=True)
     return execute(notebook, parameters)
 
 

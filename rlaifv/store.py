@@ -216,20 +216,30 @@ def readable_by_all(folder: Path) -> None:
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """Iterate with a tqdm bar in JupyterLab, or a log line every few seconds (rate, time left) in a batch run."""
+    """Iterate with a tqdm bar in JupyterLab, or log lines (rate, time left) in a batch run: after five seconds, then in
+    pauses that grow up to five minutes."""
     if "JPY_SESSION_NAME" in os.environ:
         from tqdm.auto import tqdm
 
         yield from tqdm(items, desc=label)
         return
     start = last = time.monotonic()
+    pause = 5.0
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - last >= 5:
+        if done and now - last >= pause:
             rate = done / (now - start)
-            left = (len(items) - done) / rate
-            log.info("%s: %d/%d, %.2f/s, %.0f s left", label, done, len(items), rate, left)
-            last = now
+            left = hours_and_minutes((len(items) - done) / rate)
+            log.info("%s: %d/%d, %.2f/s, %s left", label, done, len(items), rate, left)
+            last, pause = now, min(1.5 * pause, 300.0)
         yield item
     if items:
-        log.info("%s: %d done in %.1f s", label, len(items), time.monotonic() - start)
+        log.info("%s: %d done in %s", label, len(items), hours_and_minutes(time.monotonic() - start))
+
+
+def hours_and_minutes(seconds: float) -> str:
+    """45 s, 12 min, 2:05 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

@@ -14,8 +14,9 @@ from PIL import Image
 from tiny_llava import picture, save_tiny_llava
 from transformers import LlamaConfig, TextStreamer
 
-import rlaifv.chat
-from rlaifv.chat import Chat, default_model, load_chat_model, main, read_image
+import rlaifv.chat.conversation
+from rlaifv.chat.__main__ import main
+from rlaifv.chat.conversation import Chat, default_model, load_chat_model, read_image
 from rlaifv.inference.decoding import beam_search, best_answers
 from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch
 from rlaifv.steps.self_feedback import Asked, answer_logps
@@ -165,7 +166,7 @@ def test_what_cannot_work_is_one_clear_line(capsys, folder, arguments, message):
 
 
 def test_the_default_model_is_the_newest_aligned_policy(tmp_path, monkeypatch):
-    monkeypatch.setattr(rlaifv.chat, "ROOT", tmp_path)
+    monkeypatch.setattr(rlaifv.chat.conversation, "ROOT", tmp_path)
     assert default_model() == "models/tiny/policy"
     for name, file in (("0", "pointer.json"), ("2", "config.json"), ("10", "config.json"), ("11", "log.csv")):
         folder = tmp_path / "data/iterations" / name / "policy"

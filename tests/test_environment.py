@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -42,3 +44,20 @@ def test_dependencies_are_listed_once_and_the_exact_versions_cover_them():
     assert "-e .[dev]" in text and "torch" not in text
     pinned = {normalized(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()[1:]}
     assert declared([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]) <= pinned
+
+
+def test_make_clean_spares_what_was_computed_and_asks_before_it_does_not(tmp_path):
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    made, yours = ("data/iterations/1", "runs/timings", "scratch/train@1-00"), ("data/images", "data/checkpoints")
+    for folder in (".venv", *made, *yours):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def clean(*arguments: str, answer: str = "") -> int:
+        command = ["make", "clean", *arguments]
+        return subprocess.run(command, cwd=tmp_path, input=answer, text=True, capture_output=True).returncode
+
+    assert clean() == 0 and not (tmp_path / ".venv").exists()
+    assert clean("ALL=1", answer="no\n") != 0
+    assert all((tmp_path / folder).is_dir() for folder in (*made, *yours))
+    assert clean("ALL=1", answer="yes\n") == 0
+    assert not any((tmp_path / folder).exists() for folder in made) and all((tmp_path / f).is_dir() for f in yours)

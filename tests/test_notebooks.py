@@ -3,13 +3,16 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from ruamel.yaml import YAML
+from traitlets.config import PyFileConfigLoader
 
 from rlaifv import ROOT
 
@@ -152,3 +155,37 @@ def test_dvc_sees_every_iteration_of_the_profile():
 def test_every_notebook_is_valid_json_without_absolute_paths():
     for path in NOTEBOOKS:
         assert str(ROOT) not in json.dumps(json.loads(path.read_text()))
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab's manager of files with the repository's configuration, over a copy of its notebooks."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    config = PyFileConfigLoader("jupyter_server_config.py", str(tmp_path / "notebooks")).load_config()
+    return LargeFileManager(config=config, root_dir=str(tmp_path))
+
+
+def run_and_save(lab, path: str, change: str = "") -> bytes:
+    """What the file is after its cells have run in JupyterLab and it was saved."""
+    model = lab.get(path)
+    notebook = model["content"]
+    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.99"}
+    for number, cell in enumerate(notebook["cells"]):
+        cell["metadata"]["execution"] = {"iopub.status.busy": "2026-11-27T00:00:00Z"}
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = number
+            cell["outputs"] = [nbformat.v4.new_output("stream", text="hello")]
+            cell["source"] += change
+    lab.save({**model, "content": notebook}, path)
+    return Path(lab.root_dir, path).read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_running_and_saving_a_stage_notebook_in_lab_leaves_its_bytes(lab, path):
+    assert run_and_save(lab, f"notebooks/{path.name}") == path.read_bytes()
+
+
+def test_what_somebody_writes_into_a_stage_notebook_is_kept_and_outputs_of_explore_are_too(lab):
+    changed = nbformat.reads(run_and_save(lab, "notebooks/50_pairs.ipynb", "\n# mine").decode(), 4)
+    assert all(cell.source.endswith("# mine") for cell in changed.cells if cell.cell_type == "code")
+    assert b"hello" in run_and_save(lab, "notebooks/explore/chat.ipynb")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlaifv.results import FILES, OF_TRAINING, Result, read_result, write_result
+from rlaifv.results import FILES, OF_TRAINING, Result, last_line, read_result, write_result
 
 PARTS = {
     "dev": [{"checkpoint": "checkpoint-1", "recall": 0.9}],
@@ -41,3 +41,13 @@ def test_every_part_is_the_output_of_one_stage_whose_folder_it_lies_in():
     folders = {path.split("/")[0] for path in FILES.values()}
     assert folders == {"dev", "selection", "test", "benchmarks"} and set(FILES) == set(PARTS)
     assert json.loads(json.dumps(PARTS)) == PARTS
+
+
+def test_a_run_ends_with_what_became_of_the_base():
+    truth = {"base": {"response_hallucination": 0.557, "recall": 0.9998}, "final": {"iteration": 2}}
+    truth["final"] |= {"response_hallucination": 0.0015, "recall": 0.9988}
+    said = "base → iteration 2, on test: response hallucination 55.7 % → 0.15 %, recall 99.98 % → 99.88 %"
+    assert last_line(truth) == said
+    claims = {"base": {"response_rejection": 0.4, "accepted_claims": 8.04}, "final": {"iteration": 1}}
+    claims["final"] |= {"response_rejection": 0.25, "accepted_claims": 7.5}
+    assert last_line(claims).endswith("response rejection 40 % → 25 %, accepted claims 8.04 → 7.5")

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from rlaifv import ROOT, run
+from rlaifv.fingerprint import place_of
 
 
 def notebook(folder: Path, source: str, name: str = "20_generate") -> Path:
@@ -166,3 +167,14 @@ def test_a_stage_of_feedback_is_left_out_where_the_pairs_are_there(tmp_path, mon
     assert left.read_text() == said.removeprefix("20_generate: ") + "\n"
     assert nbformat.read(tmp_path / "runs/1/20_generate.ipynb", 4).cells[0].outputs == []
     assert run.main(["50_pairs", "iteration=1", "prev=0", f"params_file={profile}"]) == 1, "the pairs stage runs"
+
+
+def test_a_run_says_where_its_stage_stands_in_the_pipeline():
+    places = [
+        place_of(*stage, ["1", "2"]) for stage in (("world", ""), ("test", "0"), ("generate", "2"), ("report", ""))
+    ]
+    numbers = [int(place.split()[-3]) for place in places]
+    total = int(places[0].split()[-1])
+    assert places[2].startswith("generate@2: stage ") and all(place.endswith(f" of {total}") for place in places)
+    assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] == total
+    assert place_of("self_feedback", "", ["1"]) == place_of("tiny_checkpoints", "", ["1"]) == ""

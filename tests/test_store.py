@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaifv.records import Reject, batched, read_jsonl
-from rlaifv.store import FINISHED, IncompleteWork, InUse, Store, TooManyRejects, sweep
+from rlaifv.store import FINISHED, IncompleteWork, InUse, Store, TooManyRejects, hours_and_minutes, sweep
 
 CHUNKS = [[1, 2], [3, 4], [5]]
 
@@ -192,3 +192,8 @@ def test_the_store_keeps_any_text(tmp_path_factory, rows, size):
     store.publish(folder / "rows.jsonl", len(rows), 0)
     assert read_jsonl(folder / "rows.jsonl") == rows
     assert json.loads((store.folder / FINISHED).read_text())["rows"] == len(rows)
+
+
+def test_times_read_as_people_say_them():
+    said = [hours_and_minutes(seconds) for seconds in (0.4, 45, 130, 3599, 7500, 172800)]
+    assert said == ["0 s", "45 s", "2 min", "1:00 h", "2:05 h", "48:00 h"]

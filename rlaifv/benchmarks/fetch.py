@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlaifv import ROOT
+
 _GITHUB = "https://raw.githubusercontent.com"
 _AMBER = f"{_GITHUB}/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
 _POPE = f"{_GITHUB}/AoiDragon/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
@@ -248,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rlaifv.benchmarks.fetch", description=__doc__.split("\n")[0])
     parser.add_argument("name", help=f"{', '.join(BENCHMARKS)}, or list")
-    parser.add_argument("--to", default="data/benchmarks", help="folder for all benchmarks (default data/benchmarks)")
+    parser.add_argument("--to", default=ROOT / "data/benchmarks", help="folder for all (default: data/benchmarks)")
     options = parser.parse_args(arguments)
     if options.name == "list":
         for name, benchmark in BENCHMARKS.items():

@@ -20,11 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from rlaifv import ROOT
-from rlaifv.evaluation.hallucination import load_split, paired_test
-from rlaifv.evaluation.outcome import describe_inputs, flat_rows, read_results
 from rlaifv.fingerprint import digest, digest_files, stages
 from rlaifv.params import (
     DEFAULT,
@@ -40,9 +36,9 @@ from rlaifv.params import (
     read_yaml,
 )
 from rlaifv.records import read_jsonl, to_json, write_atomic
-from rlaifv.report import plots
 from rlaifv.results import FILES
-from rlaifv.steps.models import describe_models
+
+# what takes seconds to import is imported where it is used: --help and a wrong name of a group need none of it
 
 LIST = ROOT / "experiments" / "experiments.yaml"
 STAGE = "experiments/dvc.yaml:experiment"
@@ -66,6 +62,8 @@ class Experiment:
     def key(self) -> str:
         """16 hex digits of all that determines the outcome: parameters, checkpoints, and the files of the repository
         that the pipeline's stages depend on. What the report alone reads is left out."""
+        from rlaifv.steps.models import describe_models
+
         read = {key: value for key, value in vars(self.params).items() if key not in ("report", "self_feedback")}
         marks = {role: model.fingerprint for role, model in describe_models(self.params).items()}
         return digest([read, marks, self.sources])
@@ -199,6 +197,8 @@ def outcome_of(experiment: Experiment, revision: str) -> dict:
 
 def compare(control: Experiment, other: Experiment) -> dict:
     """`paired_test` of the last iterations' policies on the same test rows; `base` in it is the control."""
+    from rlaifv.evaluation.hallucination import load_split, paired_test
+
     if control.params.prepare.test != other.params.prepare.test:
         raise ValueError(f"{other.name} and {control.name} have other test sets: they cannot be compared row by row")
     answers = []
@@ -227,6 +227,12 @@ def collect(group: Group, results: Mapping) -> dict:
 
 def write_results(group: Group, results: Mapping, base: Params, failed: Sequence[str]) -> dict:
     """Write metrics/GROUP.json and, of what there is, plots/GROUP.csv and plots/GROUP.png."""
+    import pandas as pd
+
+    from rlaifv.evaluation.outcome import describe_inputs, flat_rows
+    from rlaifv.report import plots
+    from rlaifv.steps.models import describe_models
+
     inputs = describe_inputs(base, describe_models(base))
     whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
     write_atomic(ROOT / "metrics" / f"{group.name}.json", to_json(whole, indent=2) + "\n")
@@ -239,6 +245,8 @@ def write_results(group: Group, results: Mapping, base: Params, failed: Sequence
 
 def run_group(group: Group) -> list[str]:
     """Run what is needed, write results after each; returns the names of those that failed."""
+    from rlaifv.evaluation.outcome import read_results
+
     path, failed = ROOT / "metrics" / f"{group.name}.json", []
     results, base = read_results(path), load_params()
     todo = [e for e in needed(group, results) if not find_revision(e.run_name)]

@@ -8,7 +8,7 @@ import ipywidgets as widgets
 from markupsafe import escape
 from PIL import Image
 
-from rlaifv.chat import Chat, read_image
+from rlaifv.chat.conversation import Chat, read_image
 from rlaifv.inference.yes_no import judge
 from rlaifv.params import Params
 from rlaifv.report.render import render

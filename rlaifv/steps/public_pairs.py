@@ -6,11 +6,31 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from rlaifv.fingerprint import LARGE, digest_files
 from rlaifv.records import json_object
 
 PAIR = ("question", "chosen", "rejected")
+
+
+def fetch_pairs(source: str | Path) -> Path:
+    """The file or folder of pairs that `source` means: one that is there, or the parquet files of a dataset of the hub,
+    fetched once. Raises FileNotFoundError, in one line, where it is neither."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        raise FileNotFoundError(
+            f"no pairs at {source}: give a parquet file, a folder of them, or owner/name of the hub"
+        )
+    try:
+        folder = Path(snapshot_download(str(source), repo_type="dataset", allow_patterns="*.parquet"))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"cannot fetch the dataset {source}: {reason}") from None
+    return folder if any(folder.glob("*.parquet")) else folder / "data"
 
 
 def parquet_files(path: Path) -> list[Path]:

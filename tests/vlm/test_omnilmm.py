@@ -13,7 +13,7 @@ from tiny_omnilmm import BLOCKS, CONFIG, HEADS, PATCH, random_weights, save_orig
 from torch.nn.functional import gelu, layer_norm
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlaifv.chat import Chat
+from rlaifv.chat.conversation import Chat
 from rlaifv.convert.layouts import Layout
 from rlaifv.convert.omnilmm import convert_omnilmm
 from rlaifv.inference.decoding import best_answers
