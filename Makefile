@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
 	python -m rlaifv.profiles.choose $(NAME) $(if $(FORCE),--force)
+
+own: $(READY) ## one's own pictures, without annotations: make own IMAGES=photos (QUESTIONS=file BASE=profile FORCE=1)
+	python -m rlaifv.profiles.own --images "$(IMAGES)" $(if $(QUESTIONS),--questions "$(QUESTIONS)") $(if $(BASE),--base $(BASE)) $(if $(FORCE),--force) $(ARGS)
 
 plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
 	python -m rlaifv.plan $(ARGS)
