@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates rloo rloo-scored fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
+
+claim-rates: $(READY) ## judging by claims beside the truth, on the pipeline's outputs (a few minutes)
+	dvc repro experiments/dvc.yaml:claim_rates
+	dvc repro --single-item --force report
+	@echo "numbers: metrics/claim_rates.json"
 
 fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without
 	dvc repro experiments/dvc.yaml:fact_rlhf
@@ -103,4 +108,4 @@ tiny: $(READY) ## train the shipped checkpoints in models/tiny again from nothin
 	python -m rlaifv.run 01_tiny_checkpoints
 
 clean: ## remove the environment, scratch work, executed notebooks and generated data
-	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/rloo data/reward_models data/reward_best_of_n .dvc/cache .dvc/tmp
+	rm -rf $(VENV) scratch runs data/world data/prepared data/iterations data/results data/models data/self_feedback data/claim_rates data/rloo data/reward_models data/reward_best_of_n .dvc/cache .dvc/tmp

@@ -1,7 +1,8 @@
 """Findings: the report's sections on what is measured beside the pipeline.
 
-`make ablations`, `make rounds`, `make self-feedback` and `make rloo` leave small files in `metrics/`. They may be older
-than the run that the report is about, so each section says which checkpoints and settings its numbers are of.
+`make ablations`, `make rounds`, `make self-feedback`, `make claim-rates` and `make rloo` leave small files in `metrics/`.
+They may be older than the run that the report is about, so each section says which checkpoints and settings its numbers
+are of.
 """
 
 import json
@@ -30,6 +31,10 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
+    file = metrics / "claim_rates.json"
+    if file.is_file():
+        result = json.loads(file.read_text())
+        sections.append(render("claim_rates.html", result=result, base=inputs["models"]["policy"]["fingerprint"]))
     for file in (metrics / "rloo.json", metrics / "rloo_scored.json"):
         if file.is_file():
             sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
