@@ -170,6 +170,8 @@ def overlay(base: str, params: Params, images: Path, train: int, second: str | N
             "test": {"instructions": files["test"], **unknown},
         },
     }
+    if base == "default":  # drawings are all that the tiny models know: many of their answers claim nothing
+        sections["divide"] = {"max_reject_rate": 0.5}
     if params.train.keep_checkpoints:  # needs annotations
         sections["train"] = {"keep_checkpoints": None, "checkpoints_per_epoch": 1}
     if second:
@@ -268,6 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"own: {error}")
     print(describe(pictures, files, lost))
+    if options.base == "default":
+        print("the tiny models know drawings only and make nonsense of these: BASE=qwen3vl-4b, or another of params/")
     print(f"written: {(DATA / 'own').relative_to(ROOT)}/*.jsonl, params/own.yaml, params.yaml")
     plan.main([])
     print("next: make repro (`make rehearsal PROFILE=own` tries every stage first)")

@@ -1,8 +1,8 @@
 """Findings: the report's sections on what is measured beside the pipeline.
 
-`make ablations`, `make rounds`, `make self-feedback`, `make claim-rates` and `make rloo` leave small files in `metrics/`.
-They may be older than the run that the report is about, so each section says which checkpoints and settings its numbers
-are of.
+`make ablations`, `make rounds`, `make self-feedback`, `make claim-rates` and `make rloo` leave small files in
+`metrics/`. They may be older than the run that the report is about, so each section says which checkpoints and settings
+its numbers are of.
 """
 
 import json
