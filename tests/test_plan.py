@@ -278,3 +278,16 @@ def test_a_tower_that_is_larger_than_what_reads_it_counts(profile):
     assert need(found, "feedback").flops / 1e12 == about(2 * 7.1e-3 * 4.6e6 + 4000 * 8.95)
     assert need(found, "train").flops / 1e12 == about(398e3 + 4000 * 5 * 8.95)
     assert found.shortages()[0] == []
+
+
+def test_judging_by_claims_is_planned_for_all_answers_and_for_the_second_labeler(profile):
+    params = profile("llava15-7b", keep_checkpoints=None)
+    none = {"instances": None, "captions": None}
+    dev, test = (dataclasses.replace(split, **none) for split in (params.prepare.dev, params.prepare.test))
+    claims = dataclasses.replace(params, prepare=dataclasses.replace(params.prepare, dev=dev, test=test))
+    before, found = planned(params, 1), planned(claims, 1)
+    for stage in ("evaluate", "test"):
+        assert need(found, stage).seconds > 1.2 * need(before, stage).seconds, stage
+    small = dataclasses.replace(params.policy, dtype="float16")
+    second = dataclasses.replace(claims, evaluate=dataclasses.replace(params.evaluate, labeler=small))
+    assert need(planned(second, 1), "test").seconds < need(found, "test").seconds, "7B judge in place of 34B"

@@ -67,7 +67,7 @@ def _with_values(default: str, profile: str) -> str:
 def _set(whole: dict, overlay: dict) -> None:
     """What params.merge does, in place: the comments stay."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and key in whole and key not in NAMED:
+        if isinstance(value, dict) and isinstance(whole.get(key), dict) and key not in NAMED:
             _set(whole[key], value)
         elif key not in NAMED:
             whole[key] = value

@@ -10,6 +10,7 @@ from rlaifv import ROOT
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.claim_rates import score_claims
 from rlaifv.evaluation.claims import judge_answers, judged_claims
+from rlaifv.evaluation.claims_truth import compare_choices, compare_rates, true_rates
 from rlaifv.evaluation.hallucination import Split, hallucination, load_split, paired_test, score
 from rlaifv.params import _problems, load_params
 from rlaifv.records import Instruction, ModelRecord, columns_of, rates_of, write_jsonl
@@ -112,6 +113,16 @@ def test_answers_go_through_the_methods_own_steps_and_come_back_in_order(world, 
         assert [c["p_yes"] for c in one["claims"]] == pytest.approx([c["p_yes"] for c in other["claims"]], abs=1e-4)
     assert any(c["p_yes"] <= c["p_no"] for c in judged[5]["claims"]), "what another picture shows is rejected"
     assert (tmp_path / "out" / "judgements" / "labeler.json").is_file()
+
+
+def test_claim_judged_and_true_rates_are_compared_answer_by_answer():
+    judged = [row(str(n), NO if n < 6 else YES, image=f"{n}.png") for n in range(10)]
+    found = compare_rates(judged, lambda image, answer: int(int(Path(image).stem) < 5))
+    assert (found["by_claims"], found["true"], found["n"]) == (0.6, 0.5, 10)
+    assert found["difference"] == pytest.approx(0.1) and found["difference_interval"][0] == 0
+    rates = true_rates([{"checkpoint": "c", "answers": judged}], lambda image, answer: 0)
+    assert compare_choices("c", "c", rates) == {
+        "by_claims": "c", "by_annotations": "c", "true_by_claims": 0.0, "true_by_annotations": 0.0}  # fmt: skip
 
 
 def test_a_prepared_split_without_instances_is_judged_by_claims(tmp_path):
