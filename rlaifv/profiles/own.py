@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -128,7 +128,8 @@ def read_questions(path: Path) -> list[str] | list[Instruction]:
     rows = []
     for number, line in lines:
         try:
-            rows.append(parse_instruction(parse_json(line)))
+            row = parse_instruction(parse_json(line))
+            rows.append(replace(row, image_path=str(Path(row.image_path))))  # ./a.jpg is a.jpg
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if len({row.id for row in rows}) < len(rows):

@@ -3,18 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlaifv import ROOT
 from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.claim_rates import score_claims
-from rlaifv.evaluation.claims import judge_answers, judged_claims
+from rlaifv.evaluation.claims import claim_judge, judge_answers, judged_claims
 from rlaifv.evaluation.claims_truth import compare_choices, compare_rates, true_rates
 from rlaifv.evaluation.hallucination import Split, hallucination, load_split, paired_test, score
 from rlaifv.params import _problems, load_params
 from rlaifv.records import Instruction, ModelRecord, columns_of, rates_of, write_jsonl
-from rlaifv.steps.models import describe
+from rlaifv.steps.models import describe, write_models
 from rlaifv.steps.select import choose, keeps_recall
 from rlaifv.store import Store
 from rlaifv.tinyworld.coco import write_world
@@ -113,6 +114,26 @@ def test_answers_go_through_the_methods_own_steps_and_come_back_in_order(world, 
         assert [c["p_yes"] for c in one["claims"]] == pytest.approx([c["p_yes"] for c in other["claims"]], abs=1e-4)
     assert any(c["p_yes"] <= c["p_no"] for c in judged[5]["claims"]), "what another picture shows is rejected"
     assert (tmp_path / "out" / "judgements" / "labeler.json").is_file()
+
+
+def test_a_second_labeler_judges_where_one_is_named_and_is_known_for_the_first_where_it_is_the_same(tmp_path):
+    params = load_params(ROOT / "params" / "default.yaml")
+
+    def judge_of(second, source=None):
+        changed = dataclasses.replace(
+            params,
+            evaluate=dataclasses.replace(params.evaluate, labeler=second),
+            pairs=dataclasses.replace(params.pairs, source=source),
+        )
+        records = write_models(changed, tmp_path / "models")
+        assert (tmp_path / "models" / "second_labeler.json").is_file() == (second is not None)
+        return claim_judge(SimpleNamespace(params=changed, model=records.get, store=None), tmp_path, tmp_path).keywords
+
+    assert judge_of(None)["labeler"].path == params.labeler.path and judge_of(None)["same_labeler"]
+    assert not judge_of(None, "pairs.parquet")["same_labeler"], "somebody else's feedback"
+    second = judge_of(params.policy)
+    assert second["labeler"].path == params.policy.path and not second["same_labeler"]
+    assert judge_of(params.labeler)["same_labeler"], "the same checkpoint under another key"
 
 
 def test_claim_judged_and_true_rates_are_compared_answer_by_answer():

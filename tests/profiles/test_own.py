@@ -79,7 +79,7 @@ def test_own_prompts_are_lines_and_own_instructions_are_rows_whose_copies_stay_t
         tmp_path / "q.jsonl",
         ["copy.png", "same picture.bmp", "gone.png", *(f"trip/{k}.png" for k in range(12))],
     )
-    rows = [{"id": f"{name} {k}", "image_path": name, "question": "What?"} for name in names for k in range(2)]
+    rows = [{"id": f"{name} {k}", "image_path": f"./{name}", "question": "What?"} for name in names for k in range(2)]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files, lost = make_instructions(find_pictures(photos), read_questions(table), 7, SIZES)
     assert lost == ["gone.png"] and sum(map(len, files.values())) == 28
