@@ -8,7 +8,7 @@ SHELL  := /bin/bash  # macOS's make 3.81 looks programs up in an exported PATH o
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile plan rehearsal rehearsals repro self-feedback sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(READY): pyproject.toml constraints.txt
 profile: $(READY) ## write params.yaml from a profile: make profile NAME=llava15-7b (FORCE=1 overwrites edits)
 	python -m rlaifv.profiles.choose $(NAME) $(if $(FORCE),--force)
 
+own: $(READY) ## one's own pictures, without annotations: make own IMAGES=photos (QUESTIONS=file BASE=profile FORCE=1)
+	python -m rlaifv.profiles.own --images "$(IMAGES)" $(if $(QUESTIONS),--questions "$(QUESTIONS)") $(if $(BASE),--base $(BASE)) $(if $(FORCE),--force) $(ARGS)
+
 plan: $(READY) ## what params.yaml will take, and whether it fits: make plan ARGS="--gpu H100 --gpus 8 --disk 2000"
 	python -m rlaifv.plan $(ARGS)
 
@@ -40,6 +43,11 @@ self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline'
 	dvc repro experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
+
+claim-rates: $(READY) ## judging by claims beside the truth, on the pipeline's outputs (a few minutes)
+	dvc repro experiments/dvc.yaml:claim_rates
+	dvc repro --single-item --force report
+	@echo "numbers: metrics/claim_rates.json"
 
 sft: $(READY) ## fine-tune the policy on conversations, a mixture of data sets (two minutes): data/sft/model
 	dvc repro experiments/dvc.yaml:sft
@@ -103,7 +111,7 @@ tiny: $(READY) ## train the shipped checkpoints again from nothing; models/tiny'
 	python -m rlaifv.run 01_tiny_checkpoints
 
 # what the pipeline and its experiments make; pictures, checkpoints and pairs of yours in data/ are none of it
-MADE := scratch runs .dvc/cache .dvc/tmp $(addprefix data/,world prepared iterations results models self_feedback sft rloo reward_models reward_best_of_n)
+MADE := scratch runs .dvc/cache .dvc/tmp $(addprefix data/,world prepared iterations results models self_feedback claim_rates sft rloo reward_models reward_best_of_n)
 
 clean: ## remove the environment and tools' caches; ALL=1: also data, runs, unfinished work and DVC's cache, after asking
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

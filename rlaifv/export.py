@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from rlaifv import stage
 from rlaifv.params import DEFAULT, ModelParams, Params, load_params, read_content
-from rlaifv.records import RATES, to_json, write_atomic
-from rlaifv.report.render import render
+from rlaifv.records import rates_of, to_json, write_atomic
+from rlaifv.report.render import MEANS, render
 from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
 from rlaifv.steps.pairs import COLUMNS
@@ -154,8 +154,14 @@ def model_card(
         tags=["rlaif-v", "dpo", "hallucination"],
         model_name="rlaif-v",
         eval_results=[
-            EvalResult("image-text-to-text", "test-split", "test split of the run", rate, round(100 * final[rate], 2))
-            for rate in RATES
+            EvalResult(
+                "image-text-to-text",
+                "test-split",
+                "test split of the run",
+                rate,
+                round(final[rate] * (1 if rate in MEANS else 100), 2),
+            )
+            for rate in rates_of(final)
         ],
     )
     return render(
@@ -163,7 +169,6 @@ def model_card(
         metadata=Markup(data.to_yaml()),
         params=params,
         models={role: model_name(getattr(params, role)) for role in ("policy", "labeler", "divider")},
-        rates=RATES,
         results=results,
         final=final,
         exam=exam,

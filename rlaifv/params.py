@@ -147,10 +147,11 @@ class WorldParams(Section):
 
 
 class SplitParams(Section):
-    """An evaluation split: instructions with the COCO annotations of their images, and yes/no questions."""
+    """An evaluation split: instructions with the COCO annotations of their images, and yes/no questions. Without
+    instances nobody knows what is in the images, and answers are judged by claims."""
 
     instructions: Name
-    instances: Name
+    instances: Name | None
     captions: Name | None
     questions: Name | None
 
@@ -249,6 +250,7 @@ class EvaluateParams(Section):
     repetition_penalty: Penalty = 1.0
     max_new_tokens: Count
     batch_size: Count
+    labeler: ModelParams | None = None  # who judges by claims; null: `labeler`, which made the feedback as well
 
 
 class SelectParams(Section):
@@ -598,6 +600,8 @@ def _problems(params: Params) -> Iterator[str]:
     """What is wrong with a parameter file although every value by itself is possible."""
     names, reference = params.iterations, params.self_feedback.reference
     paths = {f"{role}.path": getattr(params, role).path for role in ("policy", "labeler", "divider")}
+    if params.evaluate.labeler:
+        paths["evaluate.labeler.path"] = params.evaluate.labeler.path
     for name, item in params.benchmarks.items():
         paths |= {f"benchmarks.{name}.judge.base_url": item.judge.base_url or ""} if item.judge else {}
     for key, path in paths.items():  # not shown
@@ -605,6 +609,7 @@ def _problems(params: Params) -> Iterator[str]:
             yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
         if key in ("policy.path", "divider.path") and re.match("https?://", path, re.IGNORECASE):
             yield f"{key}: only the labeler may be behind a server: give a folder or a hub id"
+    yield from _split_problems(params)
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
@@ -642,6 +647,24 @@ def _batch_problems(section: str, values: "SftParams | RewardModelParams") -> It
         yield (
             f"{section}.batch_size {values.batch_size} is not a multiple of micro_batch_size x processes = "
             f"{values.micro_batch_size} x {values.processes}"
+        )
+
+
+def _split_problems(params: Params) -> Iterator[str]:
+    """What does not fit how dev and test are judged: by annotations or, with `instances: null`, by claims."""
+    dev, test = params.prepare.dev, params.prepare.test
+    by_claims = dev.instances is None
+    if by_claims != (test.instances is None):
+        yield "prepare.dev.instances and prepare.test.instances: give both, or null in both to judge by claims"
+    for name, split in (("dev", dev), ("test", test)):
+        if split.captions and not split.instances:
+            yield f"prepare.{name}.captions: without instances answers are judged by claims: write null"
+    if params.evaluate.labeler and not by_claims:
+        yield "evaluate.labeler judges claims, but prepare.test.instances says what is in the images: write null in one"
+    if by_claims and params.train.keep_checkpoints:
+        yield (
+            "train.keep_checkpoints scores on dev while the policy trains, where there is no room for the models that "
+            "judge by claims (prepare.dev.instances: null): write null, and fewer train.checkpoints_per_epoch"
         )
 
 

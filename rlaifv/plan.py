@@ -322,22 +322,27 @@ def stages(params: Params, models: Mapping[str, Model | None], machine: Machine)
 
     yield training(params, policy, machine)
 
-    kept = params.train.epochs * params.train.checkpoints_per_epoch
-    way = "evaluate.batch_size, or policy, for a smaller one"
-    tokens, seconds, memory = answering(params, policy, machine, params.prepare.dev, params.world.dev)
-    images = kept * rows_of(params.prepare.dev.instructions, params.world.dev)
-    yield need("evaluate", policy, kept * tokens, start(policy, kept) + kept * seconds, memory, way, images)
+    by_claims = params.prepare.dev.instances is None
+    judge = "evaluate.labeler" if params.evaluate.labeler else "labeler"
+    judges = [("divider", divider, dividing), (judge, models.get(judge), judging)]
 
-    tokens, seconds, memory = answering(params, policy, machine, params.prepare.test, params.world.test)
-    largest, seconds = policy, seconds + start(policy)
-    for role, model in (("divider", divider), ("labeler", labeler)):  # its first answers, claim by claim
-        if model:
-            work = dividing if role == "divider" else judging
-            _, took, needed = work(params, model, machine, params.report.gallery)
-            seconds += took - START
-            if needed > memory:
-                largest, memory, way = model, needed, smaller(role, model)
-    yield need("test", largest, tokens, seconds, memory, way)
+    def measuring(name: str, split: SplitParams, scenes: int, times: int, shown: int) -> Need:
+        """`times` models answer a split; the answers, or without `by_claims` `shown` of them, are judged by claims."""
+        answers, way = times * rows_of(split.instructions, scenes), "evaluate.batch_size, or policy, for a smaller one"
+        tokens, seconds, memory = answering(params, policy, machine, split, scenes)
+        largest, seconds = policy, start(policy, times) + times * seconds
+        texts = answers if by_claims else shown
+        for role, model, work in judges if texts else ():
+            if model:
+                _, took, needed = work(params, model, machine, texts, times if by_claims else None)
+                seconds += took - START
+                if needed > memory:
+                    largest, memory, way = model, needed, smaller(role, model)
+        return need(name, largest, times * tokens, seconds, memory, way, answers)
+
+    kept = params.train.epochs * params.train.checkpoints_per_epoch
+    yield measuring("evaluate", params.prepare.dev, params.world.dev, kept, 0)
+    yield measuring("test", params.prepare.test, params.world.test, 1, params.report.gallery)
 
 
 Work = tuple[float, float, float]
@@ -354,8 +359,8 @@ def generating(params: Params, policy: Model, machine: Machine) -> Work:
     return tokens, start(policy) + seconds, cached(policy, section.batch_size, longest)
 
 
-def dividing(params: Params, divider: Model, machine: Machine, texts: int) -> Work:
-    """So many answers into claims and these into questions."""
+def dividing(params: Params, divider: Model, machine: Machine, texts: int, per_image: int | None = None) -> Work:
+    """So many answers into claims and these into questions, however many are about an image."""
     answer, batch = ANSWER * params.generate.max_new_tokens, min(params.divide.batch_size, texts)
     listed = DIVIDED * answer
     passes = 2 * -(-texts // batch) * listed
@@ -364,9 +369,9 @@ def dividing(params: Params, divider: Model, machine: Machine, texts: int) -> Wo
     return tokens, start(divider) + seconds, cached(divider, batch, PROMPT + answer + listed)
 
 
-def judging(params: Params, labeler: Model, machine: Machine, texts: int) -> Work:
-    """The claims of so many answers, `samples` to an image."""
-    images = -(-texts // params.generate.samples)
+def judging(params: Params, labeler: Model, machine: Machine, texts: int, per_image: int | None = None) -> Work:
+    """The claims of so many answers, `per_image` (`samples`) to an image."""
+    images = -(-texts // (per_image or params.generate.samples))
     batch = min(params.feedback.batch_size, images)
     tokens = images * (labeler.image + PROMPT) + DISTINCT * texts * CLAIMS * QUESTION
     seconds = start(labeler) + sight(labeler, machine, images)
@@ -497,7 +502,8 @@ def reinforcing(
     """A run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
     once for the reference's, and forward and backward. Policy and the judges that the run counts are in memory
     together, among them the reward model `scorer` where it has one."""
-    rloo, train, (policy, labeler, divider) = params.rloo, params.train, models.values()
+    rloo, train, roles = params.rloo, params.train, ("policy", "labeler", "divider")
+    policy, labeler, divider = (models[role] for role in roles)
     labeler, divider = labeler if run.claims else None, divider if run.claims or run.recall else None
     steps = run.steps or rloo.steps
     answers, answer = rloo.prompts * rloo.samples, ANSWER * rloo.max_new_tokens
@@ -681,6 +687,7 @@ def make_plan(
     Raises FileNotFoundError, in one line, for a model whose configuration cannot be had.
     """
     roles = {role: getattr(params, role) for role in ("policy", "labeler", "divider")}
+    roles |= {"evaluate.labeler": params.evaluate.labeler} if params.evaluate.labeler else {}
     known: dict[ModelParams, Model] = {}
 
     def size(model: ModelParams) -> Model:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,21 @@ IMAGE_PLACES = re.compile(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$")
 
 RATES = ("response_hallucination", "mention_hallucination", "recall")
 """The rates that every row about a model's answers has: fractions, the first two better when low."""
+
+CLAIM_RATES = ("response_rejection", "claim_rejection", "accepted_claims")
+"""What stands in their place where no annotation says what is true, and a labeler judges the answers' claims: the share
+of answers with a rejected claim, the share of rejected claims, and accepted claims an answer (a mean, no fraction)."""
+
+
+def rates_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The names of a row's rates: `RATES`, or `CLAIM_RATES` where its answers were judged by claims. Either way the
+    first two are better when low, and the third says whether little is wrong because little is said."""
+    return CLAIM_RATES if CLAIM_RATES[0] in row else RATES
+
+
+def columns_of(row: Mapping[str, Any]) -> list[str]:
+    """What a table shows of such rows: by claims also who judged, and whether that labeler made the feedback too."""
+    return [*rates_of(row), "mean_words", "n", *(("labeler", "same_labeler") if "labeler" in row else ())]
 
 
 @dataclass(frozen=True)

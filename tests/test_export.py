@@ -203,3 +203,17 @@ def test_nothing_is_overwritten(finished_run):
     with pytest.raises(SystemExit, match="give another --out"):
         main(["--iteration", "2", "--out", str(out)])
     assert (out / "model" / "README.md").read_bytes() == before
+
+
+def test_the_card_of_a_run_judged_by_claims_names_the_labeler_and_no_rate_of_annotations():
+    values = {"response_rejection": 0.4, "claim_rejection": 0.1, "accepted_claims": 8.0}
+    test = values | {f"{name}_interval": [value, value] for name, value in values.items()}
+    test |= {"mean_words": 21.5, "n": 300, "yes_no": {"n": 0}, "labeler": "org/labeler", "same_labeler": True}
+    pairs = {"pairs": 2, "pairs_before_balance": 7, "instructions_with_pairs": 1}
+    pairs |= {"mean_words_chosen": 2.0, "mean_words_rejected": 2.0}
+    final = test | {"accepted_claims": 7.5}
+    card = model_card(load_params(), {"0": Result(test=test), "1": Result(test=final, pairs=pairs)}, {}, None)
+    assert "| base | 40.0 (40.0–40.0) | 10.0 (10.0–10.0) | 8.0 (8.0–8.0) | 21.5 | not measured |" in card
+    assert "`org/labeler` judged each, **the labeler that also made the feedback**" in " ".join(card.split())
+    assert "Says less: 0.50 accepted claims" in card and "type: accepted_claims" in card
+    assert "COCO" not in card and "response hallucination" not in card and "recall" not in card

@@ -342,3 +342,16 @@ def test_every_profile_of_a_real_model_is_in_the_table_or_is_not_run_by_dpo():
         if "1 GPU" in path.read_text() or "8 GPUs" in path.read_text()
     }
     assert real - {row[0] for row in ROWS} <= {"rloo-claims-7b", "llava-rlhf-7b", "llava-rlhf-13b"}
+
+
+def test_judging_by_claims_is_planned_for_all_answers_and_for_the_second_labeler(profile):
+    params = profile("llava15-7b", keep_checkpoints=None)
+    none = {"instances": None, "captions": None}
+    dev, test = (dataclasses.replace(split, **none) for split in (params.prepare.dev, params.prepare.test))
+    claims = dataclasses.replace(params, prepare=dataclasses.replace(params.prepare, dev=dev, test=test))
+    before, found = planned(params, 1), planned(claims, 1)
+    for stage in ("evaluate", "test"):
+        assert need(found, stage).seconds > 1.2 * need(before, stage).seconds, stage
+    small = dataclasses.replace(params.policy, dtype="float16")
+    second = dataclasses.replace(claims, evaluate=dataclasses.replace(params.evaluate, labeler=small))
+    assert need(planned(second, 1), "test").seconds < need(found, "test").seconds, "7B judge in place of 34B"

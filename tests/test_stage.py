@@ -74,7 +74,7 @@ def checkout(tmp_path, monkeypatch):
         ("vlm/chat_format.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
         ("inference/sampling.py", {"generate", "divide", "feedback", "train", "evaluate", "test", "benchmarks"}),
         ("training/dpo.py", {"train"}),
-        ("steps/divide.py", {"divide", "test"}),
+        ("steps/divide.py", {"divide", "evaluate", "test"}),
     ],
 )
 def test_a_changed_file_changes_the_keys_of_the_stages_that_use_its_room_and_no_others(checkout, file, changed):

@@ -77,6 +77,8 @@ def make_pool(
     """
     scored = {row.candidate_id: row for row in logps}
     learned = scores and {row.candidate_id: row.reward for row in scores}
+    if not split.annotated:
+        raise ValueError(f"best-of-N is measured against annotations, which {split.name} has not (instances: null)")
     of_instruction: dict[str, list[Candidate]] = {i.id: [] for i in split.instructions}
     for candidate in candidates:
         if candidate.id in scored and (learned is None or candidate.id in learned):

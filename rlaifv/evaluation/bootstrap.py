@@ -1,7 +1,8 @@
 """How sure a rate is: bootstrap intervals, and a paired test between two models on the same rows.
 
-Rows (answers) are resampled, not mentions: mentions of one answer are not independent. All rates of a
-benchmark are ratios of sums over rows (`Scores.rates`), so the same two functions serve every one of them.
+Rows (answers) are resampled, not mentions: mentions of one answer are not independent (`Scores.drawn_by` draws the
+answers to one image together as well). All rates of a benchmark are ratios of sums over rows (`Scores.rates`), so the
+same two functions serve every one of them.
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def intervals(
     if not scores.rows:
         return dict.fromkeys(names, (0.0, 0.0))
     sums = np.array([scores.rates[name] for name in names], dtype=float)  # (rates, 2, rows)
+    sums = _drawn_together(sums, scores, range(len(scores.rows)))
     drawn = _resampled_ratios(sums, resamples, np.random.default_rng(seed))
     tail = 100 * (1 - level) / 2
     return {name: percentile_interval(drawn[:, i], tail) for i, name in enumerate(names)}
@@ -84,7 +86,7 @@ def compare_paired(
     sums_a = np.array([a.rates[name] for name in names], dtype=float)[:, :, rows_a]
     sums_b = np.array([b.rates[name] for name in names], dtype=float)[:, :, rows_b]
     rng = np.random.default_rng(seed)
-    drawn = _resampled_ratios(np.concatenate([sums_a, sums_b]), resamples, rng)
+    drawn = _resampled_ratios(_drawn_together(np.concatenate([sums_a, sums_b]), a, rows_a), resamples, rng)
     differences = drawn[:, len(names) :] - drawn[:, : len(names)]
     results = []
     for i, name in enumerate(names):
@@ -113,6 +115,16 @@ def _places(scores: Scores, which: str) -> dict[str, int]:
             raise ValueError(f"the {which} model has two rows with the id {row['id']!r}: rows cannot be paired")
         places[row["id"]] = number
     return places
+
+
+def _drawn_together(sums: np.ndarray, scores: Scores, rows: Sequence[int]) -> np.ndarray:
+    """(…, rows) → (…, units): what `scores.drawn_by` draws together added up, of these of its rows."""
+    if scores.drawn_by == "id":
+        return sums
+    units, place = np.unique([scores.rows[row][scores.drawn_by] for row in rows], return_inverse=True)
+    together = np.zeros((*sums.shape[:-1], len(units)))
+    np.add.at(together, (..., place), sums)
+    return together
 
 
 def _resampled_ratios(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Evaluate: object hallucination and recall of a model's greedy (or beam search) answers, and its yes/no accuracy.
+"""Evaluate: hallucination and recall of a model's greedy (or beam search) answers, and its yes/no accuracy.
 
-The numbers are those of CHAIR and its Object HalBench variant (rlaifv.evaluation.chair): the same code scores the
-embedded world and real COCO.
+Where a split's images are annotated, the numbers are those of CHAIR and its Object HalBench variant
+(rlaifv.evaluation.chair): the same code scores the embedded world and real COCO. Where nobody has said what is in the
+images, a labeler judges the answers' claims (rlaifv.evaluation.claims), and the numbers are those of
+rlaifv.evaluation.claim_rates. Everything here takes the rows of either.
 """
 
 import dataclasses
@@ -19,13 +21,24 @@ import numpy as np
 from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import Answer
 from rlaifv.evaluation.bootstrap import compare_paired, intervals
+from rlaifv.evaluation.claim_rates import score_claims
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import fit_answers
 from rlaifv.inference.sampling import Prompt
 from rlaifv.inference.server import ServedLabeler
 from rlaifv.inference.yes_no import judge_fit, look
 from rlaifv.params import EvaluateParams
-from rlaifv.records import IMAGE_PLACES, RATES, Instruction, Reject, batched, read_jsonl, read_records, text_of
+from rlaifv.records import (
+    IMAGE_PLACES,
+    RATES,
+    Instruction,
+    Reject,
+    batched,
+    read_jsonl,
+    read_records,
+    text_of,
+    write_jsonl,
+)
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
@@ -54,7 +67,7 @@ class Question:
 @dataclass(frozen=True)
 class Split:
     """An evaluation split: instructions, the true COCO classes of each image id, the id of each image file name, and
-    yes/no questions (maybe none)."""
+    yes/no questions (maybe none). One that is not `annotated` knows no classes: its answers are judged by claims."""
 
     name: str
     instructions: list[Instruction]
@@ -62,18 +75,21 @@ class Split:
     image_ids: dict[str, str]
     questions: list[Question]
     image_root: Path
+    annotated: bool = True
 
 
 def load_split(name: str, prepared: Path, image_root: Path) -> Split:
     """Read a prepared split; an image's classes are those of its instances and of its reference captions."""
     instructions = read_records(prepared / f"{name}.jsonl", Instruction)
     instances, captions, asked = (annotations(prepared, name, kind) for kind in ANNOTATIONS)
+    questions = [read_question(row, asked) for row in (read_jsonl(asked) if asked.is_file() else [])]
+    if not instances.is_file():
+        return Split(name, instructions, {}, {}, questions, image_root, annotated=False)
     objects = chair.load_objects(path for path in (instances, captions) if path.is_file())
     images = json.loads(instances.read_text())["images"]
     image_ids = {image["file_name"]: str(image["id"]) for image in images}
     if unknown := [i.id for i in instructions if Path(i.image_path).name not in image_ids]:
         raise ValueError(f"{instances} knows no image of {len(unknown)} {name} instructions, first {unknown[0]}")
-    questions = [read_question(row, asked) for row in (read_jsonl(asked) if asked.is_file() else [])]
     return Split(name, instructions, objects, image_ids, questions, image_root)
 
 
@@ -116,8 +132,11 @@ def tell_left_out(what: str, vlm: VLM | ServedLabeler, rows: Sequence[dict]) -> 
         log.warning(f"{len(lost)} of {len(rows)} {what} cannot be put to {vlm.name} and do not count; {first}")
 
 
-def score_answers(answers: Sequence[dict[str, str]], split: Split) -> Scores:
-    """CHAIR scores of a list of answers in Object HalBench's counting; ValueError when one cannot be scored."""
+def score_answers(answers: Sequence[dict], split: Split) -> Scores:
+    """CHAIR scores of a list of answers in Object HalBench's counting, or those of their claims where the split is not
+    annotated; ValueError when one cannot be scored."""
+    if not split.annotated:
+        return score_claims(answers)
     named = [Answer(r["id"], r["answer"], image=split.image_ids[Path(r["image"]).name]) for r in answers]
     scores = chair.score(named, split.objects, counting="unique")
     if scores.missing:
@@ -125,30 +144,36 @@ def score_answers(answers: Sequence[dict[str, str]], split: Split) -> Scores:
     return scores
 
 
-def hallucination(answers: Sequence[dict[str, str]], split: Split) -> dict[str, object]:
-    """Rates (fractions) of a list of answers, recall beside them.
+def rate_names(scores: Scores) -> dict[str, str]:
+    """Our names of the rates → the scorer's."""
+    return CHAIR_RATES if scores.benchmark == "chair" else {name: name for name in scores.rates}
+
+
+def hallucination(answers: Sequence[dict], split: Split) -> dict[str, object]:
+    """Rates of a list of answers, with what tells saying less from knowing more beside them.
 
     `response_hallucination` = answers with a hallucinated object / answers that mention any object;
-    `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer. `<rate>_interval` is
-    its 95 % bootstrap interval over answers.
+    `mention_hallucination` = hallucinated / all mentions, surface words counted once an answer; `recall`. By claims
+    they are those of `score_claims`, with who judged (`labeler`, and whether that is the `same_labeler` that made the
+    feedback). `<rate>_interval` is its 95 % bootstrap interval over answers.
     """
     scores = score_answers(answers, split)
     metrics, bounds = scores.metrics, intervals(scores)
+    others = {key: metrics[key] for key in ("chair_s", "mean_words", "n")} if split.annotated else scores.counts
     return {
-        **{name: metrics[rate] for name, rate in CHAIR_RATES.items()},
-        **{f"{name}_interval": bounds[rate] for name, rate in CHAIR_RATES.items()},
-        "chair_s": metrics["chair_s"],
-        "mean_words": metrics["mean_words"],
-        "n": metrics["n"],
+        **{name: metrics[rate] for name, rate in rate_names(scores).items()},
+        **{f"{name}_interval": bounds[rate] for name, rate in rate_names(scores).items()},
+        **others,
+        **({} if split.annotated else scores.settings),
     }
 
 
-def paired_test(
-    base: Sequence[dict[str, str]], aligned: Sequence[dict[str, str]], split: Split
-) -> dict[str, dict[str, object]]:
+def paired_test(base: Sequence[dict], aligned: Sequence[dict], split: Split) -> dict[str, dict[str, object]]:
     """The aligned model against the base on the same rows: for each rate of `hallucination` both values, their
     `difference` with its 95 % `interval`, and the two-sided `p_value` of the same resamples."""
-    tests = compare_paired(score_answers(base, split), score_answers(aligned, split), list(CHAIR_RATES.values()))
+    scores = score_answers(base, split), score_answers(aligned, split)
+    names = rate_names(scores[0])
+    tests = compare_paired(*scores, list(names.values()))
     return {
         name: {
             "base": test.a,
@@ -158,7 +183,7 @@ def paired_test(
             "p_value": test.p_value,
             "n": test.n,
         }
-        for name, test in zip(CHAIR_RATES, tests, strict=True)
+        for name, test in zip(names, tests, strict=True)
     }
 
 
@@ -224,9 +249,12 @@ def share(split: Split, number: int, of: int) -> Split:
     return dataclasses.replace(split, instructions=split.instructions[number::of], questions=questions)
 
 
-def score(answers: Sequence[dict[str, str]], asked: Sequence[dict[str, object]], split: Split) -> dict[str, object]:
-    """All metrics of what `ask` returned: `n` and, where there are any, `rejects` (the instructions that were not
-    asked, and why) add up to the split's. Raises ValueError where they do not, and where nothing was asked."""
+def score(answers: Sequence[dict], asked: Sequence[dict[str, object]], split: Split) -> dict[str, object]:
+    """All metrics of what `ask` returned, judged where the split is not annotated.
+
+    `n` and, where there are any, `rejects` (the instructions that were not asked, and why) add up to the split's.
+    Raises ValueError where they do not, and where nothing was asked.
+    """
     lost = left_out(answers)
     answered = [row for row in answers if "reason" not in row]
     if not answered and lost:
@@ -252,18 +280,38 @@ def evaluate_checkpoints(
     store: Store,
     load: Callable[[Path], VLM],
     out: Path,
+    judge: Callable[[Sequence[dict]], list[dict]] | None = None,
 ) -> list[dict]:
     """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM.
 
-    One that was scored when it was written (`training.dev_scores`) has its row beside it, and maybe no weights now."""
+    One that was scored when it was written (`training.dev_scores`) has its row beside it, and maybe no weights now.
+    A split that is not annotated needs `judge` (`claims.claim_judge`), which gives the answers their judged claims: it
+    comes when all checkpoints have answered, so that its models are loaded once; the answers are kept beside `out`.
+    ValueError when it can judge none of them.
+    """
 
     def measure_one(folder: Path) -> tuple[list[dict], list[Reject]]:
         if (scored := folder.with_suffix(".json")).is_file():
             return [json.loads(scored.read_text())], []
         with loaded(partial(load, folder)) as policy:
-            metrics, _ = measure(policy(), split, params, suffix)
-        return [{"checkpoint": folder.name, **metrics}], []
+            answers, asked = ask(policy(), split, params, suffix)
+        row = {"answers": answers, "asked": asked} if judge else score(answers, asked, split)
+        return [{"checkpoint": folder.name, **row}], []
 
     store.run(checkpoints, measure_one)
-    store.publish(out, len(checkpoints), max_reject_rate=0)
-    return read_jsonl(out)
+    said = out.with_name("answers.jsonl") if judge else out
+    store.publish(said, len(checkpoints), max_reject_rate=0)
+    rows = read_jsonl(said)
+    if judge:
+        judged = iter(judge([answer for row in rows for answer in row["answers"]]))
+        of_each = [[next(judged) for _ in row["answers"]] for row in rows]
+        rows = [
+            {"checkpoint": row["checkpoint"], **score(answers, row["asked"], split)}
+            for row, answers in zip(rows, of_each, strict=True)
+        ]
+        if not any(answer.get("claims") for answers in of_each for answer in answers):
+            problems = [a["problem"] for answers in of_each for a in answers if a.get("problem")]
+            why = f"the first: {problems[0]}" if problems else "the divider found none"
+            raise ValueError(f"no answer to {split.name} has a claim that could be judged; {why}")
+        write_jsonl(out, rows)
+    return rows

@@ -18,6 +18,8 @@ class Scores:
         settings: how it was scored (vocabulary, nouns, judge, protocol), for the reader of a report.
         missing: what could not be scored, [{"id", "reason"}]; never part of a rate.
         means: the rates that are means of numbers (words, points) and no shares.
+        drawn_by: the field of a row whose equal values an interval draws together ("image": several answers to one
+            image are not independent).
     """
 
     benchmark: str
@@ -27,6 +29,7 @@ class Scores:
     settings: Mapping[str, Any] = field(default_factory=dict)
     missing: Sequence[Mapping[str, Any]] = ()
     means: Sequence[str] = ("mean_words",)
+    drawn_by: str = "id"
 
     @property
     def metrics(self) -> dict[str, float]:

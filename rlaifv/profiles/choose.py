@@ -67,7 +67,7 @@ def _with_values(default: str, profile: str) -> str:
 def _set(whole: dict, overlay: dict) -> None:
     """What params.merge does, in place: the comments stay."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and key in whole and key not in NAMED:
+        if isinstance(value, dict) and isinstance(whole.get(key), dict) and key not in NAMED:
             _set(whole[key], value)
         elif key not in NAMED:
             whole[key] = value
@@ -78,7 +78,7 @@ def _set(whole: dict, overlay: dict) -> None:
 def write_profile(name: str, target: Path = ROOT / "params.yaml", force: bool = False) -> None:
     """Write a profile to `target`; raises ParamsError when somebody has edited that file, unless forced."""
     text = render(name, target.parent / "params")
-    if target.is_file() and not force and not _is_unedited(target.read_text(), target.parent / "params"):
+    if target.is_file() and not force and not is_unedited(target.read_text(), target.parent / "params"):
         raise ParamsError(
             f"{target.name} was edited, or its profile has changed since: keep the edits as a profile of your own "
             f"(params/NAME.yaml, only what differs), then overwrite it: make profile NAME={name} FORCE=1"
@@ -86,7 +86,8 @@ def write_profile(name: str, target: Path = ROOT / "params.yaml", force: bool = 
     write_atomic(target, text)
 
 
-def _is_unedited(text: str, folder: Path) -> bool:
+def is_unedited(text: str, folder: Path) -> bool:
+    """Whether the text of a params.yaml is what the profile that it names gives today."""
     named = re.match(FIRST_LINE.partition("{}")[0] + r"([\w-]+)\.", text)
     try:
         return named is not None and text == render(named.group(1), folder)

@@ -273,6 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         groups = load_groups()
+        if load_params().prepare.test.instances is None:
+            raise ParamsError("experiments are compared by annotations: prepare.test.instances is null in params.yaml")
         if options.group not in groups:
             raise ParamsError(f"no group {options.group!r} in {LIST.name}; there are: {', '.join(groups)}")
         failed = run_group(groups[options.group])

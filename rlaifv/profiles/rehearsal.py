@@ -157,8 +157,10 @@ def shorten(content: dict[str, Any]) -> list[str]:
     content["feedback"]["min_answer_mass"] = 0.0
     content["ablation"]["coin_share"] = 1.0  # a random labeler says the same of all claims, which makes no pairs
     content["report"]["gallery"] = 2
+    notes = ["second labeler: not rehearsed, the first judges in its place"] if content["evaluate"]["labeler"] else []
+    content["evaluate"]["labeler"] = None
     shorten_beside(content, TOKENS)
-    return shorten_training(content["train"]) + without_4_bits(content)
+    return notes + shorten_training(content["train"]) + without_4_bits(content)
 
 
 def shorten_training(train: dict[str, Any]) -> list[str]:

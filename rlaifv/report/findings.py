@@ -1,8 +1,8 @@
 """Findings: the report's sections on what is measured beside the pipeline.
 
-`make ablations`, `make rounds`, `make self-feedback`, `make rloo` and `make fact-rlhf` leave small files in `metrics/`.
-They may be older than the run that the report is about, so each section says which checkpoints and settings its numbers
-are of.
+`make ablations`, `make rounds`, `make self-feedback`, `make claim-rates`, `make rloo` and `make fact-rlhf` leave small
+files in `metrics/`. They may be older than the run that the report is about, so each section says which checkpoints and
+settings its numbers are of.
 """
 
 import json
@@ -31,6 +31,10 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
     file = metrics / "self_feedback.json"
     if file.is_file():
         sections.append(self_feedback_html(json.loads(file.read_text()), policy))
+    file = metrics / "claim_rates.json"
+    if file.is_file():
+        result = json.loads(file.read_text())
+        sections.append(render("claim_rates.html", result=result, base=inputs["models"]["policy"]["fingerprint"]))
     if (file := metrics / "fact_rlhf.json").is_file():
         best_of_n = metrics / "reward_best_of_n.json"
         curves = json.loads(best_of_n.read_text()) if best_of_n.is_file() else None

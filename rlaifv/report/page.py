@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from rlaifv.benchmarks.published import HEADLINES
+from rlaifv.records import rates_of
 from rlaifv.report.render import render
 from rlaifv.results import Result
 from rlaifv.steps.select import keeps_recall
@@ -25,7 +26,7 @@ def summarize(
     iterations = {name: result.test for name, result in results.items() if name != "0"}
     base, last = results["0"].test, list(results)[-1]
     final = {"iteration": int(last), **results[last].test}
-    before = base["response_hallucination"]
+    wrong = rates_of(base)[0]
     on_gpu = [t["peak_gpu_gb"] for t in timings if "peak_gpu_gb" in t]
     exam = labeler or {"n": 0}
     return {
@@ -38,7 +39,7 @@ def summarize(
             name: {s["model"]: {rate: s["metrics"][rate] for rate in _rates(s)} for s in scored}
             for name, scored in _by_benchmark(results).items()
         },
-        "relative_reduction": 1 - final["response_hallucination"] / before if before else 0.0,
+        "relative_reduction": 1 - final[wrong] / base[wrong] if base[wrong] else 0.0,
         "labeler_accuracy": {"overall": exam.get("accuracy"), **exam.get("per_type", {}), "n": exam["n"]},
         "minutes": round(sum(t["minutes"] for t in timings), 2),
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
@@ -61,11 +62,12 @@ def plan_html(rows: Sequence[Mapping], machine: str) -> Markup:
 
 
 def recall_lost(results: Mapping[str, Result], max_recall_drop: float) -> dict[str, dict[str, float]]:
-    """Iterations in which no checkpoint kept the base's recall on dev (`select.max_recall_drop`), so that the one with
-    the highest was taken → {"base": its recall, "chosen": the checkpoint's}."""
+    """Iterations in which no checkpoint kept the base's recall on dev (`select.max_recall_drop`; by claims its accepted
+    claims), so that the one with the highest was taken → {"base": its recall, "chosen": the checkpoint's}."""
     base = results["0"].dev[0]
+    said = rates_of(base)[2]
     return {
-        name: {"base": base["recall"], "chosen": result.selection["recall"]}
+        name: {"base": base[said], "chosen": result.selection[said]}
         for name, result in results.items()
         if name != "0" and not keeps_recall(result.selection, base, max_recall_drop)
     }

@@ -14,8 +14,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlaifv.records import RATES
-from rlaifv.report.render import yes_share
+from rlaifv.records import RATES, rates_of
+from rlaifv.report.render import MEANS, yes_share
+from rlaifv.steps.select import least
 from rlaifv.vlm.images import open_image
 
 RED, GREEN, BLUE, GRAY = "#c0392b", "#2e8b57", "#2c6fad", "#7f8c8d"
@@ -23,6 +24,9 @@ PANELS = {
     "response_hallucination": ("Response hallucination ↓ (%)", RED),
     "mention_hallucination": ("Mention hallucination ↓ (%)", RED),
     "recall": ("Recall ↑ (%)", GREEN),
+    "response_rejection": ("Answers with a rejected claim ↓ (%)", RED),
+    "claim_rejection": ("Rejected claims ↓ (%)", RED),
+    "accepted_claims": ("Accepted claims an answer ↑", GREEN),
     "claim_accuracy": ("Right judgements ↑ (%)", BLUE),
     "pair_agreement": ("Pairs that agree with truth ↑ (%)", BLUE),
 }
@@ -113,25 +117,29 @@ def rloo(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 
 def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_drop: float) -> Figure:
-    """Dev hallucination and recall of every checkpoint, the chosen one marked, the base as dashed lines."""
+    """Dev hallucination and recall (by claims: rejected and accepted ones) of every checkpoint, the chosen one marked,
+    the base as dashed lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9))
     picked = 1 + [row["checkpoint"] for row in rows].index(chosen)
-    for axis, column, color in ((left, "response_hallucination", RED), (right, "recall", GREEN)):
+    wrong, _, said = rates_of(base)
+    for axis, column, color in ((left, wrong, RED), (right, said, GREEN)):
         values = [row[column] for row in rows]
         axis.plot(range(1, len(rows) + 1), values, "o-", color=color, markersize=4)
         axis.axhline(base[column], color=GRAY, linestyle="--", label="base")
         axis.plot(picked, values[picked - 1], "o", color="black", markersize=9, fillstyle="none")
         axis.set(xlabel="checkpoint", title=f"dev {column.replace('_', ' ')}")
-    right.axhline(base["recall"] - max_recall_drop, color=GRAY, linestyle=":", label="lowest allowed")
+    right.axhline(least(base, max_recall_drop), color=GRAY, linestyle=":", label="lowest allowed")
     right.legend()
     left.legend()
     return figure
 
 
 def _interval_bars(axis: Axes, at: Sequence[float], rows: Sequence[Mapping], rate: str, along: str, **style) -> None:
-    """Points in percent with their 95 % intervals; `along` is the axis of the rates, `at` lies on the other."""
-    values = 100 * np.array([row[rate] for row in rows])
-    low, high = 100 * np.array([row[f"{rate}_interval"] for row in rows]).T
+    """Points with their 95 % intervals, in percent where the rate is a fraction; `along` is the axis of the rates, `at`
+    lies on the other."""
+    scale = 1 if rate in MEANS else 100
+    values = scale * np.array([row[rate] for row in rows])
+    low, high = scale * np.array([row[f"{rate}_interval"] for row in rows]).T
     # a percentile interval need not hold the point where nearly all rows are alike
     errors = np.maximum([values - low, high - values], 0)
     x, y = (values, at) if along == "x" else (at, values)
@@ -166,10 +174,11 @@ def rounds(results: Mapping) -> Figure:
     """Test hallucination and recall against iterations with 95 % intervals, a line per experiment from the base model
     on; `results` are those of metrics/rounds.json. The control stands as a marker of its own at the right end."""
     figure, axes = plt.subplots(1, len(RATES), figsize=(12, 3.4), layout="constrained")
+    rates = rates_of(results["experiments"][0]["base"])
     controls = [e for e in results["experiments"] if e["name"] == results["control"]]
     lines = [e for e in results["experiments"] if e not in controls]
     longest = max((int(name) for e in results["experiments"] for name in e["rounds"]), default=1)
-    for axis, rate in zip(axes, RATES, strict=True):
+    for axis, rate in zip(axes, rates, strict=True):
         for experiment, color, shift in zip(lines, (RED, BLUE, "#8e44ad", GRAY), (0, 0.06, 0.12, 0.18), strict=False):
             rows = [experiment["base"], *experiment["rounds"].values()]
             at = [shift, *(int(name) + shift for name in experiment["rounds"])]
@@ -192,11 +201,14 @@ def result(rows: Mapping[str, Mapping]) -> Figure:
     base, *others = rows
     policy = {"name": "policy", "base": rows[base], "rounds": {name: rows[name] for name in others}}
     figure = rounds({"experiments": [policy], "control": ""})
-    for axis, rate in zip(figure.axes, RATES, strict=True):
+    for axis, rate in zip(figure.axes, rates_of(rows[base]), strict=True):
         for name, row in rows.items():
-            value = 100 * row[rate]
+            value = row[rate] * (1 if rate in MEANS else 100)
             axis.annotate(f"{value:.1f}", (int(name), value), textcoords="offset points", xytext=(5, 4))
-    figure.axes[-1].set_ylim(0, 109)  # a small loss of recall shall look small
+    if "recall" in rows[base]:
+        figure.axes[-1].set_ylim(0, 109)  # a small loss shall look small
+    else:
+        figure.axes[-1].set_ylim(bottom=0)
     return figure
 
 

@@ -13,8 +13,21 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rlaifv.records import RATES
+from rlaifv.records import RATES, rates_of
 from rlaifv.vlm.images import FORMATS, open_image
+
+MEANS = ("accepted_claims", "mean_words")
+"""The rates of a row that are no fractions."""
+
+HEADS = {
+    "response_hallucination": "response hall. ↓",
+    "mention_hallucination": "mention hall. ↓",
+    "recall": "recall ↑",
+    "response_rejection": "answers with a rejected claim ↓",
+    "claim_rejection": "rejected claims ↓",
+    "accepted_claims": "accepted claims an answer ↑",
+}
+"""A rate → the head of its column."""
 
 SHOWN_BY_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 
@@ -113,7 +126,8 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.globals["rates"] = RATES
+ENVIRONMENT.globals |= {"rates": RATES, "means": MEANS, "heads": HEADS}
 ENVIRONMENT.filters |= {
-    filter.__name__: filter for filter in (percent, interval, points, between, p_value, yes_share, data_uri, code)
+    filter.__name__: filter
+    for filter in (percent, interval, points, between, p_value, yes_share, data_uri, code, rates_of)
 }

@@ -50,6 +50,9 @@ Present the result in this format:
 WHOLE_QUESTION = 'Is everything in this description of the image correct: "{answer}"?'
 """What the ablation `whole_answer` asks: the undivided answer in one question."""
 
+NO_CLAIM = "the answer makes no claim"
+"""Why an answer has no claims that was divided well: nothing in it can be checked."""
+
 ATTEMPTS = 2
 """The first try and one retry."""
 
@@ -183,7 +186,7 @@ def divide(
         rejects: list[Reject] = []
         for candidate in chunk:
             division = divisions[questions[candidate.instruction_id], candidate.answer]
-            problem = division.problem or ("" if division.claims else "the answer makes no claim")
+            problem = division.problem or ("" if division.claims else NO_CLAIM)
             if problem:
                 rejects.append(Reject(candidate.id, "divide", problem))
             for k, (claim, question) in enumerate(zip(division.claims, division.questions, strict=True)):

@@ -1,4 +1,5 @@
-"""Models: who plays policy, labeler and divider in a run, written down once so that every stage depends on it."""
+"""Models: who plays policy, labeler and divider in a run, and who judges by claims where that is another labeler;
+written down once so that every stage depends on it."""
 
 import dataclasses
 from pathlib import Path
@@ -32,15 +33,18 @@ def describe_models(params: Params) -> dict[str, ModelRecord]:
 
 
 def write_models(params: Params, out: Path) -> dict[str, ModelRecord]:
-    """Write `out`/ROLE.json for every role; a stage that a role matters to depends on its file.
+    """Write `out`/ROLE.json for every role, and `out`/second_labeler.json where there is `evaluate.labeler`; a stage
+    that a role matters to depends on its file.
 
     Raises FileNotFoundError or ValueError, before any weights are fetched, for a model that cannot play its role.
     """
-    for role in ROLES:
-        model = getattr(params, role)
+    second = params.evaluate.labeler
+    for role, model in [*((role, getattr(params, role)) for role in ROLES), *([("labeler", second)] if second else [])]:
         if not is_served(model.path):
             check_model(as_record(model), role)
     records = describe_models(params)
+    if second:
+        records["second_labeler"] = describe(second, params.server)
     for role, record in records.items():
         write_atomic(out / f"{role}.json", to_json(record) + "\n")
     return records

@@ -122,9 +122,9 @@ def prepare(params: PrepareParams, seed: int, root: Path, out: Path) -> dict[str
         counts[name] = {"read": len(kept) + len(rejects), "kept": len(kept), "rejected": len(rejects)}
         all_rejects += rejects
         for kind in ANNOTATIONS if split else ():
+            copy = annotations(out, name, kind)
+            copy.unlink(missing_ok=True)  # DVC may have linked it to its cache; without it, nothing is known
             if source := getattr(split, kind):
-                copy = annotations(out, name, kind)
-                copy.unlink(missing_ok=True)  # DVC may have linked it to its cache
                 shutil.copyfile(root / source, copy)
     write_jsonl(out / "rejects.jsonl", all_rejects)
     return counts

@@ -5,19 +5,28 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlaifv.records import rates_of
 from rlaifv.store import link_or_copy
 
 log = logging.getLogger(__name__)
 
 
+def least(base: Mapping, max_recall_drop: float) -> float:
+    """The recall that a checkpoint must keep, `max_recall_drop` below the base model's; of rows judged by claims, the
+    accepted claims an answer, that share below."""
+    *_, said = rates_of(base)
+    return base[said] - max_recall_drop * (1 if said == "recall" else base[said])
+
+
 def keeps_recall(row: Mapping, base: Mapping, max_recall_drop: float) -> bool:
-    """Whether a dev row's recall is at most `max_recall_drop` below the base model's."""
-    return row["recall"] >= base["recall"] - max_recall_drop
+    """Whether a dev row keeps what the base model says (`least`)."""
+    return row[rates_of(base)[2]] >= least(base, max_recall_drop)
 
 
 def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
     """The dev row with the lowest response hallucination among those whose recall is at most `max_recall_drop`
-    below the base model's; ties go to the higher recall, then to the earlier checkpoint.
+    below the base model's; ties go to the higher recall, then to the earlier checkpoint. Of rows judged by claims it is
+    the lowest share of answers with a rejected claim among those that keep the accepted ones.
 
     Hallucination without recall is no result: a model that says nothing never hallucinates. When no checkpoint keeps
     enough recall, the one with the highest recall is taken, with a warning.
@@ -26,9 +35,10 @@ def choose(rows: Sequence[dict], base: dict, max_recall_drop: float) -> dict:
         raise ValueError("no checkpoint to choose from")
     best = ranked(rows, base, max_recall_drop)[0]
     if not keeps_recall(best, base, max_recall_drop):
+        *_, said = rates_of(base)
         log.warning(
-            f"no checkpoint keeps recall within {max_recall_drop:.3f} of the base's {base['recall']:.3f}; "
-            f"taking {best['checkpoint']} with the highest, {best['recall']:.3f}"
+            f"no checkpoint keeps {said.replace('_', ' ')} within {max_recall_drop:.3f} of the base's "
+            f"{base[said]:.3f}; taking {best['checkpoint']} with the highest, {best[said]:.3f}"
         )
     return best
 
@@ -37,10 +47,12 @@ def ranked(rows: Sequence[dict], base: dict, max_recall_drop: float) -> list[dic
     """The dev rows, best first, by the rule of `choose`. A row's place among others depends on no further row: the best
     of all is always among the best few of those known so far."""
 
+    wrong, _, said = rates_of(base)
+
     def place(row: dict) -> tuple:
         if keeps_recall(row, base, max_recall_drop):
-            return (0, row["response_hallucination"], -row["recall"])
-        return (1, -row["recall"], 0.0)
+            return (0, row[wrong], -row[said])
+        return (1, -row[said], 0.0)
 
     return sorted(rows, key=place)  # stable: the earlier checkpoint first
 

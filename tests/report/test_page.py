@@ -154,6 +154,71 @@ def test_what_is_written_is_what_the_report_reads(tmp_path):
     )
 
 
+# ---- judged by claims
+
+CLAIMS = {"response_rejection": 0.4, "claim_rejection": 0.2, "accepted_claims": 8.5, "mean_words": 20.0, "n": 300}
+CLAIMS |= {"response_rejection_interval": (0.3, 0.5), "claim_rejection_interval": (0.1, 0.3)}
+CLAIMS |= {"accepted_claims_interval": (8.0, 9.0), "mean_words_interval": (19.0, 21.0), "not_judged": 2}
+CLAIMS |= {"labeler": "some/labeler", "same_labeler": True, "yes_no": {"n": 0}}
+
+
+def judged(said: float = 8.49, **changed) -> dict[str, Result]:
+    """A base and an iteration that were judged by claims; the chosen checkpoint has so many accepted ones on dev."""
+    base, final = CLAIMS | changed, CLAIMS | {"response_rejection": 0.1, "not_judged": 0} | changed
+    accepted = {"base": 8.5, "aligned": 8.4, "difference": -0.1, "interval": [-0.2, 0.05], "p_value": 0.2, "n": 300}
+    return {
+        "0": Result(dev=[base], test=base, benchmarks={}),
+        "1": Result(
+            selection={"checkpoint": "checkpoint-1", "accepted_claims": said},
+            test=final,
+            paired_test={"response_rejection": TEST, "accepted_claims": accepted},
+            benchmarks={},
+        ),
+    }
+
+
+def test_a_run_without_annotations_shows_claims_and_nothing_that_only_annotations_can_tell():
+    html = shown(judged(), figures={"claims": plots.result({name: r.test for name, r in judged().items()})})
+    for text in (
+        "Answers with a rejected claim on test 40.0 % → 10.0 % (75.0 % less), accepted claims an answer 8.5 → 8.5.",
+        "<td>40.0 <small>(30.0–50.0)</small></td>",
+        "<td>8.5 <small>(8.0–9.0)</small></td><td>20.0 <small>(19.0–21.0)</small></td>",
+        "accepted claims -0.10 (-0.20 to +0.05), p = 0.200.",
+        "Of base, 2 answers could not be judged",
+    ):
+        assert text in html, text
+    assert not re.search("CHAIR|hallucinat|recall|Object HalBench", re.sub("data:image[^>]*", "", html), re.IGNORECASE)
+    assert "says less than the base" not in html and "keep" not in html
+
+
+def test_who_judged_stands_in_the_table_and_that_it_judges_its_own_pupil():
+    html = shown(judged())
+    assert html.count("<td>some/labeler, which also made the feedback</td>") == 2
+    assert "learned from this labeler's own verdicts" in html.replace("&#39;", "'")
+    html = shown(judged(same_labeler=False))
+    assert html.count("<td>some/labeler</td>") == 2 and "own verdicts" not in html
+
+
+def test_an_iteration_that_lost_accepted_claims_is_said_so():
+    assert recall_lost(judged(said=8.3), 0.01) == {"1": {"base": 8.5, "chosen": 8.3}}
+    assert "no checkpoint kept enough of its accepted claims on dev (8.50 an answer" in shown(judged(said=8.3))
+
+
+def test_claim_judged_rates_stand_beside_the_true_ones():
+    row = {"n": 500, "by_claims": 0.5, "by_claims_interval": [0.45, 0.55], "true": 0.49, "true_interval": [0.44, 0.54]}
+    row |= {"difference": 0.01, "difference_interval": [0.0, 0.02], "accepted_claims": 9.0}
+    row |= {"response_hallucination": 0.48, "response_hallucination_interval": [0.4, 0.5]}
+    same = {"by_claims": "checkpoint-3", "by_annotations": "checkpoint-3"} | {"true_by_claims": 0.0}
+    other = {"by_claims": "checkpoint-1", "by_annotations": "checkpoint-2", "true_by_claims": 0.02}
+    choices = {"1": same | {"true_by_annotations": 0.0}, "2": other | {"true_by_annotations": 0.01}}
+    result = {"base": "a" * 16, "rates": {"0": row, "2": row}, "choices": choices}
+    html = " ".join(render("claim_rates.html", result=result, base="a" * 16).split())
+    assert "<td>+1.0 <small>(+0.0 to +2.0)</small></td>" in html and "another base model" not in html
+    assert "iteration 1 the same either way, checkpoint-3;" in html
+    assert "by claims checkpoint-1 (2.0 % of its answers" in html
+    assert "another base model" in render("claim_rates.html", result=result, base="b" * 16)
+
+
 # ---- the plan
 
 
