@@ -32,9 +32,9 @@ def test_the_examples_of_the_page_run_as_they_stand(tmp_path, monkeypatch, capsy
         said.append(capsys.readouterr().out)
     assert len(EXAMPLES) == 5 and all(said)
     assert all(question.endswith("?") for _, question in names["claims"])
-    cat, kite = ([line.split()[0] for line in said[1].splitlines() if name in line] for name in ("cat", "kite"))
-    assert set(cat) == {"accepted"} and "rejected" in kite, "the scene has the cat alone"
-    assert said[2].startswith("1.0 1.0 []"), "a kite that is not there, the cat that is"
+    cat, dog = ([line.split()[0] for line in said[1].splitlines() if name in line] for name in ("cat", "dog"))
+    assert set(cat) == {"accepted"} and "rejected" in dog, "the scene has the cat alone"
+    assert said[2].startswith("1.0 1.0 []"), "a dog that is not there, the cat that is"
     assert names["result"].pairs == 8 and names["answer"] == said[4].strip() != ""
 
 
