@@ -5,7 +5,7 @@
 What can go wrong is as in the run itself: the models' own configurations, processors, chat templates and tokenizers,
 fetched from the hub without the weights; dtypes, sharding, notebooks, `dvc repro`. What takes time is small: models
 of few narrow layers, eight instructions, a few training steps. What a profile names beside the pipeline (sft,
-reward_model, rloo) is run before the report, a step or two of each (`rehearsal_beside`). It runs in a copy of the
+reward_model, rloo) is run beside it, a step or two of each (`rehearsal_beside`). It runs in a copy of the
 repository, below scratch/rehearsal, and says what is made up. With --gpu, --gpus or --disk, of the machine that the
 profile is for, what will not fit there stops it at once (`make plan` says more).
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,8 +110,10 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
     print("\n".join(prompts_beside(small, small.policy.path, beside, image)), flush=True)
     if beside.names:
         run(folder, "feedback@1", "evaluate_base", "test_base")  # what they begin with
-        run_beside(folder, beside, surroundings(folder))
-    run(folder, "report")
+    with ThreadPoolExecutor(1) as at_once:  # most of a stage's time here is its start, on one core
+        others = at_once.submit(run_beside, folder, beside, surroundings(folder))
+        run(folder, "report")
+    others.result()
     print("\n".join(times(folder)))
     print(f"{name}: every stage has run, in {(time.monotonic() - started) / 60:.1f} minutes")
     print(f"report: {folder.relative_to(ROOT)}/plots/report.html")
