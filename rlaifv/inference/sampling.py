@@ -7,8 +7,8 @@ The samples of one prompt share one row of keys and values, `[prompt | t=0 of al
 each step feeds the row one token of every sample, and a mask lets a sample see the prompt and its own tokens. The
 prompt's keys are read once a step for all n samples instead of n times, and nothing is copied as the row grows.
 
-Where that saves little (`alone`) each sample has a row to itself, and is fed guesses of its next tokens besides
-(`Guesses`): as many as are what the draws then say save a step each. No draw depends on a guess.
+A prompt's only sample (`DecodeAlone`) is fed guesses of its next tokens besides (`Guesses`): as many as are what the
+draws then say save a step each. No draw depends on a guess.
 """
 
 import hashlib
@@ -147,11 +147,7 @@ def sample_encoded(
     # like images and like numbers of samples go together, shortest prompts first, so that little is padding
     order = sorted(range(len(encoded)), key=lambda i: (repr(kind(i)), len(encoded[i].prompt_ids)))
     results: dict[int, list[Generation]] = {}
-    longest = max(len(e.prompt_ids) for e in encoded)
-    if alone(longest, most, steps):
-        each = sampling_bytes(vlm, 0, most, longest + steps)
-    else:
-        each = sampling_bytes(vlm, longest, most, steps)
+    each = sampling_bytes(vlm, max(len(e.prompt_ids) for e in encoded), most, steps)
     budget = budget_for(vlm, f"{most} samples of {steps} tokens", len(encoded), "prompts", each)
     for batch, samples in budget.batches(order, sample, kind=kind):
         results |= zip(batch, samples, strict=True)
@@ -227,7 +223,6 @@ def unlikely_of_many(probs: torch.Tensor, top_p: float) -> torch.Tensor:
 
 class Decode:
     """The n samples of each of B prompts with like images while they decode: a row a prompt, a slot a sample.
-    (`DecodeAlone`: a row a sample.)
 
     Samples are numbered through, prompt by prompt: `tokens` (B·n, steps) holds what was drawn, `length` (B·n,) where
     a sample ended. `slots` (b, m) are the numbers of the samples that are still fed. They become fewer as samples end;
@@ -311,12 +306,6 @@ class Decode:
         return [generation(self.vlm, ids, end) for ids, end in ended]
 
 
-def alone(prompt: int, samples: int, steps: int) -> bool:
-    """Whether each sample decodes in a row of its own: where it is its prompt's only one, or where a copy of so short a
-    prompt costs less than to hide the other samples' tokens from it."""
-    return samples == 1 or 2 * prompt <= steps
-
-
 class Guesses:
     """The next tokens of rows of text, guessed by what last followed the same `CONTEXT` tokens in any of them: rows
     repeat their prompts and each other (arXiv 2304.04487). `rate` is the share of guesses that were right of late.
@@ -357,31 +346,26 @@ class Guesses:
 
 
 class DecodeAlone(Decode):
-    """The same samples with a row to each (`alone`): its columns are the sample's own tokens and nothing else.
+    """One sample of each prompt: the columns of its row are its own tokens, and each goes on at its own pace.
 
-    `slots` are (b, 1), and samples go on at their own pace: `drawn` (B·n,) counts the tokens of each. `guessed`
-    (b, w - 1) are those that were fed after the newest, `logits` (b, w, V) those of the token after the newest and
-    after each guess. `tokens` has room for guesses after the last step. A wrong guess's column is written over.
+    `prompt` (B,) and `drawn` (B,) count its tokens, `guessed` (b, w - 1) are those that were fed after the newest,
+    `logits` (b, w, V) come after the newest and after each guess. A wrong guess's column is written over. `tokens`
+    has room for guesses after the last step.
     """
 
     def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray, guess: bool):
-        count, samples, _ = streams.shape
         prompts = [e.prompt_ids for e in encoded]
         shared = min(common_length(prompts[0], prompt[:-1]) for prompt in prompts)
         self.begin(vlm, streams)
-        self.slots = self.slots.view(-1, 1)
-        self.owner = self.offset = self.slots[:, :0]
         self.drawn, self.ahead = torch.zeros_like(self.length), torch.arange(GUESSES + 1, device=vlm.device)
         self.tokens = self.tokens.new_zeros(len(self.tokens), self.steps + GUESSES + 1)
-        self.guesses = Guesses([prompt for prompt in prompts for _ in range(samples)]) if guess else None
+        self.guesses = Guesses(prompts) if guess else None
         self.guessed = self.tokens[:, :0]
         cache = buffer_cache(vlm, min(self.steps, 64))
-        if samples == 1 < count and shared and not any(e.inputs for e in encoded):
+        if shared and len(prompts) > 1 and not any(e.inputs for e in encoded):
             last = self.prefill_texts(prompts, shared, cache)
         else:
-            state = prefill(vlm, prompts, [e.inputs for e in encoded], cache)
-            copies = torch.arange(count, device=vlm.device).repeat_interleave(samples)
-            self.state = state.keep(copies) if samples > 1 else state
+            self.state = prefill(vlm, prompts, [e.inputs for e in encoded], cache)
             self.prompt, last = self.state.lengths, self.state.last
         self.logits = logits_of(vlm, last).to(vlm.device)[:, None]
 
@@ -456,7 +440,7 @@ def sample_shared(
     if samples == 0:
         return [[] for _ in encoded]
     streams = uniforms[..., : decoding.max_new_tokens]
-    if alone(max(len(e.prompt_ids) for e in encoded), samples, streams.shape[2]):
+    if samples == 1:
         # what a penalty makes of a token depends on all before it: one is drawn at a time
         decode = DecodeAlone(vlm, encoded, streams, guess=decoding.repetition_penalty == 1)
     else:
