@@ -27,8 +27,9 @@ class BufferLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        # zeros: a column that a row has not come to is masked, but 0 times what memory happened to hold may be NaN
         self.keys, self.values = (
-            new.new_empty(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
+            new.new_zeros(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
         )
         self.is_initialized = True
 
