@@ -128,8 +128,7 @@ def carry_out(kind: str, run: Path, promised: Collection[str], out: Path, work: 
         if result is None:
             raise RuntimeError(f"training ended without all its checkpoints in {run}: call it again")
         publish(run, out)
-        for unfinished in ("trainer", "adapter", "pairs"):
-            remove(run / unfinished)
+        tidy_up(run)
     except FloatingPointError:
         publish(run, out, unfinished=True)
         raise
@@ -162,6 +161,12 @@ def publish(run: Path, out: Path, *, unfinished: bool = False) -> None:
     for path in sorted(new.iterdir()):
         path.rename(out / path.name)
     new.rmdir()
+
+
+def tidy_up(run: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for unfinished in ("trainer", "adapter", "pairs"):
+        remove(run / unfinished)
 
 
 def remove(path: Path) -> None:

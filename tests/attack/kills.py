@@ -125,10 +125,10 @@ def send(family: list[psutil.Process], who: str, how: int) -> None:
 
 
 CLEAN_UP = (
-    "rlaifv.training.job remove 0",
+    "rlaifv.training.run_folder publish 0",
     "rlaifv.training.run_folder remove 1",
     "rlaifv.training.run_folder link_or_copy 3",
-    "rlaifv.training.job remove 1",
+    "rlaifv.training.run_folder tidy_up 0",
 )
 """Where train is killed once it has trained, in this order: the function, and before which of its calls."""
 
