@@ -13,13 +13,9 @@ from rlaifv.vlm.loading import VLM
 
 
 class BufferLayer(CacheLayerMixin):
-    """Keys and values of one layer in one buffer with room after them; `length` can be set back at no cost.
-
-    New ones follow those that are there, or go where `places` (batch, new) says, each row's to columns of its own.
-    """
+    """Keys and values of one layer in one buffer with room after them; `length` can be set back at no cost."""
 
     is_sliding = False
-    places: torch.Tensor | None = None
 
     def __init__(self, room: int):
         super().__init__()
@@ -27,28 +23,21 @@ class BufferLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # zeros: a column that a row has not come to is masked, but 0 times what memory happened to hold may be NaN
         self.keys, self.values = (
-            new.new_zeros(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
+            new.new_empty(*new.shape[:2], new.shape[2] + self.room, new.shape[3]) for new in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write (batch, heads, new, dim); return views of everything up to here."""
+        """Write (batch, heads, new, dim) after what is there; return views of everything up to here."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.keys.shape[2]:
             more = max(end, self.keys.shape[2] * 3 // 2) - self.keys.shape[2]
             self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-        if self.places is None:
-            self.keys[:, :, start:end] = key_states
-            self.values[:, :, start:end] = value_states
-        else:
-            places = self.places.to(self.keys.device)
-            rows = torch.arange(len(places), device=places.device)[:, None]
-            self.keys[rows, :, places] = key_states.transpose(1, 2)
-            self.values[rows, :, places] = value_states.transpose(1, 2)
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
         self.length = end
         if start == 0:
             return key_states, value_states
@@ -193,28 +182,6 @@ def feed(vlm: VLM, state: Prefilled, ids: torch.Tensor, owner: torch.Tensor, off
     ).last_hidden_state
 
 
-def feed_rows(vlm: VLM, state: Prefilled, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Feed rows that are prompts going on, each from its own length: the hidden states (B, Q, D).
-
-    Args:
-        ids: (B, Q) tokens.
-        places: (B, Q) the column of the cache that each goes to, one after another in a row: from the one after the
-            row's prompt, or from an earlier one whose token, and all after it, are to be forgotten.
-    """
-    end = int(places.max()) + 1
-    for layer in state.cache.layers:
-        layer.places, layer.length = places, end - ids.shape[1]
-    columns = torch.arange(end, device=places.device).expand(len(places), -1)
-    output = vlm.network.get_decoder()(
-        input_ids=ids,
-        attention_mask=additive_masks(vlm, columns[:, None] <= places[..., None], places, columns),
-        position_ids=places + (state.positions - state.lengths)[:, None],
-        past_key_values=state.cache,
-        use_cache=True,
-    )
-    return output.last_hidden_state
-
-
 def branch_masks(
     vlm: VLM, state: Prefilled, owner: torch.Tensor, offset: torch.Tensor, newest: slice
 ) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -223,33 +190,21 @@ def branch_masks(
     Returns:
         One mask, or one for each type of layer where the model mixes full attention and a sliding window.
     """
-    column = torch.arange(state.width, device=owner.device)
+    device, config = owner.device, vlm.network.get_decoder().config
+    column = torch.arange(state.width, device=device)
     place = state.lengths[:, None] + offset
     seen_prefix = (column < state.lengths[:, None])[:, None].expand(-1, place[:, newest].shape[1], -1)
     seen_branch = (owner[:, newest, None] == owner[:, None]) & (offset[:, newest, None] >= offset[:, None])
-    key_place = torch.cat([column.expand(len(place), -1), place], -1)
-    return additive_masks(vlm, torch.cat([seen_prefix, seen_branch], -1), place[:, newest], key_place)
-
-
-def additive_masks(
-    vlm: VLM, seen: torch.Tensor, place: torch.Tensor, key_place: torch.Tensor
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Attention masks (B, 1, Q, K) as a decoder takes them, of which of K keys each of Q queries may see.
-
-    Args:
-        seen: (B, Q, K) bool, sliding windows aside.
-        place: (B, Q) the queries' places in their rows.
-        key_place: (B, K) the keys'.
-    """
-    config, dtype = vlm.network.get_decoder().config, vlm.network.dtype
+    seen = torch.cat([seen_prefix, seen_branch], -1)[:, None]
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros((), dtype=dtype, device=seen.device)
-        return torch.where(allowed[:, None], zero, torch.finfo(dtype).min)
+        zero = torch.zeros((), dtype=vlm.network.dtype, device=device)
+        return torch.where(allowed, zero, torch.finfo(vlm.network.dtype).min)
 
     if not windowed(vlm):
         return additive(seen)
-    near = seen & (place[..., None] - key_place[:, None] < config.sliding_window)
+    key_place = torch.cat([column.expand(len(place), -1), place], -1)
+    near = seen & (place[:, None, newest, None] - key_place[:, None, None] < config.sliding_window)
     if not getattr(config, "layer_types", None):
         return additive(near)
     return {"full_attention": additive(seen), "sliding_attention": additive(near)}

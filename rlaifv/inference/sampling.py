@@ -6,9 +6,6 @@ function of model, prompt and stream: neither batch size nor order nor the other
 The samples of one prompt share one row of keys and values, `[prompt | t=0 of all samples | t=1 of all samples | …]`;
 each step feeds the row one token of every sample, and a mask lets a sample see the prompt and its own tokens. The
 prompt's keys are read once a step for all n samples instead of n times, and nothing is copied as the row grows.
-
-A prompt's only sample (`DecodeAlone`) is fed guesses of its next tokens besides (`Guesses`): as many as are what the
-draws then say save a step each. No draw depends on a guess.
 """
 
 import hashlib
@@ -20,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Cache, GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.generation import BaseStreamer
 
 from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.memory import budget_for, sampling_bytes
-from rlaifv.inference.prefix_cache import buffer_cache, feed, feed_rows, logits_of, prefill
-from rlaifv.vlm.chat_format import EncodedPrompt, common_length, encode_questions
-from rlaifv.vlm.collate import collate_inputs, inputs_shape, pad_rows
+from rlaifv.inference.prefix_cache import buffer_cache, feed, logits_of, prefill
+from rlaifv.vlm.chat_format import EncodedPrompt, encode_questions
+from rlaifv.vlm.collate import collate_inputs, inputs_shape
 from rlaifv.vlm.loading import VLM
 
 COMPACT_EVERY = 8
@@ -35,12 +32,6 @@ COMPACT_EVERY = 8
 
 NUCLEUS = 1024
 """Likeliest tokens among which top-p looks first."""
-
-GUESSES = 6
-"""The most tokens that are guessed at once."""
-
-CONTEXT = 3
-"""Tokens by which the next one is guessed."""
 
 
 @dataclass(frozen=True)
@@ -192,20 +183,9 @@ def unlikely(probs: torch.Tensor, top_p: float) -> torch.Tensor:
         probs: (rows, V) float64.
 
     Returns:
-        (rows, V) bool. Sorting takes longer than the rest of a step, so it is done only for rows whose likeliest token
-        does not fill `top_p` alone, beyond rounding.
+        (rows, V) bool. Sorting a vocabulary of 150,000 takes longer than the rest of a step, so it is sorted only where
+        the `NUCLEUS` likeliest tokens do not settle it beyond rounding.
     """
-    most, likeliest = probs.max(-1)
-    dropped = torch.ones_like(probs, dtype=torch.bool).scatter(-1, likeliest[:, None], False)
-    others = (most <= max(top_p, 0.5) + 1e-9).nonzero().squeeze(1)
-    if len(others):
-        dropped[others] = unlikely_of_many(probs[others], top_p)
-    return dropped
-
-
-def unlikely_of_many(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """`unlikely` by sorting: a vocabulary of 150,000 only where the `NUCLEUS` likeliest tokens do not settle it beyond
-    rounding."""
     if probs.shape[-1] > NUCLEUS:
         ids = probs.topk(NUCLEUS, dim=-1).indices.sort(-1).values
         likely = probs.gather(-1, ids)
@@ -230,18 +210,7 @@ class Decode:
     of the next token; `owner` and `offset` (b, columns) the sample and the step of every column after the prompts.
     """
 
-    guesses: "Guesses | None" = None
-
     def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray):
-        self.begin(vlm, streams)
-        samples = streams.shape[1]
-        room = samples * min(self.steps, 64)  # a buffer that is full grows by half
-        cache = buffer_cache(vlm, room)
-        self.state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], cache)
-        self.logits = logits_of(vlm, self.state.last).to(vlm.device)[:, None].expand(-1, samples, -1)
-
-    def begin(self, vlm: VLM, streams: np.ndarray) -> None:
-        """Nothing is drawn yet."""
         count, samples, self.steps = streams.shape
         self.vlm, self.step = vlm, 0
         self.streams = torch.from_numpy(streams.reshape(-1, self.steps)).to(vlm.device)
@@ -250,7 +219,11 @@ class Decode:
         self.tokens = torch.zeros(count * samples, self.steps, dtype=torch.long, device=vlm.device)
         self.length = torch.full((count * samples,), self.steps, device=vlm.device)
         self.nan = torch.zeros((), dtype=torch.bool, device=vlm.device)  # looked at once, at the end: a GPU would wait
+        room = samples * min(self.steps, 64)  # a buffer that is full grows by half
+        cache = buffer_cache(vlm, room)
+        self.state = prefill(vlm, [e.prompt_ids for e in encoded], [e.inputs for e in encoded], cache)
         self.owner = self.offset = self.slots[:, :0]
+        self.logits = logits_of(vlm, self.state.last).to(vlm.device)[:, None].expand(-1, samples, -1)
 
     def live(self) -> torch.Tensor:
         """(b, m) whether the sample has not ended."""
@@ -271,8 +244,7 @@ class Decode:
 
     def drop_finished(self) -> None:
         """Every `COMPACT_EVERY` steps, take ended prompts and samples out if the batch gets a quarter smaller."""
-        every = 1 if self.guesses else COMPACT_EVERY  # guesses wait for a GPU at each
-        if self.step % every != every - 1:
+        if self.step % COMPACT_EVERY != COMPACT_EVERY - 1:
             return
         live = self.live()
         if live.any(1).float().mean() <= 0.75:
@@ -302,122 +274,8 @@ class Decode:
     def generations(self) -> list[Generation]:
         """What was drawn, by the samples' numbers. Raises FloatingPointError where it was drawn from NaN."""
         refuse_nan(self.vlm, bool(self.nan))
-        ended = zip(self.tokens[:, : self.steps].tolist(), self.length.tolist(), strict=True)
+        ended = zip(self.tokens.tolist(), self.length.tolist(), strict=True)
         return [generation(self.vlm, ids, end) for ids, end in ended]
-
-
-class Guesses:
-    """The next tokens of rows of text, guessed by what last followed the same `CONTEXT` tokens in any of them: rows
-    repeat their prompts and each other (arXiv 2304.04487). `rate` is the share of guesses that were right of late.
-    """
-
-    def __init__(self, prompts: list[list[int]]):
-        self.rows: list[list[int]] = [[] for _ in prompts]
-        self.next: dict[tuple[int, ...], int] = {}
-        for row, prompt in enumerate(prompts):
-            self.add(row, prompt)
-        self.rate = 0.0
-
-    def add(self, row: int, tokens: list[int]) -> int:
-        """Let a row go on with these tokens; how many of them would have been guessed."""
-        text, right = self.rows[row], 0
-        for token in tokens:
-            context = tuple(text[-CONTEXT:])
-            right += self.next.get(context) == token
-            self.next[context] = token
-            text.append(token)
-        return right
-
-    def update(self, rows: list[int], tokens: list[list[int]]) -> None:
-        """`add` to several rows."""
-        right = sum(map(self.add, rows, tokens))
-        self.rate += 0.2 * (right / max(1, sum(map(len, tokens))) - self.rate)
-
-    def count(self) -> int:
-        """How many guesses are worth a try: the last of them is still as likely right as wrong."""
-        return next(k for k in range(GUESSES, -1, -1) if self.rate**k >= 0.5)
-
-    def guess(self, row: int, count: int) -> list[int]:
-        """How a row may go on; where nothing is known, with its last token."""
-        text = self.rows[row][-CONTEXT:]
-        for _ in range(count):
-            text.append(self.next.get(tuple(text[-CONTEXT:]), text[-1]))
-        return text[len(text) - count :]
-
-
-class DecodeAlone(Decode):
-    """One sample of each prompt: the columns of its row are its own tokens, and each goes on at its own pace.
-
-    `prompt` (B,) and `drawn` (B,) count its tokens, `guessed` (b, w - 1) are those that were fed after the newest,
-    `logits` (b, w, V) come after the newest and after each guess. A wrong guess's column is written over. `tokens`
-    has room for guesses after the last step.
-    """
-
-    def __init__(self, vlm: VLM, encoded: list[EncodedPrompt], streams: np.ndarray, guess: bool):
-        prompts = [e.prompt_ids for e in encoded]
-        shared = min(common_length(prompts[0], prompt[:-1]) for prompt in prompts)
-        self.begin(vlm, streams)
-        self.drawn, self.ahead = torch.zeros_like(self.length), torch.arange(GUESSES + 1, device=vlm.device)
-        self.tokens = self.tokens.new_zeros(len(self.tokens), self.steps + GUESSES + 1)
-        self.guesses = Guesses(prompts) if guess else None
-        self.guessed = self.tokens[:, :0]
-        cache = buffer_cache(vlm, min(self.steps, 64))
-        if shared and len(prompts) > 1 and not any(e.inputs for e in encoded):
-            last = self.prefill_texts(prompts, shared, cache)
-        else:
-            self.state = prefill(vlm, prompts, [e.inputs for e in encoded], cache)
-            self.prompt, last = self.state.lengths, self.state.last
-        self.logits = logits_of(vlm, last).to(vlm.device)[:, None]
-
-    def prefill_texts(self, prompts: list[list[int]], shared: int, cache: Cache) -> torch.Tensor:
-        """Compute the tokens that all prompts begin with once, then the rest of each: the last hidden states (B, D)."""
-        device = self.vlm.device
-        ids = pad_rows([prompt[shared:] for prompt in prompts], 0).to(device)
-        self.prompt = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        first = prefill(self.vlm, [prompts[0][:shared]], [{}], cache)
-        self.state = first.keep(torch.zeros_like(self.prompt))
-        places = shared + torch.arange(ids.shape[1], device=device).expand_as(ids)
-        hidden = feed_rows(self.vlm, self.state, ids, places)
-        rows = torch.arange(len(ids), device=hidden.device)
-        return hidden[rows, (self.prompt - shared - 1).to(hidden.device)]
-
-    def live(self) -> torch.Tensor:
-        """(b, 1) whether the sample has not ended."""
-        return (self.length[self.slots] == self.steps) & (self.drawn[self.slots] < self.steps)
-
-    def append(self, decoding: Decoding) -> None:
-        """Draw the next token of every sample, and those after it as long as they are what was guessed; an end token
-        ends its sample there."""
-        self.nan |= lost(self.logits)
-        width, slots, live = self.logits.shape[1], self.slots.squeeze(1), self.live().squeeze(1)
-        drawn = self.drawn[slots]
-        places = drawn[:, None] + self.ahead[:width]
-        uniform = self.streams[self.slots, places.clamp(max=self.steps - 1)].flatten()
-        logits = self.logits.flatten(0, 1)
-        if decoding.repetition_penalty != 1:  # without guesses: all samples are at this step
-            logits = penalized(logits, self.tokens[slots, : self.step], decoding.repetition_penalty)
-        chosen = draw(logits, uniform, decoding).view_as(places)
-        new = 1 + (chosen[:, :-1] == self.guessed).cumprod(1).sum(1)
-        ends = torch.isin(chosen, self.ends) & (self.ahead[:width] < new[:, None]) & (places < self.steps)
-        ended = ends.any(1) & live
-        self.tokens[self.slots, places] = chosen
-        self.length[slots] = torch.where(ended, drawn + ends.long().argmax(1), self.length[slots])
-        self.drawn[slots] = (drawn + new).clamp(max=self.steps)
-        if self.guesses:
-            said = zip(chosen[live].tolist(), new[live].tolist(), strict=True)
-            self.guesses.update(slots[live].tolist(), [tokens[:count] for tokens, count in said])
-
-    def forward(self) -> None:
-        """Feed the newest token of every sample, and guesses after it: the logits of the next ones."""
-        slots, count = self.slots.squeeze(1), self.guesses.count() if self.guesses else 0
-        guessed = [self.guesses.guess(slot, count) for slot in slots.tolist()] if count else []
-        self.guessed = slots.new_tensor(guessed).view(len(slots), count)
-        newest = self.drawn[self.slots] - 1
-        ids = torch.cat([self.tokens[self.slots, newest], self.guessed], 1)
-        answered = (newest + self.ahead[: count + 1]).clamp(max=self.steps - 1)  # no place beyond the context
-        hidden = feed_rows(self.vlm, self.state, ids, self.prompt[self.slots] + answered)
-        self.logits = logits_of(self.vlm, hidden).to(self.vlm.device)
-        self.step += 1
 
 
 def lost(logits: torch.Tensor) -> torch.Tensor:
@@ -439,12 +297,7 @@ def sample_shared(
     samples = uniforms.shape[1]
     if samples == 0:
         return [[] for _ in encoded]
-    streams = uniforms[..., : decoding.max_new_tokens]
-    if samples == 1:
-        # what a penalty makes of a token depends on all before it: one is drawn at a time
-        decode = DecodeAlone(vlm, encoded, streams, guess=decoding.repetition_penalty == 1)
-    else:
-        decode = Decode(vlm, encoded, streams)
+    decode = Decode(vlm, encoded, uniforms[..., : decoding.max_new_tokens])
     while True:
         decode.append(decoding)
         decode.drop_finished()

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaifv.inference import sampling
-from rlaifv.inference.sampling import Decoding, Generation, Guesses, Prompt, draw, generate_batch, unlikely
-from rlaifv.vlm.chat_format import encode_questions
+from rlaifv.inference.sampling import Decoding, Generation, Prompt, draw, generate_batch, unlikely
 from rlaifv.vlm.loading import VLM
 
 SETTINGS, GREEDY = Decoding(1.0, 20, 0.9, 24), Decoding(0, 0, 1.0, 24)
@@ -96,42 +95,6 @@ def test_dropping_finished_samples_changes_nothing(every, monkeypatch):
     kept = generate_batch(vlm, prompts, drawn, SETTINGS)
     monkeypatch.setattr(sampling, "COMPACT_EVERY", every)
     assert generate_batch(vlm, prompts, drawn, SETTINGS) == kept
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2.5-vl", "llama"])
-def test_guesses_save_steps_where_they_are_right_and_change_nothing_where_they_are_wrong(name, monkeypatch):
-    vlm = eager_to_stop(build(name))
-    prompts, drawn = some_prompts(images=vlm.sees_images), streams(3, 1)
-    plain = generate_batch(vlm, prompts, drawn, SETTINGS, shared=False)
-    asked = [encode_questions(vlm, prompt.image, [prompt.text]).prompt_ids for prompt in prompts]
-
-    def two_right_and_one_wrong(guesses: Guesses, row: int, count: int) -> list[int]:
-        text = guesses.rows[row]
-        said, prompt = next((s[0].token_ids, p) for s, p in zip(plain, asked, strict=True) if text[: len(p)] == p)
-        begun = len(text) - len(prompt)
-        right = [*said, *vlm.eos_token_ids, 0, 0][begun : begun + 2]
-        return [*right, *[(right[-1] + 1) % 7 if right else 0] * (count - len(right))]
-
-    fed, real = [], sampling.feed_rows
-    monkeypatch.setattr(sampling, "feed_rows", lambda *given: (fed.append(given[2].shape), real(*given))[1])
-    monkeypatch.setattr(Guesses, "count", lambda self: 3)
-    monkeypatch.setattr(Guesses, "guess", two_right_and_one_wrong)
-    together = generate_batch(vlm, prompts, drawn, SETTINGS)
-    assert together == plain
-    steps = sum(len(samples[0].token_ids) for samples in plain)
-    assert len([shape for shape in fed if shape[1] == 4]) <= steps / 2
-    monkeypatch.setattr(Guesses, "guess", lambda self, row, count: [5] * count)
-    assert generate_batch(vlm, prompts, drawn, SETTINGS) == plain
-
-
-def test_a_guess_is_what_last_followed_the_same_tokens_in_any_row_and_is_tried_where_that_is_often_right():
-    guesses = Guesses([[1, 2, 3, 4, 5, 6], [7, 1, 2, 3]])
-    assert guesses.guess(1, 3) == [4, 5, 6] and guesses.count() == 0
-    guesses.update([1], [[4, 9]])
-    assert guesses.guess(0, 1) == [6], "nothing is known: the last token again"
-    for _ in range(20):
-        guesses.update([0], [[2, 3, 4]])
-    assert guesses.count() == sampling.GUESSES
 
 
 def test_an_answer_ends_at_its_end_token_or_is_marked_as_cut():
