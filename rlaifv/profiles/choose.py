@@ -52,7 +52,7 @@ def render(name: str, folder: Path = ROOT / "params") -> str:
 def _with_values(default: str, profile: str) -> str:
     """The default's text with a profile's values."""
     yaml = YAML()
-    yaml.Representer, yaml.preserve_quotes, yaml.width = Representer, True, 120
+    yaml.Representer, yaml.preserve_quotes, yaml.width = Representer, True, 118
     whole, stream = yaml.load(default), io.StringIO()
     _set(whole, yaml.load(profile) or {})
     yaml.dump(whole, stream)

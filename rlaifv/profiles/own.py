@@ -156,7 +156,7 @@ def overlay(base: str, params: Params, images: Path, train: int, second: str | N
     """The text of params/own.yaml: the profile `base` with these pictures, judged by claims; `second` is the path of an
     independent labeler, with @REVISION where it comes from the hub."""
     yaml = YAML()
-    yaml.Representer, yaml.width = Representer, 120
+    yaml.Representer, yaml.width = Representer, 118
     text = (root / "params" / f"{base}.yaml").read_text() if base != "default" else ""
     content = yaml.load(text) or {}
     files = {split: f"data/own/{split}.jsonl" for split in ("train", "dev", "test")}

@@ -280,7 +280,7 @@ def test_the_questions_of_a_step_share_their_images_across_instructions(monkeypa
 
     monkeypatch.setattr(verdicts, "look", lambda labeler, path: path.name)
     monkeypatch.setattr(verdicts, "judge_fit", judge)
-    judges = Judges(None, None, None, "yes?", 0, Path("images"))
+    judges = Judges(None, object(), None, "yes?", 0, Path("images"))
     tasks = [Task(name, image, "what ?", 4.0) for name, image in (("a", "1"), ("b", "2"), ("c", "1"))]
     said = [["true q", "p"], ["true q"], ["true q", "r"]]
     divisions = [[SimpleNamespace(questions=[question]) for question in row] for row in said]

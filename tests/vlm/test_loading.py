@@ -71,7 +71,8 @@ def test_policy_divider_and_labeler_of_the_stage_test_follow_one_another(tmp_pat
 
 
 def test_checkpoints_are_evaluated_one_after_the_other(tmp_path, alive, monkeypatch):
-    monkeypatch.setattr("rlaifv.evaluation.hallucination.measure", lambda policy, *_: ({"name": policy.name}, []))
+    monkeypatch.setattr("rlaifv.evaluation.hallucination.ask", lambda policy, *_: ([policy.name], []))
+    monkeypatch.setattr("rlaifv.evaluation.hallucination.score", lambda answers, *_: {"name": answers[0]})
     folders = [save_tiny_llava(tmp_path / f"checkpoint-{k}", seed=k) for k in (1, 2)]
     store, out = Store("evaluate", {}, tmp_path / "scratch"), tmp_path / "dev.jsonl"
     rows = evaluate_checkpoints(folders, None, None, "", store, lambda folder: load_model(record(folder)), out)

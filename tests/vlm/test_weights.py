@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_llava import save_tiny_llava
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
-from rlaifv import chat, plan
+from rlaifv import plan
+from rlaifv.chat.__main__ import main as chat
 from rlaifv.params import ModelParams, TrainParams
 from rlaifv.training.policy import load_policy
 from rlaifv.vlm.loading import load_reader, load_vlm
@@ -115,9 +117,9 @@ def test_training_and_chat_refuse_them_too(changed, capfd, monkeypatch):
     path = changed(without("multi_modal_projector"))
     assert "lacks 4 weights" in refusal(lambda: load_policy(path, TrainParams(dtype="float32")), capfd)
     image = Path(path) / "a.png"
-    chat.Image.new("RGB", (32, 32)).save(image)
+    Image.new("RGB", (32, 32)).save(image)
     with pytest.raises(SystemExit) as caught:
-        chat.main(["--image", str(image), "--question", "what is it ?", "--model", path])
+        chat(["--image", str(image), "--question", "what is it ?", "--model", path])
     assert str(caught.value).startswith(f"chat: {path} lacks 4 weights") and "\n" not in str(caught.value)
 
 
