@@ -6,6 +6,7 @@ READY  := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SHELL  := /bin/bash  # macOS's make 3.81 looks programs up in an exported PATH only where a shell of one's own does
 export TOKENIZERS_PARALLELISM := false
+REPRO  := python -m rlaifv.run --mend && dvc repro
 
 .DEFAULT_GOAL := help
 .PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
@@ -36,35 +37,35 @@ rehearsal: $(READY) ## every stage of a profile in minutes, with small random mo
 
 repro: $(READY) ## run the whole pipeline of params.yaml (again: only what changed)
 	python -m rlaifv.plan --check
-	dvc repro
+	$(REPRO)
 	@python -m rlaifv.results
 
 self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (a few minutes)
-	dvc repro experiments/dvc.yaml:self_feedback
+	$(REPRO) experiments/dvc.yaml:self_feedback
 	dvc repro --single-item --force report
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
 claim-rates: $(READY) ## judging by claims beside the truth, on the pipeline's outputs (a few minutes)
-	dvc repro experiments/dvc.yaml:claim_rates
+	$(REPRO) experiments/dvc.yaml:claim_rates
 	dvc repro --single-item --force report
 	@echo "numbers: metrics/claim_rates.json"
 
 sft: $(READY) ## fine-tune the policy on conversations, a mixture of data sets (two minutes): data/sft/model
-	dvc repro experiments/dvc.yaml:sft
+	$(REPRO) experiments/dvc.yaml:sft
 	@echo "checkpoint: data/sft/model (give it to policy.path), what it does: runs/83_sft.ipynb"
 
 fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without, and RL against them
-	dvc repro experiments/dvc.yaml:fact_rlhf experiments/dvc.yaml:rloo_scored_compare
+	$(REPRO) experiments/dvc.yaml:fact_rlhf experiments/dvc.yaml:rloo_scored_compare
 	dvc repro --single-item --force report
 	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
-	dvc repro experiments/dvc.yaml:reward_best_of_n
+	$(REPRO) experiments/dvc.yaml:reward_best_of_n
 	dvc repro --single-item --force report
 	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
 
 rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
-	dvc repro experiments/dvc.yaml:rloo_compare
+	$(REPRO) experiments/dvc.yaml:rloo_compare
 	dvc repro --single-item --force report
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
 

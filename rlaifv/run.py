@@ -5,14 +5,17 @@
 The parameter file is checked before a kernel starts. What the notebook prints is logged as it comes; when it fails,
 one line says why and where the executed notebook lies, with the whole traceback. So does a kernel that was killed, and
 a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same command goes on where it was.
+`python -m rlaifv.run --mend` removes what a kill may have left of DVC's own locks, which `make` does first.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from rlaifv import ROOT
@@ -37,6 +40,9 @@ def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
+    if arguments == ["--mend"]:
+        mend_locks(ROOT / ".dvc" / "tmp" / "rwlock")
+        return 0
     if not arguments or not all("=" in a for a in arguments[1:]):
         print("usage: python -m rlaifv.run NOTEBOOK [name=value ...]", file=sys.stderr)
         return 2
@@ -58,6 +64,22 @@ def main(arguments: list[str]) -> int:
     if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
         print(place, flush=True)
     return execute(notebook, parameters)
+
+
+def mend_locks(file: Path) -> None:
+    """Remove the file in which DVC notes who reads and writes what, where a kill came while it was written: DVC refuses
+    to run with half of it (`make` calls this first). One that is being written now is whole a second later."""
+    for wait in (1.0, 0.0):
+        try:
+            json.loads(file.read_text())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            time.sleep(wait)
+        else:
+            return
+    file.unlink(missing_ok=True)
+    print(f"{file.name} in {file.parent} was cut by a kill and is removed; DVC writes it anew")
 
 
 def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:

@@ -178,3 +178,15 @@ def test_a_run_says_where_its_stage_stands_in_the_pipeline():
     assert places[2].startswith("generate@2: stage ") and all(place.endswith(f" of {total}") for place in places)
     assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] == total
     assert place_of("self_feedback", "", ["1"]) == place_of("tiny_checkpoints", "", ["1"]) == ""
+
+
+def test_locks_that_a_kill_has_cut_are_removed_and_whole_ones_stay(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    locks = tmp_path / "rwlock"
+    run.mend_locks(locks)
+    locks.write_text('{"read": {}, "write": {}}')
+    run.mend_locks(locks)
+    assert locks.is_file() and capsys.readouterr().out == ""
+    locks.write_text("")
+    run.mend_locks(locks)
+    assert not locks.exists() and "was cut by a kill" in capsys.readouterr().out
