@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from rlaifv import stage
 from rlaifv.params import DEFAULT, ModelParams, Params, load_params, read_content
 from rlaifv.records import rates_of, to_json, write_atomic
-from rlaifv.report.render import MEANS, render
+from rlaifv.report.render import render, scale
 from rlaifv.results import Result, read_result
 from rlaifv.stage import Paths
 from rlaifv.steps.pairs import COLUMNS
@@ -159,7 +159,7 @@ def model_card(
                 "test-split",
                 "test split of the run",
                 rate,
-                round(final[rate] * (1 if rate in MEANS else 100), 2),
+                round(scale(rate) * final[rate], 2),
             )
             for rate in rates_of(final)
         ],

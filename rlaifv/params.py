@@ -305,16 +305,12 @@ class SelfFeedbackParams(Section):
     batch_size: Count  # instructions at a time
 
 
-class SftParams(Section):
-    """Fine-tuning on conversations before any feedback: SFT+ of Fact-RLHF (arXiv 2309.14525). What is not here is as in
-    `train`: LoRA's layers, dtype and the like."""
+class TuningParams(Section):
+    """A training beside DPO's. What is not here is as in `train`: LoRA's layers, dtype and the like."""
 
-    base: Name | None  # what is fine-tuned: a folder or hub id; null: the policy before alignment
-    rows: Count  # conversations, drawn of all parts by their weights
-    max_length: Count | None  # tokens of a conversation with its image; a longer one is rejected, never cut
     learning_rate: LearningRate
     epochs: Count
-    batch_size: Count  # conversations of a step
+    batch_size: Count  # rows of a step
     micro_batch_size: Count
     scheduler: Scheduler
     warmup_ratio: Fraction
@@ -322,8 +318,16 @@ class SftParams(Section):
     max_grad_norm: NotNegative
     lora_r: CountOrZero  # 0 trains all weights
     lora_alpha: Count
-    checkpoints_per_epoch: Count  # the last one is the model; what a killed run goes on from is written with each
+    checkpoints_per_epoch: Count  # the last one is used; what a killed run goes on from is written with each
     processes: Count  # (GPUs), each with the whole model
+
+
+class SftParams(TuningParams):
+    """Fine-tuning on conversations before any feedback: SFT+ of Fact-RLHF (arXiv 2309.14525)."""
+
+    base: Name | None  # what is fine-tuned: a folder or hub id; null: the policy before alignment
+    rows: Count  # conversations, drawn of all parts by their weights
+    max_length: Count | None  # tokens of a conversation with its image; a longer one is rejected, never cut
 
 
 class SftPart(Section):
@@ -342,9 +346,8 @@ class RewardRun(Section):
     facts: Literal["none", "captions", "accepted"]  # accepted: what the labeler accepts of other answers to the image
 
 
-class RewardModelParams(Section):
-    """Fact-RLHF's reward models (arXiv 2309.14525). What is not here is as in `train`: LoRA's layers, dtype, packed
-    rows and the like."""
+class RewardModelParams(TuningParams):
+    """Fact-RLHF's reward models (arXiv 2309.14525)."""
 
     preferences: Name | None  # LLaVA-Human-Preference-10K's .json, or pairs as parquet; null: embedded annotators
     flipped: Share  # of the annotators' labels
@@ -361,18 +364,6 @@ class RewardModelParams(Section):
     fact_line: Text  # of each, for {}
     head: Literal["yes_no", "random"]  # how the vector begins: the output layer's row of yes less that of no, or noise
     regularizer: NotNegative  # of the rewards' mean
-    learning_rate: LearningRate
-    epochs: Count
-    batch_size: Count
-    micro_batch_size: Count
-    scheduler: Scheduler
-    warmup_ratio: Fraction
-    weight_decay: NotNegative
-    max_grad_norm: NotNegative
-    lora_r: CountOrZero  # 0 trains all weights
-    lora_alpha: Count
-    checkpoints_per_epoch: Count  # the last one is used; what a killed run goes on from is written with each
-    processes: Count  # (GPUs), each with the whole model
     best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
 
 
@@ -539,7 +530,7 @@ def check_train(params: TrainParams) -> None:
         raise ParamsError(f"train.{problem}")
 
 
-def as_train_params(section: RewardModelParams | SftParams, train: TrainParams) -> TrainParams:
+def as_train_params(section: TuningParams, train: TrainParams) -> TrainParams:
     """`train` with what the section of another training says otherwise, which keeps its last checkpoint and spreads no
     weights over GPUs."""
     same = {f.name for f in fields(section)} & {f.name for f in fields(train)}
@@ -642,7 +633,7 @@ def _sft_problems(params: Params) -> Iterator[str]:
             yield f"sft_parts.{name}.files: {part.kind} is {needed} file{'s' * (needed - 1)}, got {len(part.files)}"
 
 
-def _batch_problems(section: str, values: "SftParams | RewardModelParams") -> Iterator[str]:
+def _batch_problems(section: str, values: TuningParams) -> Iterator[str]:
     if values.batch_size % (values.micro_batch_size * values.processes):
         yield (
             f"{section}.batch_size {values.batch_size} is not a multiple of micro_batch_size x processes = "

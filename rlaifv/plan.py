@@ -102,8 +102,11 @@ RUNTIME = 2.0 * GB
 PROCESS = 0.5 * GB
 """Main memory of a process that has imported PyTorch and transformers."""
 
-BESIDE = {"sft": "fine-tuning (`make sft`)", "reward_model": "one reward model (`make fact-rlhf`)"}
-BESIDE |= {"rloo": "one run of `make rloo`"}
+BESIDE = {
+    "sft": "fine-tuning (`make sft`)",
+    "reward_model": "one reward model (`make fact-rlhf`)",
+    "rloo": "one run of `make rloo`",
+}
 """What a plan can have in it beside the pipeline: sections of the parameters → what they are."""
 
 CLOSE = 0.92
@@ -502,9 +505,9 @@ def reinforcing(
     """A run of RLOO (`make rloo`): each step samples, judges, and passes over all answers, once for their log-probs,
     once for the reference's, and forward and backward. Policy and the judges that the run counts are in memory
     together, among them the reward model `scorer` where it has one."""
-    rloo, train, roles = params.rloo, params.train, ("policy", "labeler", "divider")
-    policy, labeler, divider = (models[role] for role in roles)
-    labeler, divider = labeler if run.claims else None, divider if run.claims or run.recall else None
+    rloo, train, policy = params.rloo, params.train, models["policy"]
+    labeler = models["labeler"] if run.claims else None
+    divider = models["divider"] if run.claims or run.recall else None
     steps = run.steps or rloo.steps
     answers, answer = rloo.prompts * rloo.samples, ANSWER * rloo.max_new_tokens
     row, longest = (image + PROMPT + answer for image in (policy.image, policy.largest))
@@ -527,10 +530,8 @@ def reinforcing(
     if scorer:
         judged = rloo.prompts * (scorer.image + PROMPT) + answers * (answer + JUDGED)
         seconds += sight(scorer, machine, rloo.prompts) + forward(scorer, machine, judged, 2)
-        gpu, host = (
-            gpu + cached(scorer, 1, scorer.largest + rloo.max_new_tokens + JUDGED) - RUNTIME,
-            host + scorer.stored,
-        )
+        gpu += cached(scorer, 1, scorer.largest + rloo.max_new_tokens + JUDGED) - RUNTIME
+        host += scorer.stored
     four = "" if labeler is None or labeler.bytes < labeler.stored else "labeler.load_in_4bit: true, "
     way = f"rloo.micro_batch_size or rloo.prompts, {four}or labeler, for a served one"
     size = policy.parameters * (2 if train.dtype == "bfloat16" else 4)

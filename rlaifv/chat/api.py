@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rlaifv.chat.conversation import Chat, read_image
+from rlaifv.chat.conversation import Chat, local_first, read_image
 from rlaifv.evaluation import chair
 from rlaifv.evaluation.answers import read_answers, to_answers
 from rlaifv.evaluation.scores import Scores
@@ -33,7 +33,7 @@ SUFFIX = "Please answer yes or no."
 def load(model: str) -> VLM:
     """A model, ready to be asked: a folder (of the working directory or the repository) or a hub id. It is loaded once
     and stays in memory. Raises FileNotFoundError or ValueError, in one line, for what is none."""
-    return load_vlm(_place(model), dtype=None)
+    return load_vlm(local_first(model), dtype=None)
 
 
 def divide(divider: str | VLM, question: str, answer: str, max_new_tokens: int = 512) -> list[tuple[str, str]]:
@@ -93,14 +93,9 @@ def train(model: str, pairs: str | Path, out: str | Path, seed: int = 0, **setti
     """
     settings = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32", **settings}
     params = build(TrainParams, {**vars(TrainParams()), **settings}, "train")
-    result = job.train(_place(model), fetch_pairs(pairs), params, Path(out).resolve(), SCRATCH, seed)
+    result = job.train(local_first(model), fetch_pairs(pairs), params, Path(out).resolve(), SCRATCH, seed)
     load.cache_clear()  # a checkpoint of this name may have been another before
     return result
-
-
-def _place(model: str) -> str:
-    here = Path(model).expanduser().resolve()
-    return str(here) if here.is_dir() else model
 
 
 def _model(model: str | VLM) -> VLM:

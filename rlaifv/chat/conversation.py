@@ -50,8 +50,13 @@ def load_chat_model(path: str, device: str = "auto") -> VLM:
 
     Raises FileNotFoundError where there is none, ValueError for a model that sees no images.
     """
-    local = Path(path).expanduser().resolve()
-    return load_vlm(str(local) if local.is_dir() else path, device=device, dtype=None, must_see=True)
+    return load_vlm(local_first(path), device=device, dtype=None, must_see=True)
+
+
+def local_first(model: str) -> str:
+    """The absolute path of a folder of the working directory; what is none (of the repository, or a hub id) as it is."""
+    local = Path(model).expanduser().resolve()
+    return str(local) if local.is_dir() else model
 
 
 @dataclass

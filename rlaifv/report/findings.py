@@ -27,21 +27,18 @@ def findings_html(metrics: Path, inputs: Mapping, policy: str) -> Markup:
         inputs: `describe_inputs` of this report's run.
         policy: the fingerprint of its aligned policy.
     """
+    base = inputs["models"]["policy"]["fingerprint"]
+    names = ("self_feedback", "claim_rates", "fact_rlhf", "reward_best_of_n", "rloo", "rloo_scored")
+    files = {name: metrics / f"{name}.json" for name in names}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     sections = [experiments_html(read_results(metrics / f"{group}.json"), inputs) for group in TITLES]
-    file = metrics / "self_feedback.json"
-    if file.is_file():
-        sections.append(self_feedback_html(json.loads(file.read_text()), policy))
-    file = metrics / "claim_rates.json"
-    if file.is_file():
-        result = json.loads(file.read_text())
-        sections.append(render("claim_rates.html", result=result, base=inputs["models"]["policy"]["fingerprint"]))
-    if (file := metrics / "fact_rlhf.json").is_file():
-        best_of_n = metrics / "reward_best_of_n.json"
-        curves = json.loads(best_of_n.read_text()) if best_of_n.is_file() else None
-        sections.append(fact_rlhf_html(json.loads(file.read_text()), curves, inputs["models"]["policy"]["fingerprint"]))
-    for file in (metrics / "rloo.json", metrics / "rloo_scored.json"):
-        if file.is_file():
-            sections.append(rloo_html(json.loads(file.read_text()), inputs["models"]["policy"]["fingerprint"]))
+    if "self_feedback" in found:
+        sections.append(self_feedback_html(found["self_feedback"], policy))
+    if "claim_rates" in found:
+        sections.append(render("claim_rates.html", result=found["claim_rates"], base=base))
+    if "fact_rlhf" in found:
+        sections.append(fact_rlhf_html(found["fact_rlhf"], found.get("reward_best_of_n"), base))
+    sections += [rloo_html(found[name], base) for name in ("rloo", "rloo_scored") if name in found]
     return Markup().join(sections)
 
 
@@ -95,7 +92,7 @@ def self_feedback_html(result: Mapping, aligned: str) -> Markup:
         "self_feedback.html",
         rows=rows,
         compared=result["aligned"]["compare"],
-        made_by=result["policies"]["aligned"],
+        made_by_policy=result["policies"]["aligned"],
         aligned=aligned,
         figure=plots.best_of_n(curves),
     )

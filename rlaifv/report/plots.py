@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlaifv.records import RATES, rates_of
-from rlaifv.report.render import MEANS, yes_share
+from rlaifv.report.render import scale, yes_share
 from rlaifv.steps.select import least
 from rlaifv.vlm.images import open_image
 
@@ -104,9 +104,9 @@ def rloo(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     colors = plt.cm.viridis(np.linspace(0.15, 0.8, len(logs)))
     for (name, rows), color in zip(logs.items(), colors, strict=True):
         table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
-        for axis, (column, (title, scale)) in zip(axes, panels.items(), strict=True):
+        for axis, (column, (title, factor)) in zip(axes, panels.items(), strict=True):
             if column in table:  # a run that no labeler judges has the truth's line alone
-                axis.plot(scale * table[column], color=color, label=name)
+                axis.plot(factor * table[column], color=color, label=name)
             axis.set(title=title, xlabel="step")
         if "true_hallucination" in table:
             axes[0].plot(100 * table["true_hallucination"], ":", color=color, label=f"{name}, truth")
@@ -137,9 +137,8 @@ def checkpoints(rows: Sequence[Mapping], chosen: str, base: Mapping, max_recall_
 def _interval_bars(axis: Axes, at: Sequence[float], rows: Sequence[Mapping], rate: str, along: str, **style) -> None:
     """Points with their 95 % intervals, in percent where the rate is a fraction; `along` is the axis of the rates, `at`
     lies on the other."""
-    scale = 1 if rate in MEANS else 100
-    values = scale * np.array([row[rate] for row in rows])
-    low, high = scale * np.array([row[f"{rate}_interval"] for row in rows]).T
+    values = scale(rate) * np.array([row[rate] for row in rows])
+    low, high = scale(rate) * np.array([row[f"{rate}_interval"] for row in rows]).T
     # a percentile interval need not hold the point where nearly all rows are alike
     errors = np.maximum([values - low, high - values], 0)
     x, y = (values, at) if along == "x" else (at, values)
@@ -203,7 +202,7 @@ def result(rows: Mapping[str, Mapping]) -> Figure:
     figure = rounds({"experiments": [policy], "control": ""})
     for axis, rate in zip(figure.axes, rates_of(rows[base]), strict=True):
         for name, row in rows.items():
-            value = row[rate] * (1 if rate in MEANS else 100)
+            value = scale(rate) * row[rate]
             axis.annotate(f"{value:.1f}", (int(name), value), textcoords="offset points", xytext=(5, 4))
     if "recall" in rows[base]:
         figure.axes[-1].set_ylim(0, 109)  # a small loss shall look small

@@ -19,6 +19,12 @@ from rlaifv.vlm.images import FORMATS, open_image
 MEANS = ("accepted_claims", "mean_words")
 """The rates of a row that are no fractions."""
 
+
+def scale(rate: str) -> int:
+    """By what a rate of a row is multiplied where it is shown: 100 for a fraction, in percent."""
+    return 1 if rate in MEANS else 100
+
+
 HEADS = {
     "response_hallucination": "response hall. ↓",
     "mention_hallucination": "mention hall. ↓",

@@ -3,6 +3,7 @@ stop at a gradient that is not finite, and a line every few seconds."""
 
 import math
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,15 @@ class Habits:
         """None: TRL writes one beside everything that a run can go on from."""
 
 
-class Line(TrainerCallback):
+class Line(ABC, TrainerCallback):
     """One line every few seconds, and one for the last step."""
 
     key: str
     """What the log entries hold that the line is about."""
 
+    @abstractmethod
     def say(self, state, logs: dict[str, float], rate: float) -> None:
         """Log the line; `rate` is in steps a second."""
-        raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.said = time.monotonic()

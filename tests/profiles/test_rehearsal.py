@@ -95,30 +95,30 @@ def test_a_wrong_profile_stops_at_once_in_one_line(hub, tmp_path):
 SLOW = pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes minutes: `make rehearsals` runs every profile")
 
 
+def rehearse_converted(name: str, hub, folder: Path) -> tuple[Path, str]:
+    """Rehearse a profile of converted checkpoints to its end: the copy in which it ran, and what it printed."""
+    root = checkout(folder / "copy")
+    push_models(hub, name, folder / "more")
+    write_converted(name, root)
+    done = python(root, hub, folder / "home", "-m", "rlaifv.profiles.rehearsal", name, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "scratch" / "rehearsal" / name, done.stdout
+
+
 @SLOW
 def test_a_converted_model_is_rehearsed_as_policy_and_labeler_to_the_report(hub, tmp_path):
-    folder = checkout(tmp_path / "copy")
-    push_models(hub, "rlaifv-12b-self", tmp_path / "more")
-    write_converted("rlaifv-12b-self", folder)
-    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "rlaifv-12b-self", timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    copy = folder / "scratch" / "rehearsal" / "rlaifv-12b-self"
-    said = done.stdout.count("<im_start><im_patch>×64<im_end>")
+    copy, output = rehearse_converted("rlaifv-12b-self", hub, tmp_path)
+    said = output.count("<im_start><im_patch>×64<im_end>")
     assert said == 4, "policy and labeler, by the rehearsal and by the stages generate and feedback"
-    assert "64 tokens for an image" in done.stdout
+    assert "64 tokens for an image" in output
     summary = json.loads((copy / "metrics" / "summary.json").read_text())
     assert set(summary["iterations"]) == {"1"} and (copy / "plots" / "report.html").is_file()
 
 
 @SLOW
 def test_llava_rlhf_is_rehearsed_with_fine_tuning_a_reward_model_and_a_step_of_rloo(hub, tmp_path):
-    folder = checkout(tmp_path / "copy")
-    push_models(hub, "llava-rlhf-7b", tmp_path / "more")
-    write_converted("llava-rlhf-7b", folder)
-    done = python(folder, hub, tmp_path / "home", "-m", "rlaifv.profiles.rehearsal", "llava-rlhf-7b", timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    copy = folder / "scratch" / "rehearsal" / "llava-rlhf-7b"
-    assert "rloo is scored by: 576 tokens an image" in done.stdout and "1 steps, 4 answers" in done.stdout
+    copy, output = rehearse_converted("llava-rlhf-7b", hub, tmp_path)
+    assert "rloo is scored by: 576 tokens an image" in output and "1 steps, 4 answers" in output
     assert {"sft", "reward_models", "rloo"} <= {path.name for path in (copy / "data").iterdir()}
     assert (copy / "plots" / "report.html").is_file()
 
