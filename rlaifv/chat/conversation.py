@@ -54,7 +54,7 @@ def load_chat_model(path: str, device: str = "auto") -> VLM:
 
 
 def local_first(model: str) -> str:
-    """The absolute path of a folder of the working directory; what is none (of the repository, or a hub id) as it is."""
+    """The absolute path of a folder of the working directory; anything else (of the repository, a hub id) as it is."""
     local = Path(model).expanduser().resolve()
     return str(local) if local.is_dir() else model
 
