@@ -16,7 +16,7 @@ from stages import NAMED, contents, copy_run, end_all, kernel_of, make_checkout,
 
 from rlaifv.run import mend_locks
 
-KILLS = 20
+KILLS = 12
 WAYS = (
     ("group", signal.SIGKILL),
     ("group", signal.SIGINT),  # Ctrl-C
