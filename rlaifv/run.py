@@ -5,7 +5,7 @@
 The parameter file is checked before a kernel starts. What the notebook prints is logged as it comes; when it fails,
 one line says why and where the executed notebook lies, with the whole traceback. So does a kernel that was killed, and
 a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same command goes on where it was.
-`python -m rlaifv.run --mend` removes what a kill may have left of DVC's own locks, which `make` does first.
+`python -m rlaifv.run --mend` removes what a kill may have cut of DVC's own files, which `make` does first.
 """
 
 import json
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0
     if arguments == ["--mend"]:
-        mend_locks(ROOT / ".dvc" / "tmp" / "rwlock")
+        mend(ROOT)
         return 0
     if not arguments or not all("=" in a for a in arguments[1:]):
         print("usage: python -m rlaifv.run NOTEBOOK [name=value ...]", file=sys.stderr)
@@ -66,20 +66,39 @@ def main(arguments: list[str]) -> int:
     return execute(notebook, parameters)
 
 
-def mend_locks(file: Path) -> None:
-    """Remove the file in which DVC notes who reads and writes what, where a kill came while it was written: DVC refuses
-    to run with half of it (`make` calls this first). One that is being written now is whole a second later."""
-    for wait in (1.0, 0.0):
-        try:
-            json.loads(file.read_text())
-        except FileNotFoundError:
-            return
-        except ValueError:
-            time.sleep(wait)
+def mend(repository: Path) -> None:
+    """Remove what a kill has cut of the files that DVC writes in place and refuses to run with (`make` calls this
+    first): who reads and writes what, and what has run. What had run, DVC finds in its cache without it."""
+    for file, whole in (
+        (repository / ".dvc" / "tmp" / "rwlock", json.loads),
+        (repository / "dvc.lock", check_lock),
+        (repository / "experiments" / "dvc.lock", check_lock),
+    ):
+        for wait in (1.0, 0.0):  # one that is being written now is whole a second later
+            try:
+                whole(file.read_text())
+            except FileNotFoundError:
+                break
+            except ValueError:
+                time.sleep(wait)
+            else:
+                break
         else:
-            return
-    file.unlink(missing_ok=True)
-    print(f"{file.name} in {file.parent} was cut by a kill and is removed; DVC writes it anew")
+            file.unlink(missing_ok=True)
+            print(f"{file.relative_to(repository)} was cut by a kill and is removed; DVC writes it anew")
+
+
+def check_lock(text: str) -> None:
+    """Raise ValueError unless this is what a whole dvc.lock holds, by DVC's own rules."""
+    from dvc.exceptions import DvcException
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.serialize import parse_yaml
+    from dvc.utils.strictyaml import validate
+
+    try:
+        validate(parse_yaml(text, "dvc.lock"), COMPILED_LOCKFILE_SCHEMA, path="dvc.lock")
+    except DvcException as error:
+        raise ValueError(str(error)) from error
 
 
 def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:

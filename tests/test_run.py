@@ -180,13 +180,28 @@ def test_a_run_says_where_its_stage_stands_in_the_pipeline():
     assert place_of("self_feedback", "", ["1"]) == place_of("tiny_checkpoints", "", ["1"]) == ""
 
 
-def test_locks_that_a_kill_has_cut_are_removed_and_whole_ones_stay(tmp_path, capsys, monkeypatch):
+LOCK = (ROOT / "dvc.lock").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "cut"),
+    [
+        (".dvc/tmp/rwlock", '{"read": {}, "write": {}}', ""),
+        ("dvc.lock", LOCK, ""),
+        ("dvc.lock", LOCK, LOCK[: LOCK.index("    cmd:")]),
+        ("experiments/dvc.lock", LOCK, LOCK[: LOCK.index("path") + 2]),
+    ],
+)
+def test_what_a_kill_has_cut_of_dvcs_files_is_removed_and_whole_ones_stay(
+    tmp_path, capsys, monkeypatch, name, whole, cut
+):
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
-    locks = tmp_path / "rwlock"
-    run.mend_locks(locks)
-    locks.write_text('{"read": {}, "write": {}}')
-    run.mend_locks(locks)
-    assert locks.is_file() and capsys.readouterr().out == ""
-    locks.write_text("")
-    run.mend_locks(locks)
-    assert not locks.exists() and "was cut by a kill" in capsys.readouterr().out
+    run.mend(tmp_path)
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(whole)
+    run.mend(tmp_path)
+    assert file.read_text() == whole and capsys.readouterr().out == ""
+    file.write_text(cut)
+    run.mend(tmp_path)
+    assert not file.exists() and f"{name} was cut by a kill" in capsys.readouterr().out

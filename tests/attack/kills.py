@@ -14,7 +14,7 @@ from checkout import dvc_repository, environment
 from harness import Attempts, Case
 from stages import NAMED, contents, copy_run, end_all, kernel_of, make_checkout, run_stage, same_bytes
 
-from rlaifv.run import mend_locks
+from rlaifv.run import mend
 
 KILLS = 12
 WAYS = (
@@ -57,7 +57,7 @@ def compare(folder: Path, whole: Path) -> None:
 def repro(folder: Path, moment: float | None = None, who: str = "", how: int = 0) -> bool:
     """`dvc repro` as `make` runs it, killed after so many seconds of processor time of all its processes; True when it
     ended well. Fails when something goes on for two minutes after the kill, or when an untouched run ends badly."""
-    mend_locks(folder / ".dvc" / "tmp" / "rwlock")
+    mend(folder)
     command = [sys.executable, "-m", "dvc", "repro", LAST]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         dvc = psutil.Popen(
