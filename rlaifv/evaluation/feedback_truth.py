@@ -99,10 +99,13 @@ def pair_agreement(pairs: Sequence[Mapping], scene_of: Callable[[str], Scene]) -
     }
 
 
-def interval(right: np.ndarray, images: Sequence[int]) -> tuple[float, float]:
-    """95 % bootstrap interval of a share; what belongs to one image is drawn together."""
+def interval(
+    right: np.ndarray, images: Sequence[int] | Sequence[str], weights: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a share, or a weighted share; what belongs to one image is drawn together."""
     drawn, image = np.unique(images, return_inverse=True)
-    sums = np.bincount(image, weights=right), np.bincount(image)
+    weights = np.ones(len(right)) if weights is None else weights
+    sums = np.bincount(image, weights=weights * right), np.bincount(image, weights=weights)
     return intervals(Scores("feedback", [{"id": i} for i in drawn], {"share": sums}, {}), resamples=1000)["share"]
 
 
