@@ -237,6 +237,20 @@ def yes_no_metrics(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
+def calibration(rows: Sequence[dict[str, object]], bins: int = 10) -> list[dict[str, float]]:
+    """A reliability diagram of answered questions: for each bin of P(yes) among yes and no that is not empty, its mean
+    `p_yes`, the share whose true answer is `yes`, and `n`."""
+    asked = [row for row in rows if "reason" not in row]
+    share = np.array([row["p_yes"] / max(row["p_yes"] + row["p_no"], 1e-12) for row in asked])
+    truth = np.array([row["answer"] == "yes" for row in asked])
+    bin_of = np.minimum((share * bins).astype(int), bins - 1)
+    return [
+        {"p_yes": float(share[of].mean()), "yes": float(truth[of].mean()), "n": int(of.sum())}
+        for of in (bin_of == number for number in range(bins))
+        if of.any()
+    ]
+
+
 def ask(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[list[dict], list[dict]]:
     """What one model says on one split: `model_answers` and `answer_questions`."""
     return model_answers(vlm, split, params), answer_questions(vlm, split, suffix, params.batch_size)

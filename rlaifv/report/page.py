@@ -1,12 +1,16 @@
 """The report's numbers: one summary of all iterations, and the sections of published benchmarks and of the plan."""
 
+import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
 from rlaifv.benchmarks.published import HEADLINES
 from rlaifv.records import rates_of
+from rlaifv.report.compare_view import counts
 from rlaifv.report.render import render
 from rlaifv.results import Result
 from rlaifv.steps.select import keeps_recall
@@ -45,6 +49,39 @@ def summarize(
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
         **({"peak_gpu_gb": max(on_gpu)} if on_gpu else {}),
     }
+
+
+def errors_html(rows: Sequence[Mapping], annotated: bool, image_root: Path, shown: int) -> Markup:
+    """The section on what is still wrong and what is not any more; `rows` are those of `compare_view.compare`, base
+    against final. With `annotated` images errors are counted by object class, the twelve most frequent first."""
+    before, after = (Counter(name for row in rows for name in row["wrong"][side]) for side in (0, 1))
+    named = Counter(name for row in rows for name in row["right"][1])
+    classes = [
+        {"name": name, "before": before[name], "after": after[name], "right": named[name]}
+        for name, _ in (before + after).most_common(12)
+    ]
+    failed = [row for row in rows if row["wrong"][1]]
+    return render(
+        "errors.html",
+        counts=counts(rows),
+        n=len(rows),
+        classes=classes if annotated else [],
+        failed=len(failed),
+        failures=[(image_root / row["image"], row) for row in failed[:shown]],
+    )
+
+
+def with_contents(page: str) -> Markup:
+    """The page with an anchor at each `<h2>`, and links to all of them in its empty `<nav>`."""
+    titles: list[str] = []
+
+    def anchored(found: re.Match) -> str:
+        titles.append(found[1])
+        return f'<h2 id="section-{len(titles)}">{found[1]}</h2>'
+
+    page = re.sub(r"<h2>(.*?)</h2>", anchored, page, flags=re.DOTALL)
+    links = "\n".join(f'<a href="#section-{n}">{title}</a>' for n, title in enumerate(titles, start=1))
+    return Markup(page.replace("<nav></nav>", f"<nav>{links}</nav>", 1))
 
 
 def plan_html(rows: Sequence[Mapping], machine: str) -> Markup:

@@ -82,6 +82,19 @@ def lengths(statistics: Sequence[Mapping[str, object]], names: Sequence[str]) ->
     return axis.figure
 
 
+def calibration(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """The labeler's reliability diagram (`hallucination.calibration`): on the dashed line, P(yes) is what it says."""
+    figure, axis = plt.subplots(figsize=(4.2, 3.4))
+    axis.plot([0, 1], [0, 1], "--", color=GRAY, lw=1)
+    sizes = [20 + 180 * row["n"] / sum(r["n"] for r in rows) for row in rows]
+    axis.scatter([row["p_yes"] for row in rows], [row["yes"] for row in rows], s=sizes, color=BLUE, zorder=2)
+    for row in rows:
+        axis.annotate(str(row["n"]), (row["p_yes"], row["yes"]), xytext=(7, -9), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="P(yes)", ylabel="true answer is yes", title="Labeler on questions of known truth")
+    axis.set(xlim=(-0.05, 1.12), ylim=(-0.1, 1.1))
+    return figure
+
+
 def training(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss, reward margin and preference accuracy against epochs, a line per iteration."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))

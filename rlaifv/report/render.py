@@ -58,6 +58,11 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}"
 
 
+def short_percent(fraction: float) -> str:
+    """Two digits after the point below 1 %, one above: 0.123 → "12.3", 0.0015 → "0.15"."""
+    return percent(fraction, 2 if 0 < fraction < 0.01 else 1)
+
+
 def interval(bounds: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     """(0.1, 0.2) → "10.0–20.0"."""
     return "–".join(f"{scale * bound:.{digits}f}" for bound in bounds)
@@ -135,5 +140,5 @@ ENVIRONMENT = Environment(
 ENVIRONMENT.globals |= {"rates": RATES, "means": MEANS, "heads": HEADS}
 ENVIRONMENT.filters |= {
     filter.__name__: filter
-    for filter in (percent, interval, points, between, p_value, yes_share, data_uri, code, rates_of)
+    for filter in (percent, short_percent, interval, points, between, p_value, yes_share, data_uri, code, rates_of)
 }

@@ -16,6 +16,7 @@ from rlaifv.evaluation.hallucination import (
     Question,
     Split,
     answer_questions,
+    calibration,
     hallucination,
     measure,
     paired_test,
@@ -170,3 +171,10 @@ def test_the_paired_test_agrees_with_the_rates_and_sees_a_real_difference(tmp_pa
     assert tests["response_hallucination"]["interval"][1] < 0
     assert tests["recall"]["p_value"] == 1
     assert paired_test(base, base, split)["response_hallucination"]["p_value"] == 1
+
+
+def test_a_reliability_diagram_has_a_row_for_each_bin_that_is_not_empty_and_loses_no_question():
+    rows = [{"answer": truth, "p_yes": p, "p_no": 1 - p} for p, truth in ((0.02, "no"), (0.04, "yes"), (1.0, "yes"))]
+    low, high = calibration([*rows, {"answer": "yes", "reason": "not asked"}])
+    assert low == {"p_yes": pytest.approx(0.03), "yes": 0.5, "n": 2} and high == {"p_yes": 1.0, "yes": 1.0, "n": 1}
+    assert calibration([]) == []

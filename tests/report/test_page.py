@@ -14,7 +14,7 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, fact_rlhf_html, findings_html, rloo_html
-from rlaifv.report.page import benchmarks_html, plan_html, recall_lost, summarize
+from rlaifv.report.page import benchmarks_html, errors_html, plan_html, recall_lost, summarize, with_contents
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
@@ -74,7 +74,16 @@ def shown(found: dict[str, Result], **more) -> str:
 
 
 def page(summary: dict, **more) -> str:
-    given = {"figures": {}, "examples": [], "models": {}, "benchmarks": "", "findings": "", "plan": "", **more}
+    given = {
+        "figures": {},
+        "examples": [],
+        "models": {},
+        "benchmarks": "",
+        "errors": "",
+        "findings": "",
+        "plan": "",
+        **more,
+    }
     return render("report.html", summary=summary, **given)
 
 
@@ -180,7 +189,8 @@ def judged(said: float = 8.49, **changed) -> dict[str, Result]:
 def test_a_run_without_annotations_shows_claims_and_nothing_that_only_annotations_can_tell():
     html = shown(judged(), figures={"claims": plots.result({name: r.test for name, r in judged().items()})})
     for text in (
-        "Answers with a rejected claim on test 40.0 % → 10.0 % (75.0 % less), accepted claims an answer 8.5 → 8.5.",
+        '<p class="headline">40.0 % → 10.0 %</p>',
+        "Answers with a rejected claim on test, after 1 iteration (75.0 % less); accepted claims an answer 8.5 → 8.5.",
         "<td>40.0 <small>(30.0–50.0)</small></td>",
         "<td>8.5 <small>(8.0–9.0)</small></td><td>20.0 <small>(19.0–21.0)</small></td>",
         "accepted claims -0.10 (-0.20 to +0.05), p = 0.200.",
@@ -345,3 +355,37 @@ def test_reward_models_stand_with_what_their_annotators_liked_and_a_run_without_
     curve = [RATES | {"method": "reward_model", "n": n} for n in (1, 2)]
     html = fact_rlhf_html(result, {"run": "plain", "curves": {"base": curve, "aligned": curve}}, "bbbbbbbb")
     assert "another base model" in html and "data:image/png;base64," in html and "<code>plain</code>" in html
+
+
+def became(before: list[str], after: list[str]) -> dict:
+    """A row of `compare` of an answer with these wrong objects before and after."""
+    about = {"id": "1", "image": "1.png", "question": "?", "before": "a <b>car</b>", "after": "a cat"}
+    kind = "wrong before and after" if after else "mended"
+    return about | {"wrong": [before, after], "right": [["cat"], ["cat"]], "kind": kind}
+
+
+def test_what_is_still_wrong_is_shown_and_counted_by_class(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    rows = [became(["car", "dog"], []), became(["car"], ["dog"]), became(["car"], ["car"])]
+    section = " ".join(errors_html(rows, True, tmp_path, shown=1).split())
+    assert "<td>mended</td><td>1</td>" in section and "<td>wrong before and after</td><td>2</td>" in section
+    assert "<td>car</td><td>3</td><td>1</td>" in section and "<td>dog</td><td>1</td><td>1</td>" in section
+    assert "2 answers of the final policy still say" in section and section.count("<img") == 1
+    assert "a &lt;b&gt;car&lt;/b&gt;" in section
+    assert "object that is not" not in errors_html(rows, False, tmp_path, shown=1)
+    assert "No answer of the final policy" in errors_html(rows[:1], True, tmp_path, shown=1)
+
+
+def test_the_contents_link_to_every_section():
+    html = with_contents("<nav></nav><h2>One</h2><p>1</p><h2>Two &amp; three</h2>")
+    assert '<nav><a href="#section-1">One</a>' in html and '<a href="#section-2">Two &amp; three</a></nav>' in html
+    assert '<h2 id="section-2">Two &amp; three</h2>' in html
+
+
+def test_every_picture_of_the_page_says_what_it_is(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    answer = {"answer": "a cat", "problem": "", "claims": []}
+    figures = {"Rates": plots.calibration([{"p_yes": 0.9, "yes": 1.0, "n": 3}])}
+    errors = errors_html([became(["car"], ["dog"])], True, tmp_path, shown=1)
+    html = shown(results(), figures=figures, examples=[(tmp_path / "1.png", answer, answer)], errors=errors)
+    assert html.count("<img") == 3 and 'alt=""' not in html
