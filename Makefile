@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 REPRO  := python -m rlaifv.run --mend && dvc repro
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ format: $(READY) ## format code and strip notebooks in place
 lab: $(READY) ## open the notebooks in JupyterLab: make lab ARGS="--no-browser --port 8890"
 	jupyter lab --config=$(CURDIR)/notebooks/jupyter_server_config.py --ServerApp.root_dir=$(CURDIR) \
 		--ServerApp.preferred_dir=$(CURDIR)/notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+book: $(READY) ## the last run, the docs and the report as one static site: scratch/book/html
+	python -m rlaifv.report.book
 
 speed: $(READY) ## measure the speed of feedback, generation and training
 	python speed/feedback.py

@@ -79,6 +79,22 @@ def test_a_changed_file_makes_the_stages_run_again_that_use_its_room(whole, file
     assert {name for name, deps in changed.items() if any(file.startswith(dep) for dep in deps)} == concerned
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("00_walkthrough", {"more_steps": 1}, "loss: 0.693147"),
+        ("claims", {}, "iteration 1: 12 instructions"),
+        ("agreement", {"annotator": "truth", "n_claims": 20, "n_pairs": 4}, "accuracy, of the claims that were asked"),
+    ],
+)
+def test_a_notebook_for_people_runs_on_what_the_pipeline_has_made(whole, tmp_path, name, parameters, said):
+    run(whole, "dvc", "repro", "pairs@1")
+    arguments = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    notebook, executed = f"notebooks/explore/{name}.ipynb", tmp_path / "executed.ipynb"
+    run(whole, "papermill", notebook, str(executed), "--cwd", "notebooks/explore", *arguments)
+    assert said in executed.read_text()
+
+
 def test_another_dtype_of_the_labeler_gives_other_judgements_and_not_the_old_ones(whole):
     judgements = "data/iterations/1/judgements/judgements.jsonl"
     before = contents(whole)

@@ -44,7 +44,7 @@ from rlaifv.profiles.rehearsal_beside import (
     shrink_beside,
     write_beside_data,
 )
-from rlaifv.profiles.rehearsal_data import FOLDER, ROWS, write_data
+from rlaifv.profiles.rehearsal_data import FOLDER, PHOTO, ROWS, write_data
 from rlaifv.profiles.shrink import random_checkpoint, teach_to_divide
 from rlaifv.steps.divide import CLAIMS_PROMPT
 from rlaifv.steps.models import ROLES, as_record, describe
@@ -102,6 +102,7 @@ def rehearse(name: str, machine: Machine | None = None, disk: float = float("inf
     print(f"rehearsal of {name}: {ROWS} instructions, a few training steps\n{MADE_UP}")
     print("\n".join([*notes, "data: " + (f"drawn or made up: {', '.join(drawn)}" if drawn else "the profile's own")]))
     image = open_image(next((folder / FOLDER / "images").rglob("*.*")))
+    image = image.resize(PHOTO) if "train" in drawn else image
     for role in ROLES:
         source = getattr(profile, role)
         print(f"{role}: {source.path}" + (f" at {source.revision}" if source.revision else ""))

@@ -1,6 +1,6 @@
 """Eight rows of a profile's own data for its rehearsal; where they are not there yet, drawn scenes in their place.
 
-What is drawn is the embedded world's (`rlaifv.tinyworld`), stretched to the size of a photo.
+What is drawn is the embedded world's (`rlaifv.tinyworld`), stretched to the shape of a photo.
 """
 
 import json
@@ -24,6 +24,11 @@ ROWS = 8
 """Instructions to train on; half as many of dev and of test."""
 
 PHOTO = (640, 480)
+"""Pixels of a usual photo; what a prompt's image tokens are counted for."""
+
+DRAWN = (320, 240)
+"""Pixels of a drawn picture: half a photo each way, of which some processors make a quarter of the tokens."""
+
 FOLDER = "data/rehearsal"
 
 
@@ -36,7 +41,7 @@ def write_data(content: dict[str, Any], root: Path) -> list[str]:
     folder, prepare, drawn = root / FOLDER, content["prepare"], []
     write_world(folder, train=ROWS, dev=ROWS // 2, test=ROWS // 2)
     for path in (folder / "images").iterdir():
-        Image.open(path).resize(PHOTO).save(path)
+        Image.open(path).resize(DRAWN).save(path)
     for split in ("train", "dev", "test"):
         section = prepare if split == "train" else prepare[split]
         if (ROOT / section["instructions"]).is_file():
@@ -84,9 +89,9 @@ def of_images(coco: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 def stretch(instances: Path) -> None:
     """Make COCO annotations fit the images' new size."""
     coco = json.loads(instances.read_text())
-    factors = [PHOTO[axis] / coco["images"][0][key] for axis, key in enumerate(("width", "height"))]
+    factors = [DRAWN[axis] / coco["images"][0][key] for axis, key in enumerate(("width", "height"))]
     for image in coco["images"]:
-        image["width"], image["height"] = PHOTO
+        image["width"], image["height"] = DRAWN
     for row in coco["annotations"]:
         row["bbox"] = [value * factor for value, factor in zip(row["bbox"], 2 * factors, strict=True)]
         row["area"] *= factors[0] * factors[1]

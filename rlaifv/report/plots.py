@@ -216,7 +216,9 @@ def result(rows: Mapping[str, Mapping]) -> Figure:
     for axis, rate in zip(figure.axes, rates_of(rows[base]), strict=True):
         for name, row in rows.items():
             value = scale(rate) * row[rate]
-            axis.annotate(f"{value:.1f}", (int(name), value), textcoords="offset points", xytext=(5, 4))
+            axis.annotate(
+                f"{value:.{2 if 0 < value < 1 else 1}f}", (int(name), value), textcoords="offset points", xytext=(5, 4)
+            )
     if "recall" in rows[base]:
         figure.axes[-1].set_ylim(0, 109)  # a small loss shall look small
     else:
