@@ -7,6 +7,7 @@ Nothing is executed and nothing fetched: what `runs/` and `plots/` hold is shown
 
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -97,8 +98,6 @@ def main() -> int:
     if missing := [name for name in NEEDED if not find_spec(name)]:
         print(f"book: {', '.join(missing)} not installed: pip install -e '.[dev]' (make env)", file=sys.stderr)
         return 1
-    from sphinx.cmd.build import build_main
-
     folder = SCRATCH / "book"
     try:
         write_source(ROOT, folder / "source")
@@ -106,7 +105,8 @@ def main() -> int:
         print(f"book: {error}", file=sys.stderr)
         return 1
     shutil.rmtree(folder / "html", ignore_errors=True)
-    done = build_main(["-q", "-W", "--keep-going", "-b", "html", str(folder / "source"), str(folder / "html")])
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    done = subprocess.run([*command, str(folder / "source"), str(folder / "html")]).returncode
     if not done:
         print(f"book: {(folder / 'html' / 'index.html').relative_to(ROOT)}")
     return done
