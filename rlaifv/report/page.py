@@ -51,6 +51,14 @@ def summarize(
     }
 
 
+def headline(summary: Mapping) -> dict[str, float]:
+    """The numbers of metrics/headline.json, which DVC's tables show: the last iteration's rates on test, and how much
+    less it hallucinates than the base; rounded."""
+    final = summary["final"]
+    rates = {name: round(final[name], 4) for name in (*rates_of(final), "mean_words")}
+    return rates | {"relative_reduction": round(summary["relative_reduction"], 4)}
+
+
 def errors_html(rows: Sequence[Mapping], annotated: bool, image_root: Path, shown: int) -> Markup:
     """The section on what is still wrong and what is not any more; `rows` are those of `compare_view.compare`, base
     against final. With `annotated` images errors are counted by object class, the twelve most frequent first."""

@@ -14,7 +14,7 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, fact_rlhf_html, findings_html, rloo_html
-from rlaifv.report.page import benchmarks_html, errors_html, plan_html, recall_lost, summarize, with_contents
+from rlaifv.report.page import benchmarks_html, errors_html, headline, plan_html, recall_lost, summarize, with_contents
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
@@ -374,6 +374,17 @@ def test_what_is_still_wrong_is_shown_and_counted_by_class(tmp_path):
     assert "a &lt;b&gt;car&lt;/b&gt;" in section
     assert "object that is not" not in errors_html(rows, False, tmp_path, shown=1)
     assert "No answer of the final policy" in errors_html(rows[:1], True, tmp_path, shown=1)
+
+
+def test_dvc_compares_a_handful_of_rounded_numbers():
+    found = headline(summarize(results(), [], 0.01, EXAM))
+    assert found == {
+        "response_hallucination": 0.1,
+        "mention_hallucination": 0.2,
+        "recall": 0.9,
+        "mean_words": 20.0,
+        "relative_reduction": 0.75,
+    }
 
 
 def test_the_contents_link_to_every_section():
