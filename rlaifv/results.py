@@ -12,6 +12,7 @@ FILES = {
     "dev": "dev/dev.jsonl",
     "selection": "selection/selection.json",
     "pairs": "selection/pairs.json",
+    "feedback": "selection/feedback.json",
     "log": "selection/log.jsonl",
     "test": "test/metrics.json",
     "answers": "test/answers.jsonl",
@@ -22,7 +23,7 @@ FILES = {
 """Part of a result → its file below data/results/K. The folder is the output of the stage that writes the part:
 evaluate (dev), select, test and benchmarks."""
 
-OF_TRAINING = ("selection", "pairs", "log", "paired_test")
+OF_TRAINING = ("selection", "pairs", "feedback", "log", "paired_test")
 """What iteration 0, the base model, has not: it was not trained, chosen, or compared with itself."""
 
 
@@ -34,6 +35,7 @@ class Result:
     dev: list[dict] | None = None  # metrics on dev, a row per checkpoint; of iteration 0 one row, the base model
     selection: dict | None = None  # the chosen row of `dev`
     pairs: dict | None = None  # `pairs.statistics` of what was trained on
+    feedback: dict | None = None  # `claims_made.describe_feedback`; None also for pairs that came from elsewhere
     log: list[dict] | None = None  # the training log, a row per step
     test: dict | None = None  # the policy's metrics on test
     answers: list[dict] | None = None  # its test answers, rows of id, image, question, answer

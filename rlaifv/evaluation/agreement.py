@@ -35,6 +35,7 @@ from rlaifv.records import (
     write_jsonl,
 )
 from rlaifv.stage import Paths
+from rlaifv.steps.claims_made import kind_of
 from rlaifv.steps.divide import WHOLE_QUESTION
 from rlaifv.tinyworld.coco import read_scenes
 from rlaifv.vlm.chat_format import UnfitText
@@ -44,17 +45,6 @@ RESAMPLES = 1000
 
 BINS = (0.1, 0.5, 0.9)
 """Borders of P(yes) between the strata: sure of no, rather no, rather yes, sure of yes."""
-
-NUMBERS = r"two|three|four|five|six|seven|eight|nine|ten|several|many|\d+"
-COLORS = r"black|white|gr[ae]y|red|green|blue|yellow|orange|purple|pink|brown|golden|silver|beige"
-PLACES = r"left|right|top|bottom|center|middle|above|below|under|behind|front|next to|between|on|in|at|near|beside"
-KINDS = (
-    ("count", re.compile(rf"\b({NUMBERS})\b", re.IGNORECASE)),
-    ("color", re.compile(rf"\b({COLORS})\b", re.IGNORECASE)),
-    ("existence", re.compile(r"^there (is|are)\b", re.IGNORECASE)),
-    ("position", re.compile(rf"\b({PLACES})\b", re.IGNORECASE)),
-)
-"""A rough type of a claim in English: the first that fits, else "other"."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +81,6 @@ class PairItem:
 Item = TypeVar("Item", ClaimItem, PairItem)
 Answers = Mapping[str, Mapping[str, str]]
 """Annotator → id of an item → answer."""
-
-
-def kind_of(claim: str) -> str:
-    """A rough type of any claim: count, color, existence, position or other."""
-    return next((kind for kind, pattern in KINDS if pattern.search(claim)), "other")
 
 
 # ---- what is asked

@@ -79,6 +79,30 @@ def errors_html(rows: Sequence[Mapping], annotated: bool, image_root: Path, show
     )
 
 
+def feedback_html(results: Mapping[str, Result], image_root: Path, shown: int = 12) -> Markup:
+    """The section on what the labeler rejected and what pairs that made; "" where no iteration has feedback.
+
+    The most frequent rejected claims of the first iteration stand beside how often the last one's answers make them:
+    what is learned away. Where a claim is not among the last one's most frequent, it is rarer than the rarest of these.
+    """
+    told = {name: result.feedback for name, result in results.items() if result.feedback}
+    if not told:
+        return Markup()
+    first, *_, last = [*told.values(), *told.values()]
+    later = dict(map(tuple, last["rejected"]))
+    learned = [
+        {"claim": text, "first": 1000 * number / first["answers"], "last": 1000 * later.get(text, 0) / last["answers"]}
+        for text, number in first["rejected"][:shown]
+    ]
+    return render(
+        "feedback.html",
+        told=told,
+        kinds=sorted({kind for row in told.values() for kind in row["per_kind"]}),
+        learned=learned if len(told) > 1 else [],
+        examples=[(image_root / row["image"], row) for row in last["examples"]],
+    )
+
+
 def with_contents(page: str) -> Markup:
     """The page with an anchor at each `<h2>`, and links to all of them in its empty `<nav>`."""
     titles: list[str] = []

@@ -19,7 +19,6 @@ from rlaifv.evaluation.agreement import (
     claim_agreement,
     draw_claims,
     draw_pairs,
-    kind_of,
     majority,
     pair_agreement,
     read_answers,
@@ -29,6 +28,7 @@ from rlaifv.params import PairsParams
 from rlaifv.records import Candidate, Claim, Instruction, Judgement, read_records, write_jsonl
 from rlaifv.report.annotate import Questions
 from rlaifv.stage import Paths
+from rlaifv.steps.claims_made import kind_of
 from rlaifv.steps.pairs import make_pairs, score_candidates, write_pairs
 from rlaifv.tinyworld.coco import read_scenes, write_world
 from rlaifv.tinyworld.language import claims as claims_of

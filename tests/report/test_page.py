@@ -14,7 +14,16 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, fact_rlhf_html, findings_html, rloo_html
-from rlaifv.report.page import benchmarks_html, errors_html, headline, plan_html, recall_lost, summarize, with_contents
+from rlaifv.report.page import (
+    benchmarks_html,
+    errors_html,
+    feedback_html,
+    headline,
+    plan_html,
+    recall_lost,
+    summarize,
+    with_contents,
+)
 from rlaifv.report.render import data_uri, render
 from rlaifv.results import Result, read_result, write_result
 
@@ -80,6 +89,7 @@ def page(summary: dict, **more) -> str:
         "models": {},
         "benchmarks": "",
         "errors": "",
+        "feedback": "",
         "findings": "",
         "plan": "",
         **more,
@@ -400,3 +410,22 @@ def test_every_picture_of_the_page_says_what_it_is(tmp_path):
     errors = errors_html([became(["car"], ["dog"])], True, tmp_path, shown=1)
     html = shown(results(), figures=figures, examples=[(tmp_path / "1.png", answer, answer)], errors=errors)
     assert html.count("<img") == 3 and 'alt=""' not in html
+
+
+def told(rejected: list, answers: int = 100) -> dict:
+    """What `describe_feedback` says of an iteration."""
+    pair = {"image": "1.png", "question": "?", "chosen": "a <cat>", "rejected": "a car", "scores": [0, -1]}
+    per_kind = {"color": [1, 40], "count": [0, 0]}
+    return {"answers": answers, "per_kind": per_kind, "rejected": rejected, "examples": [pair]}
+
+
+def test_what_is_learned_away_stands_beside_how_often_it_is_still_said(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    first, last = told([["There is a car.", 50], ["There is a dog.", 5]]), told([["There is a dog.", 10]], answers=1000)
+    section = feedback_html({"0": Result(), "1": Result(feedback=first), "2": Result(feedback=last)}, tmp_path)
+    assert "<td>There is a car.</td><td>500.0</td><td>0.0</td>" in section
+    assert "<td>There is a dog.</td><td>50.0</td><td>10.0</td>" in section
+    assert "<tr><td>color</td>" in section and section.count("<td>2.5</td>") == 2 and "a &lt;cat&gt;" in section
+    alone = feedback_html({"0": Result(), "1": Result(feedback=first)}, tmp_path)
+    assert "in 1,000 answers" not in alone and "a &lt;cat&gt;" in alone
+    assert feedback_html({"0": Result(), "1": Result()}, tmp_path) == ""
