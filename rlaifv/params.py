@@ -367,6 +367,10 @@ class RewardModelParams(TuningParams):
     best_of: Count  # of self-feedback's instructions, among whose answers a reward model chooses as well
 
 
+OF_A_RUN = ("scored_by", "steps", "learning_rate")
+"""What an entry of `rloo_runs` says beside the weights of its rewards."""
+
+
 class RewardWeights(Section):
     """One run of reinforcement learning: what each reward of `rlaifv.training.rewards` counts; 0 leaves it out."""
 
@@ -378,11 +382,12 @@ class RewardWeights(Section):
     reward_model: NotNegative  # a learned reward model's score
     scored_by: Name | None  # that model's entry of reward_runs, or a folder (with a /): a released one, converted
     steps: Count | None  # of this run; null: rloo.steps
+    learning_rate: LearningRate | None = None  # of this run; null: rloo.learning_rate
 
     @property
     def of_rewards(self) -> dict[str, float]:
         """The weights by reward."""
-        return {name: value for name, value in vars(self).items() if name not in ("scored_by", "steps")}
+        return {name: value for name, value in vars(self).items() if name not in OF_A_RUN}
 
 
 class RlooParams(Section):

@@ -86,7 +86,8 @@ def train_rloo(
     Raises ValueError for fewer tasks than a step has, RuntimeError when another process trains the same,
     FloatingPointError when loss or gradient is not finite.
     """
-    params = dataclasses.replace(params, steps=weights.steps or params.steps)
+    rate = weights.learning_rate or params.learning_rate
+    params = dataclasses.replace(params, steps=weights.steps or params.steps, learning_rate=rate)
     settings = dataclasses.replace(
         train,
         learning_rate=params.learning_rate,

@@ -167,6 +167,12 @@ def test_an_instruction_whose_image_is_missing_is_left_out_by_its_id(folder):
     assert "lost.png" in rejects[0].reason and "no answer" in rejects[1].reason
 
 
+def test_a_run_has_its_own_number_of_steps_and_rate(folder):
+    weights = dataclasses.replace(WEIGHTS, steps=2, learning_rate=7e-4)
+    log = rows(run(folder, "own", dataclasses.replace(PARAMS, checkpoints=2), weights=weights))
+    assert len(log) == 2 and float(log[0]["learning_rate"]) == pytest.approx(7e-4)
+
+
 def test_truth_is_logged_beside_the_rewards_and_changes_no_step(folder, uninterrupted):
     params = dataclasses.replace(PARAMS, steps=1, checkpoints=1)
     result = run(folder, "truth", params, truth=lambda path, answer: answer.count("dog") if path != "0.png" else None)
