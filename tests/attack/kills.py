@@ -16,7 +16,7 @@ from stages import NAMED, contents, copy_run, end_all, kernel_of, make_checkout,
 
 from rlaifv.run import mend
 
-KILLS = 10
+KILLS = 6
 WAYS = (
     ("group", signal.SIGKILL),
     ("group", signal.SIGINT),  # Ctrl-C

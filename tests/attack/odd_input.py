@@ -121,7 +121,7 @@ def hostile_run(attempts: Attempts, whole: Path) -> None:
         row["question"] = question
     text = "".join(json.dumps(row) + "\n" for row in tests)
     (folder / "data" / "hostile" / "test.jsonl").write_text(text)
-    for name in ("prepare", "generate@1", "divide@1", "feedback@1", "pairs@1", "train@1", "test@0", "test@1", "report"):
+    for name in ("prepare", "generate@1", "divide@1", "feedback@1", "pairs@1", "train@1", "test@0", "report"):
         if name == "report":
             spoil_gallery(folder)
         with attempts.attack(kind, f"{name} ends well"):
