@@ -382,7 +382,7 @@ class RewardWeights(Section):
     reward_model: NotNegative  # a learned reward model's score
     scored_by: Name | None  # that model's entry of reward_runs, or a folder (with a /): a released one, converted
     steps: Count | None  # of this run; null: rloo.steps
-    learning_rate: LearningRate | None = None  # of this run; null: rloo.learning_rate
+    learning_rate: LearningRate | None  # of this run; null: rloo.learning_rate
 
     @property
     def of_rewards(self) -> dict[str, float]:

@@ -39,7 +39,7 @@ def test_every_shipped_profile_is_complete_and_valid(path):
 
 def test_a_small_number_without_a_dot_is_a_number(tmp_path):
     path = tmp_path / "params.yaml"
-    written, changed = re.subn(r"(learning_rate:) \S+", r"\1 7e-5", DEFAULT.read_text())
+    written, changed = re.subn(r"(learning_rate:) [\d.e-]+", r"\1 7e-5", DEFAULT.read_text())
     path.write_text(written)
     assert changed and load_params(path).train.learning_rate == 7e-5
 

@@ -25,7 +25,15 @@ PARAMS = RlooParams(
 )
 TRAIN = TrainParams(dtype="float32", warmup_ratio=0.0)
 NONE = RewardWeights(
-    claims=0.0, recall=0.0, length=0.0, stop=0.0, correct=0.0, reward_model=0.0, scored_by=None, steps=None
+    claims=0.0,
+    recall=0.0,
+    length=0.0,
+    stop=0.0,
+    correct=0.0,
+    reward_model=0.0,
+    scored_by=None,
+    steps=None,
+    learning_rate=None,
 )
 WEIGHTS = dataclasses.replace(NONE, claims=1.0, length=0.5, stop=1.0)
 TASKS = [Task(f"task-{k}", f"{k}.png", "what is in the image ?", usual=4.0) for k in range(5)]
