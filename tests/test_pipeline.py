@@ -83,7 +83,6 @@ def test_a_changed_file_makes_the_stages_run_again_that_use_its_room(whole, file
     ("name", "parameters", "said"),
     [
         ("00_walkthrough", {"more_steps": 1}, "loss: 0.693147"),
-        ("claims", {}, "iteration 1: 12 instructions"),
         ("agreement", {"annotator": "truth", "n_claims": 20, "n_pairs": 4}, "accuracy, of the claims that were asked"),
     ],
 )

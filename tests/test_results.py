@@ -10,6 +10,7 @@ PARTS = {
     "dev": [{"checkpoint": "checkpoint-1", "recall": 0.9}],
     "selection": {"checkpoint": "checkpoint-1"},
     "pairs": {"pairs": 3},
+    "feedback": {"answers": 12},
     "log": [{"step": 1, "loss": 0.7}],
     "test": {"recall": 0.9},
     "answers": [{"id": "a", "answer": "a dog — «loin»"}],
