@@ -54,9 +54,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", help="cases with this in their kind or name")
     parser.add_argument("--without", metavar="GUARD", choices=sorted(GUARDS), help="take this guard out first")
     parser.add_argument("--without-guards", action="store_true", help="each guard of guards.py in turn")
-    parser.add_argument(
-        "--at-once", type=int, default=3, metavar="N", help="cases at a time: some wait for a server or a lock"
-    )
+    parser.add_argument("--at-once", type=int, default=2, metavar="N", help="cases at a time")
     parser.add_argument("--work", type=Path, help="an empty or new folder, which stays; a whole run in it is used")
     parser.add_argument("--list", action="store_true", help="name the cases and leave")
     options = parser.parse_args()
