@@ -90,6 +90,11 @@ class Judgement:
             raise ValueError(f"claim {self.claim_id} is {verdict} although p_yes is {self.p_yes} and p_no {self.p_no}")
 
 
+def yes_share(p_yes: float, p_no: float) -> float:
+    """P(yes) among yes and no, from 0 to 1."""
+    return p_yes / max(p_yes + p_no, 1e-12)
+
+
 SETTINGS = ("processor", "template", "system")
 """The settings of a model that change what it is shown."""
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rlaifv import ROOT
@@ -69,23 +70,26 @@ def main(arguments: list[str]) -> int:
 def mend(repository: Path) -> None:
     """Remove what a kill has cut of the files that DVC writes in place and refuses to run with (`make` calls this
     first): who reads and writes what, and what has run. What had run, DVC finds in its cache without it."""
-    for file, whole in (
-        (repository / ".dvc" / "tmp" / "rwlock", json.loads),
-        (repository / "dvc.lock", check_lock),
-        (repository / "experiments" / "dvc.lock", check_lock),
-    ):
-        for wait in (1.0, 0.0):  # one that is being written now is whole a second later
-            try:
-                whole(file.read_text())
-            except FileNotFoundError:
-                break
-            except ValueError:
-                time.sleep(wait)
-            else:
-                break
+    checks = {".dvc/tmp/rwlock": json.loads, "dvc.lock": check_lock, "experiments/dvc.lock": check_lock}
+    for name, check in checks.items():
+        if is_cut(repository / name, check):
+            (repository / name).unlink(missing_ok=True)
+            print(f"{name} was cut by a kill and is removed; DVC writes it anew")
+
+
+def is_cut(file: Path, check: Callable[[str], object]) -> bool:
+    """Whether a file is there and `check` raises ValueError for its text; one that is being written is whole a second
+    later."""
+    for wait in (1.0, 0.0):
+        try:
+            check(file.read_text())
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            time.sleep(wait)
         else:
-            file.unlink(missing_ok=True)
-            print(f"{file.relative_to(repository)} was cut by a kill and is removed; DVC writes it anew")
+            return False
+    return True
 
 
 def check_lock(text: str) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,25 +19,13 @@ import krippendorff
 import numpy as np
 import pyarrow.parquet as pq
 
-from rlaifv.evaluation.feedback_truth import false_claims, interval, truth_of
-from rlaifv.fingerprint import digest
+from rlaifv.evaluation.feedback_truth import false_claims, interval, judged_claims, truth_of, truth_scenes
 from rlaifv.inference.yes_no import judge_fit, load_labeler, look
 from rlaifv.params import ServerParams
-from rlaifv.records import (
-    Candidate,
-    Claim,
-    Instruction,
-    Judgement,
-    ModelRecord,
-    read_jsonl,
-    read_records,
-    to_json,
-    write_jsonl,
-)
+from rlaifv.records import Claim, Judgement, ModelRecord, read_jsonl, to_json, write_jsonl, yes_share
 from rlaifv.stage import Paths
 from rlaifv.steps.claims_made import kind_of
 from rlaifv.steps.divide import WHOLE_QUESTION
-from rlaifv.tinyworld.coco import read_scenes
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.loading import loaded
 
@@ -91,15 +79,11 @@ def draw_claims(paths: Paths, prepared: Path, n: int, seed: int) -> list[ClaimIt
 
     Equal claims about one image are one. Each item's `weight` makes the sample stand for all claims of the iteration.
     """
-    path_of = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
-    image_of = {c.id: path_of[c.instruction_id] for c in read_records(paths.candidates, Candidate)}
-    judgements = {j.claim_id: j for j in read_records(paths.judgements, Judgement)}
-    strata: dict[tuple[int, str], dict[tuple[str, str], list[Claim]]] = defaultdict(lambda: defaultdict(list))
-    for claim in read_records(paths.claims, Claim):
-        if judgement := judgements.get(claim.id):
-            share = judgement.p_yes / max(judgement.p_yes + judgement.p_no, 1e-12)
-            stratum = (int(np.searchsorted(BINS, share)), kind_of(claim.claim))
-            strata[stratum][image_of[claim.candidate_id], claim.claim].append(claim)
+    strata: dict[tuple[int, str], dict[tuple[str, str], list[tuple[Claim, Judgement]]]]
+    strata = defaultdict(lambda: defaultdict(list))
+    for claim, judgement, image in judged_claims(paths.folder, prepared):
+        stratum = (int(np.searchsorted(BINS, yes_share(judgement.p_yes, judgement.p_no))), kind_of(claim.claim))
+        strata[stratum][image, claim.claim].append((claim, judgement))
     chance = random.Random(f"{seed}/agreement/claims")
     left = {name: chance.sample(sorted(strata[name]), len(strata[name])) for name in sorted(strata)}
     taken: dict[tuple[int, str], list[tuple[str, str]]] = defaultdict(list)
@@ -112,8 +96,8 @@ def draw_claims(paths: Paths, prepared: Path, n: int, seed: int) -> list[ClaimIt
         weight = sum(map(len, strata[name].values())) / sum(len(strata[name][key]) for key in keys)
         for key in keys:
             same = strata[name][key]
-            judgement = judgements[same[0].id]
-            about = (same[0].id, *key, name[1], judgement.p_yes, judgement.p_no, weight * len(same))
+            claim, judgement = same[0]
+            about = (claim.id, *key, name[1], judgement.p_yes, judgement.p_no, weight * len(same))
             items.append(ClaimItem(*about))
     chance.shuffle(items)
     return items
@@ -125,13 +109,13 @@ def draw_pairs(paths: Paths, n: int, seed: int) -> list[PairItem]:
     rows = pq.read_table(paths.pairs, columns=columns).to_pylist()
     chance = random.Random(f"{seed}/agreement/pairs")
     chance.shuffle(rows)
-    nth: dict[str, int] = defaultdict(int)
-    order = {}
+    nth: Counter[str] = Counter()
+    ranked = []
     for row in rows:
-        order[row["idx"]] = nth[row["image_path"]]
+        ranked.append((nth[row["image_path"]], row))
         nth[row["image_path"]] += 1
     items = []
-    for row in sorted(rows, key=lambda row: order[row["idx"]])[:n]:
+    for _, row in sorted(ranked, key=lambda pair: pair[0])[:n]:
         chosen = chance.randrange(2)
         answers = (row["rejected"], row["chosen"]) if chosen else (row["chosen"], row["rejected"])
         items.append(PairItem(row["idx"], row["image_path"], row["question"], answers, chosen))
@@ -150,11 +134,11 @@ class Annotation:
         if not re.fullmatch(r"[\w.-]+", annotator) or annotator in ("items", ".", ".."):
             raise ValueError(f"annotator {annotator!r}: expected letters, digits, '-', '_' or '.'")
         self.folder, self.items, self.annotator = folder, list(items), annotator
-        wanted, there = digest([to_json(item) for item in items]), folder / "items.jsonl"
+        there = folder / "items.jsonl"
         if not there.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(there, items)
-        elif digest([json.dumps(row, ensure_ascii=False) for row in read_jsonl(there)]) != wanted:
+        elif read_jsonl(there) != [json.loads(to_json(item)) for item in items]:
             raise ValueError(f"{there} holds other items: another run, number or seed; move the folder away")
         self.file = folder / f"{annotator}.jsonl"
         order = random.Random(f"{annotator}/order")
@@ -198,9 +182,7 @@ def answer_from_truth(annotation: Annotation, instances: Path) -> None:
     """Answer all that waits from what the embedded world knows of the images that `instances` lists.
 
     FileNotFoundError where there is no such file: of real images nobody knows."""
-    if not instances.is_file():
-        raise FileNotFoundError(f"{instances} is absent: the truth is known of the embedded world only")
-    scenes = read_scenes(instances)
+    scenes = truth_scenes(instances)
     for item in annotation.waiting():
         scene = scenes[int(Path(item.image_path).stem)]
         if isinstance(item, ClaimItem):
@@ -223,6 +205,13 @@ def majority(item: str, people: Answers) -> str | None:
     return counts[0][1]
 
 
+def decided(items: Sequence[Item], people: Answers) -> tuple[list[Item], dict[str, str], int]:
+    """The items that people have answered by a majority, those answers, and how many others they were asked in vain."""
+    asked = [item for item in items if any(item.id in answers for answers in people.values())]
+    said = {item.id: answer for item in asked if (answer := majority(item.id, people))}
+    return [item for item in asked if item.id in said], said, len(asked) - len(said)
+
+
 def claim_agreement(items: Sequence[ClaimItem], people: Answers) -> dict[str, object]:
     """The labeler's verdicts against what people said (their majority).
 
@@ -230,21 +219,19 @@ def claim_agreement(items: Sequence[ClaimItem], people: Answers) -> dict[str, ob
     `estimate` (of all the iteration's claims: strata by their size), Krippendorff's `alpha` of labeler and majority,
     each with its 95 % interval over images, `per_kind` and `per_p_yes` (kind or mean of P(yes) → accuracy and number).
     """
-    asked = [item for item in items if any(item.id in answers for answers in people.values())]
-    said = {item.id: majority(item.id, people) for item in asked}
-    known = [item for item in asked if said[item.id]]
+    known, said, undecided = decided(items, people)
     if not known:
-        return {"n": 0, "undecided": len(asked)}
+        return {"n": 0, "undecided": undecided}
     images = [item.image_path for item in known]
     machine = np.array([item.accepted for item in known])
     person = np.array([said[item.id] == "yes" for item in known])
     right, weights = machine == person, np.array([item.weight for item in known])
-    share = np.array([item.p_yes / max(item.p_yes + item.p_no, 1e-12) for item in known])
+    share = np.array([yes_share(item.p_yes, item.p_no) for item in known])
     kinds, bins = np.array([item.kind for item in known]), np.searchsorted(BINS, share)
     alpha = partial(nominal_alpha, np.array([machine, person], dtype=float))
     return {
         "n": len(known),
-        "undecided": len(asked) - len(known),
+        "undecided": undecided,
         "accuracy": float(right.mean()),
         "accuracy_interval": interval(right, images),
         "estimate": float(np.average(right, weights=weights)),
@@ -273,14 +260,12 @@ def pair_agreement(
     Returns `n`, `undecided`, and with n > 0 `agreement`, and `whole_answers` where `whole` is given, with 95 %
     intervals over images.
     """
-    asked = [item for item in items if any(item.id in answers for answers in people.values())]
-    said = {item.id: majority(item.id, people) for item in asked}
-    known = [item for item in asked if said[item.id]]
+    known, said, undecided = decided(items, people)
     if not known:
-        return {"n": 0, "undecided": len(asked)}
+        return {"n": 0, "undecided": undecided}
     images = [item.image_path for item in known]
     right = np.array([said[item.id] == str(item.chosen) for item in known])
-    found = {"n": len(known), "undecided": len(asked) - len(known)}
+    found = {"n": len(known), "undecided": undecided}
     found |= {"equal": float(np.mean([said[item.id] == "equal" for item in known]))}
     found |= {"agreement": float(right.mean()), "agreement_interval": interval(right, images)}
     if whole is not None:
@@ -349,5 +334,5 @@ def whole_answer_verdicts(
         for verdict in pair:
             if isinstance(verdict, UnfitText):
                 raise ValueError(f"pair {item.id}: {verdict}")
-        found[item.id] = tuple(yes / max(yes + no, 1e-12) for yes, no in pair)
+        found[item.id] = tuple(yes_share(*verdict) for verdict in pair)
     return found

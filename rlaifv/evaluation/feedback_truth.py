@@ -38,6 +38,13 @@ def known_truth(instances: Path) -> Callable[[str, str], int] | None:
     return lambda image_path, answer: false_claims(answer, scenes[int(Path(image_path).stem)])
 
 
+def truth_scenes(instances: Path) -> dict[int, Scene]:
+    """The embedded world's scenes of the images that `instances` lists; FileNotFoundError where it is not there."""
+    if not instances.is_file():
+        raise FileNotFoundError(f"{instances} is absent: the truth is known of the embedded world only")
+    return read_scenes(instances)
+
+
 def truth_of(claim: Claim, scene: Scene) -> tuple[bool, str, bool]:
     """Whether a claim is true, its type, and whether its question is another text than this world's question for it:
     the labeler is then asked about something else, which is the divider's error.
@@ -109,15 +116,20 @@ def interval(
     return intervals(Scores("feedback", [{"id": i} for i in drawn], {"share": sums}, {}), resamples=1000)["share"]
 
 
-def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
-    """Claim accuracy and pair agreement of the iteration in `folder`; `instances` lists its images."""
-    scenes = read_scenes(instances)
+def judged_claims(folder: Path, prepared: Path) -> list[tuple[Claim, Judgement, str]]:
+    """Every judged claim of the iteration in `folder`, its judgement, and the path of the image that it is about."""
     path_of = {i.id: i.image_path for i in read_records(prepared / "train.jsonl", Instruction)}
     candidates = read_records(folder / "candidates" / "candidates.jsonl", Candidate)
     image_of = {c.id: path_of[c.instruction_id] for c in candidates}
     judgements = {j.claim_id: j for j in read_records(folder / "judgements" / "judgements.jsonl", Judgement)}
     found = read_records(folder / "claims" / "claims.jsonl", Claim)
-    judged = [(claim, judgements[claim.id]) for claim in found if claim.id in judgements]
+    return [(c, judgements[c.id], image_of[c.candidate_id]) for c in found if c.id in judgements]
+
+
+def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, dict[str, object]]:
+    """Claim accuracy and pair agreement of the iteration in `folder`; `instances` lists its images."""
+    scenes, judged = truth_scenes(instances), judged_claims(folder, prepared)
+    image_of = {claim.candidate_id: image for claim, _, image in judged}
     columns = ["image_path", "chosen", "rejected"]
     pairs = pq.read_table(folder / "pairs" / "pairs.parquet", columns=columns).to_pylist()
 
@@ -125,7 +137,7 @@ def score_iteration(folder: Path, prepared: Path, instances: Path) -> dict[str, 
         return scenes[int(Path(image_path).stem)]
 
     return {
-        "claims": claim_accuracy(judged, lambda candidate: scene_of(image_of[candidate])),
+        "claims": claim_accuracy([row[:2] for row in judged], lambda candidate: scene_of(image_of[candidate])),
         "pairs": pair_agreement(pairs, scene_of),
     }
 
@@ -141,8 +153,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         instructions = ROOT / load_params(options.params).prepare.instructions
         instances = instructions.with_name("instances_train.json")
-        if not instances.is_file():
-            raise FileNotFoundError(f"{instances} is absent: the truth is known of the embedded world only")
         result = score_iteration(Paths(options.iteration).folder, PREPARED, instances)
     except (ParamsError, OSError, ValueError) as error:
         print(f"truth: {error}", file=sys.stderr)

@@ -38,6 +38,7 @@ from rlaifv.records import (
     read_records,
     text_of,
     write_jsonl,
+    yes_share,
 )
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
@@ -241,7 +242,7 @@ def calibration(rows: Sequence[dict[str, object]], bins: int = 10) -> list[dict[
     """A reliability diagram of answered questions: for each bin of P(yes) among yes and no that is not empty, its mean
     `p_yes`, the share whose true answer is `yes`, and `n`."""
     asked = [row for row in rows if "reason" not in row]
-    share = np.array([row["p_yes"] / max(row["p_yes"] + row["p_no"], 1e-12) for row in asked])
+    share = np.array([yes_share(row["p_yes"], row["p_no"]) for row in asked])
     truth = np.array([row["answer"] == "yes" for row in asked])
     bin_of = np.minimum((share * bins).astype(int), bins - 1)
     return [

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from rlaifv.evaluation.hallucination import Split, score_answers
 from rlaifv.report.render import render
 
-KINDS = ("mended", "new error", "wrong before and after", "fewer objects", "the same objects")
+OUTCOMES = ("mended", "new error", "wrong before and after", "fewer objects", "the same objects")
 """What can have become of an answer, the first that holds."""
 
 
@@ -27,7 +27,7 @@ def compare(before: Sequence[Mapping], after: Sequence[Mapping], split: Split) -
         row = {key: first[key] for key in ("id", "image", "question")}
         row |= {"before": first["answer"], "after": second["answer"]}
         row |= {"wrong": [wrong, wrong_now], "right": [right, right_now]}
-        rows.append(row | {"kind": kind_of(wrong, wrong_now, right, right_now)})
+        rows.append(row | {"kind": outcome_of(wrong, wrong_now, right, right_now)})
     return rows
 
 
@@ -39,19 +39,19 @@ def things(answers: Sequence[Mapping], split: Split) -> list[tuple[list[str], li
     return [([text for text, yes in row if not yes], [text for text, yes in row if yes]) for row in verdicts]
 
 
-def kind_of(wrong: Sequence, wrong_now: Sequence, right: Sequence, right_now: Sequence) -> str:
-    """One of `KINDS`."""
+def outcome_of(wrong: Sequence, wrong_now: Sequence, right: Sequence, right_now: Sequence) -> str:
+    """One of `OUTCOMES`."""
     if wrong and wrong_now:
-        return KINDS[2]
+        return OUTCOMES[2]
     if wrong or wrong_now:
-        return KINDS[0] if wrong else KINDS[1]
-    return KINDS[3] if len(right_now) < len(right) else KINDS[4]
+        return OUTCOMES[0] if wrong else OUTCOMES[1]
+    return OUTCOMES[3] if len(right_now) < len(right) else OUTCOMES[4]
 
 
 def counts(rows: Sequence[Mapping]) -> dict[str, int]:
-    """Kind → number of answers, of all `KINDS`."""
+    """Kind → number of answers, of all `OUTCOMES`."""
     found = Counter(row["kind"] for row in rows)
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: found[kind] for kind in OUTCOMES}
 
 
 def page(row: Mapping, names: Sequence[str], image_root: Path) -> Markup:

@@ -10,7 +10,7 @@ from transformers import set_seed
 from rlaifv.params import TrainParams
 from rlaifv.report.reward_view import token_texts
 from rlaifv.steps.pairs import Pair, write_pairs
-from rlaifv.training.dpo import PairCollator, PairScorer, answer_logps, dpo_loss
+from rlaifv.training.dpo import PairCollator, PairScorer, answer_logps, batch_loss
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, computing, freeze
 from rlaifv.training.vision_features import ImageInputs
@@ -55,13 +55,8 @@ class OnePair:
 
     def loss(self) -> torch.Tensor:
         """The loss of `params.loss_type`, a number with a gradient."""
-        params, lengths = self.params, self.batch["answer_mask"].sum(1).view(2, -1)
-        policy = answer_logps(self._score(), self.batch)
-        weights = params.loss_weights or [1.0] * len(params.loss_type)
-        return sum(
-            weight * dpo_loss(name, policy, self.reference, lengths, params).mean()
-            for name, weight in zip(params.loss_type, weights, strict=True)
-        )
+        lengths = self.batch["answer_mask"].sum(1).view(2, -1)
+        return batch_loss(answer_logps(self._score(), self.batch), self.reference, lengths, self.params)
 
     def step(self) -> float:
         """A step of AdamW on the pair with the gradient's norm cut as in training; the loss before it."""

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rlaifv import records
 from rlaifv.records import RATES, rates_of
 from rlaifv.vlm.images import FORMATS, open_image
 
@@ -85,7 +86,7 @@ def p_value(p: float) -> str:
 
 def yes_share(claim: Mapping) -> float:
     """P(yes) among yes and no, from 0 to 1: what a claim's color says."""
-    return claim["p_yes"] / max(claim["p_yes"] + claim["p_no"], 1e-12)
+    return records.yes_share(claim["p_yes"], claim["p_no"])
 
 
 def data_uri(picture: Figure | Path) -> str:

@@ -204,6 +204,17 @@ def dpo_loss(
     raise ValueError(f"unknown loss {loss_type!r}")
 
 
+def batch_loss(
+    policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, params: TrainParams
+) -> torch.Tensor:
+    """The mean over the pairs of `params.loss_type`, weighted by `params.loss_weights` where it is several losses."""
+    weights = params.loss_weights or [1.0] * len(params.loss_type)
+    return sum(
+        weight * dpo_loss(name, policy, reference, lengths, params).mean()
+        for name, weight in zip(params.loss_type, weights, strict=True)
+    )
+
+
 class EpochOrder(Sampler[int]):
     """A new permutation of the pairs each epoch, from (seed, epoch) alone; the incomplete last batch is left out.
 
@@ -332,12 +343,7 @@ class PairTrainer(StepTrainer):
         scores = self.score(model, batch)
         policy, reference = answer_logps(scores, batch), self.reference[:, batch["pairs"]]
         lengths = batch["answer_mask"].sum(1).view(2, -1)
-        weights = params.loss_weights or [1.0] * len(params.loss_type)
-        loss = sum(
-            weight * dpo_loss(name, policy, reference, lengths, params).mean()
-            for name, weight in zip(params.loss_type, weights, strict=True)
-        )
-        loss = self.finite(loss)
+        loss = self.finite(batch_loss(policy, reference, lengths, params))
         with torch.no_grad():
             self._add_metrics(batch, scores, params.beta * (policy - reference), policy, lengths)
         return (loss, scores) if return_outputs else loss

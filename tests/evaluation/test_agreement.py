@@ -53,6 +53,7 @@ def iteration(tmp_path_factory) -> tuple[Paths, Path, Path]:
                 yes = random.Random(claim).uniform(0.5, 1) if accepted else random.Random(claim).uniform(0, 0.49)
                 judgements.append(Judgement(claims[-1].id, yes, 1 - yes, accepted, "l"))
     paths = Paths("1")
+    paths.folder = root / "1"
     for name in ("candidates", "claims", "judgements", "pairs"):
         setattr(paths, name, root / "1" / name / f"{name}.{'parquet' if name == 'pairs' else 'jsonl'}")
         getattr(paths, name).parent.mkdir(parents=True)

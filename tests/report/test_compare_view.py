@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rlaifv.evaluation.hallucination import Split
-from rlaifv.report.compare_view import KINDS, compare, counts, kind_of, page
+from rlaifv.report.compare_view import OUTCOMES, compare, counts, outcome_of, page
 
 TEXTS = {"right": "There is a cat and a dog.", "wrong": "There is a cat and a car.", "little": "There is a cat."}
 NAMES = st.lists(st.sampled_from("abcde"), max_size=4, unique=True)
@@ -26,8 +26,8 @@ def test_each_answer_is_mended_broken_still_wrong_shorter_or_the_same():
         answers("right", "wrong", "wrong", "little", "right"),
         split(),
     )
-    assert [row["kind"] for row in rows] == list(KINDS)
-    assert counts(rows) == dict.fromkeys(KINDS, 1)
+    assert [row["kind"] for row in rows] == list(OUTCOMES)
+    assert counts(rows) == dict.fromkeys(OUTCOMES, 1)
     assert rows[0]["wrong"] == [["car"], []] and rows[0]["right"] == [["cat"], ["cat", "dog"]]
 
 
@@ -45,8 +45,8 @@ def test_answers_to_other_instructions_are_refused():
 
 @given(NAMES, NAMES, NAMES, NAMES)
 def test_an_answer_is_called_mended_only_if_nothing_in_it_is_wrong_any_more(wrong, wrong_now, right, right_now):
-    kind = kind_of(wrong, wrong_now, right, right_now)
-    assert kind in KINDS and (kind == "mended") == (bool(wrong) and not wrong_now)
+    kind = outcome_of(wrong, wrong_now, right, right_now)
+    assert kind in OUTCOMES and (kind == "mended") == (bool(wrong) and not wrong_now)
 
 
 def test_the_page_shows_texts_as_text(tmp_path):
