@@ -154,9 +154,11 @@ class Annotation:
         return [item for item in self.order if item.id not in said]
 
     def save(self, item: Item, answer: str) -> None:
-        """Add an answer to the file, for good."""
+        """Add an answer to the file, for good, on a line of its own even where a crash has cut the last one."""
+        cut = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
+        line = to_json({"id": item.id, "annotator": self.annotator, "answer": answer})
         with self.file.open("a") as stream:
-            stream.write(to_json({"id": item.id, "annotator": self.annotator, "answer": answer}) + "\n")
+            stream.write("\n" * cut + line + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 

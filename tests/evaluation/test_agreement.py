@@ -174,6 +174,15 @@ def test_a_line_that_a_crash_cut_short_is_no_answer(tmp_path):
     assert read_answers(file) == {"a": "yes"}
 
 
+def test_the_answer_after_a_line_that_a_crash_cut_short_is_not_lost(iteration, tmp_path):
+    items = draw_claims(iteration[0], iteration[1], 2, seed=0)
+    (tmp_path / "ann.jsonl").write_text('{"id": "b", "answ')
+    annotation = Annotation(tmp_path, items, "ann")
+    for asked in items:
+        annotation.save(asked, "yes")
+    assert annotation.answers() == {asked.id: "yes" for asked in items}
+
+
 def item(name: str, accepted: bool = True) -> ClaimItem:
     return ClaimItem(name, f"{name}.png", "There is a cat.", "existence", float(accepted), float(not accepted), 1.0)
 
