@@ -12,10 +12,13 @@ What people want in three lines each (docs/api.md); nothing heavy is imported be
 """
 
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# where a disk fills up, Python 3.11 leaves half a .pyc behind, and with it nothing here could be imported any more
+sys.dont_write_bytecode = True
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, for huggingface_hub reads it when it is imported
 
 ROOT = Path(__file__).resolve().parent.parent

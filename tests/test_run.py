@@ -143,6 +143,14 @@ def test_a_run_that_is_stopped_says_so_and_leaves_no_kernel(tmp_path, number):
             time.sleep(0.1)
 
 
+def test_no_bytecode_is_written_that_a_full_disk_would_cut_in_half(tmp_path):
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    command = [sys.executable, "-c", "import rlaifv.run, rlaifv.stage"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    ours = tmp_path / ROOT.relative_to("/") / "rlaifv"
+    assert [path.name for path in ours.rglob("*.pyc") if not path.name.startswith("__init__.")] == []
+
+
 def test_telemetry_is_off_whoever_starts_the_run():
     program = "import rlaifv, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}

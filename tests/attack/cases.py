@@ -8,4 +8,4 @@ from ordinary import ORDINARY
 from servers import SERVERS
 from siege import SIEGE
 
-CASES: list[Case] = [*KILL_CASES, *SIEGE, *ODD_INPUT, *SERVERS, *DAMAGE, *ORDINARY]
+CASES: list[Case] = [*KILL_CASES, *SERVERS, *ODD_INPUT, *SIEGE, *DAMAGE, *ORDINARY]
