@@ -30,7 +30,8 @@ SHARED, PADDING = 0, -1
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 """Largest accepted difference of answer tokens' log-probs from those of the model's own forward, in nats: of any token
 in float32, on average in bfloat16, where single improbable tokens differ by more between any two ways to sum. A deep
-model may have more noise than that in bfloat16: up to `NOISE` times what padding alone changes is accepted."""
+model, or one in 4 bits, may have more noise than that: up to `NOISE` times what copies and padding beside it change in
+a row is accepted."""
 
 NOISE = 3.0
 
@@ -186,7 +187,7 @@ def choose_layout(scorer: torch.nn.Module, vlm: VLM, data: PairData, params: Tra
         expected = [own_logps(vlm, data, pair, answer) for pair, answer in answers]
         limit = TOLERANCE[params.dtype]
         if params.dtype != "float32":
-            again = [own_logps(vlm, data, pair, answer, padding=len(answer)) for pair, answer in answers]
+            again = [own_logps(vlm, data, pair, answer, len(answer), len(answers)) for pair, answer in answers]
             limit = max(limit, NOISE * (torch.cat(again) - torch.cat(expected)).abs().mean().item())
         for packed in (True, False) if params.packed else (False,):
             batch = send_to_device(build_batch(sample, vlm.tokenizer.pad_token_id, packed=packed), vlm.device)
@@ -208,14 +209,17 @@ def image_source(layout: str, data: PairData, model: PreTrainedModel) -> ImageIn
     return KeptFeatures(data, vision_tower(model)) if layout.endswith("features kept") else ImageInputs(data)
 
 
-def own_logps(vlm: VLM, data: PairData, pair: EncodedPair, answer: np.ndarray, padding: int = 0) -> torch.Tensor:
+def own_logps(
+    vlm: VLM, data: PairData, pair: EncodedPair, answer: np.ndarray, padding: int = 0, copies: int = 1
+) -> torch.Tensor:
     """Log-prob [len(answer)] of each answer token by the model's own forward, head and softmax on one plain row; after
-    it, `padding` tokens that nothing sees."""
+    it, `padding` tokens that nothing sees, below it copies, so that there are `copies` rows."""
     row = torch.from_numpy(np.concatenate([pair.prompt, answer, answer[:1].repeat(padding)])).long()[None]
     seen = (torch.arange(row.shape[1]) < row.shape[1] - padding).long()[None]
     types = {key: padded([np.pad(v, (0, len(answer) + padding))], 0) for key, v in pair.token_types.items()}
-    inputs = send_to_device({"input_ids": row, **types} | ({"attention_mask": seen} if padding else {}), vlm.device)
-    images = stack_inputs([data.image_inputs(pair.image)], vlm.device)
+    rows = {"input_ids": row, **types} | ({"attention_mask": seen} if padding else {})
+    inputs = send_to_device({key: value.repeat(copies, 1) for key, value in rows.items()}, vlm.device)
+    images = stack_inputs([data.image_inputs(pair.image)] * copies, vlm.device)
     n = len(answer) + padding + 1
     out = vlm.model(**inputs, **images, use_cache=False, logits_to_keep=n)
     logits = out.logits[0, -n:][: len(answer)]  # MiniCPM-V keeps all of them
