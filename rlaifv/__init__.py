@@ -11,15 +11,23 @@ What people want in three lines each (docs/api.md); nothing heavy is imported be
     rlaifv.train("models/base", "pairs.parquet", "aligned", lora_r=64, learning_rate=1e-5)
 """
 
+import marshal
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# where a disk fills up, Python 3.11 leaves half a .pyc behind, and with it nothing here could be imported any more
-sys.dont_write_bytecode = True
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, for huggingface_hub reads it when it is imported
+
+# where a disk fills up, Python before 3.14 leaves half a .pyc behind, and its module cannot be imported any more
+for _file in Path(__file__).parent.rglob(f"*.{sys.implementation.cache_tag}.pyc"):
+    with suppress(OSError):  # of somebody else, or gone meanwhile
+        try:
+            marshal.loads(_file.read_bytes()[16:])  # after the header
+        except (EOFError, ValueError, TypeError):
+            _file.unlink()
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Papermill runs in the repository, JupyterLab in the notebook's folder: every path starts here."""

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import place_of, stage_definition
-from rlaifv.params import ParamsError, load_params
+from rlaifv.params import Params, ParamsError, load_params
 from rlaifv.records import write_atomic
+from rlaifv.results import LEFT_OUT
 from rlaifv.stage import RUNS
 
 FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container", re.IGNORECASE)
@@ -35,6 +36,7 @@ LOW = re.compile(
 NO_ROOM = "no room to write: free some space and run the same command again, it goes on where it was; "
 FEEDBACK = ("20_generate", "30_divide", "40_feedback")
 """The notebooks that make preferences; with `pairs.source` somebody else has made them."""
+BENCHMARKS = "84_benchmarks"
 
 
 def main(arguments: list[str]) -> int:
@@ -58,13 +60,21 @@ def main(arguments: list[str]) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
-    if params.pairs.source and name in FEEDBACK:
-        reason = f"nothing to do: the pairs come from pairs.source = {params.pairs.source}"
+    if reason := nothing_to_do(name, params):
         print(f"{name}: {reason}")
         return leave_out(notebook, parameters, reason)
     if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
         print(place, flush=True)
     return execute(notebook, parameters)
+
+
+def nothing_to_do(name: str, params: Params) -> str:
+    """Why a notebook need not be run with these parameters (its kernel alone would take seconds); "" where it must."""
+    if params.pairs.source and name in FEEDBACK:
+        return f"nothing to do: the pairs come from pairs.source = {params.pairs.source}"
+    if not params.benchmarks and name == BENCHMARKS:
+        return "nothing to do: no benchmarks are configured"
+    return ""
 
 
 def mend(repository: Path) -> None:
@@ -107,13 +117,22 @@ def check_lock(text: str) -> None:
 
 def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:
     """In place of what the stage would have written, which DVC wants to see: the reason, and its notebook as it is."""
-    for out in stage_definition(notebook.stem.partition("_")[2])["outs"]:
-        path = ROOT / out.replace("${key}", parameters["iteration"])
-        if path.suffix == ".ipynb":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(notebook, path)
-        else:
-            write_atomic(path / "left_out.txt", reason + "\n")
+    iteration = parameters["iteration"]
+    stage = notebook.stem.partition("_")[2] + ("_base" if iteration == "0" else "")
+    try:
+        for out in stage_definition(stage)["outs"]:
+            path = ROOT / out.replace("${key}", iteration)
+            if path.suffix == ".ipynb":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)  # DVC may have linked it to its cache
+                shutil.copyfile(notebook, path)
+            else:
+                shutil.rmtree(path, ignore_errors=True)  # what an earlier run left there is no longer so
+                write_atomic(path / LEFT_OUT, reason + "\n")
+    except OSError as error:
+        room = NO_ROOM if FULL.search(str(error)) else ""
+        print(f"{notebook.stem}: {room}{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,6 +1,8 @@
 """The runner of stage notebooks: whatever ends a run is said in one line with the way out."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from rlaifv import ROOT, run
 from rlaifv.fingerprint import place_of
+from rlaifv.results import read_result, write_result
 
 
 def notebook(folder: Path, source: str, name: str = "20_generate") -> Path:
@@ -143,12 +146,18 @@ def test_a_run_that_is_stopped_says_so_and_leaves_no_kernel(tmp_path, number):
             time.sleep(0.1)
 
 
-def test_no_bytecode_is_written_that_a_full_disk_would_cut_in_half(tmp_path):
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    command = [sys.executable, "-c", "import rlaifv.run, rlaifv.stage"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    ours = tmp_path / ROOT.relative_to("/") / "rlaifv"
-    assert [path.name for path in ours.rglob("*.pyc") if not path.name.startswith("__init__.")] == []
+def test_bytecode_that_a_full_disk_has_cut_is_written_anew(tmp_path):
+    shutil.copytree(ROOT / "rlaifv", tmp_path / "rlaifv", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)} | {
+        "PYTHONDONTWRITEBYTECODE": "",
+        "PYTHONPYCACHEPREFIX": "",
+    }
+    command = [sys.executable, "-c", "import rlaifv.params as p; print(p.__file__)"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == str(tmp_path / "rlaifv/params.py"), done.stderr
+        (written,) = (tmp_path / "rlaifv/__pycache__").glob("params.*.pyc")
+        written.write_bytes(written.read_bytes()[:8192])
 
 
 def test_telemetry_is_off_whoever_starts_the_run():
@@ -175,6 +184,28 @@ def test_a_stage_of_feedback_is_left_out_where_the_pairs_are_there(tmp_path, mon
     assert left.read_text() == said.removeprefix("20_generate: ") + "\n"
     assert nbformat.read(tmp_path / "runs/1/20_generate.ipynb", 4).cells[0].outputs == []
     assert run.main(["50_pairs", "iteration=1", "prev=0", f"params_file={profile}"]) == 1, "the pairs stage runs"
+
+
+def test_benchmarks_are_left_out_where_none_is_configured_and_the_report_reads_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    notebook(tmp_path / "notebooks", "1 / 0", "84_benchmarks")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    folder = tmp_path / "data/results/0"
+    write_result(folder, benchmarks={"stale": {}})
+    command = ["84_benchmarks", "iteration=0", "prev=0", f"params_file={ROOT / 'params/default.yaml'}"]
+    assert run.main(command) == 0
+    assert capsys.readouterr().out == "84_benchmarks: nothing to do: no benchmarks are configured\n"
+    assert read_result(folder, "benchmarks").benchmarks is None
+    with pytest.raises(FileNotFoundError, match="the stage that writes test has not run"):
+        read_result(folder, "benchmarks", "test")
+    monkeypatch.setattr(run, "write_atomic", fail_for_room)
+    assert run.main(command) == 1
+    assert capsys.readouterr().err.startswith("84_benchmarks: no room to write: free some space")
+
+
+def fail_for_room(path, text):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
 def test_a_run_says_where_its_stage_stands_in_the_pipeline():
