@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,19 @@ def stage_definition(name: str) -> dict[str, Any]:
     return stages()[name]
 
 
-def place_of(stage: str, iteration: str, iterations: list[str]) -> str:
-    """Where a stage stands in the pipeline: "generate@1: stage 8 of 25"; "" for one that `dvc repro` does not run."""
+def pipeline(iterations: Sequence[str]) -> list[str]:
+    """The names of all stages that `dvc repro` runs for these iterations, first to last: "world", "test_base", …"""
     stages = read_yaml(ROOT / PIPELINES[0])["stages"]
     looped = [name for name, entry in stages.items() if "foreach" in entry]
     before = [name for name, entry in stages.items() if name not in looped and not entry.get("frozen")]
     last = [name for name in before if list(stages).index(name) > list(stages).index(looped[-1])]
     order = [name for name in before if name not in last]
-    order += [f"{name}@{number}" for number in iterations for name in looped] + last
+    return order + [f"{name}@{number}" for number in iterations for name in looped] + last
+
+
+def place_of(stage: str, iteration: str, iterations: Sequence[str]) -> str:
+    """Where a stage stands in the pipeline: "generate@1: stage 8 of 25"; "" for one that `dvc repro` does not run."""
+    order = pipeline(iterations)
     label = f"{stage}_base" if iteration == "0" else f"{stage}@{iteration}" if iteration else stage
     return f"{label}: stage {order.index(label) + 1} of {len(order)}" if label in order else ""
 

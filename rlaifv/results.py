@@ -1,11 +1,13 @@
 """What an iteration leaves in data/results/K, as one record with one writer and one reader."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlaifv import ROOT
+from rlaifv.fingerprint import pipeline
 from rlaifv.records import read_jsonl, to_json, write_atomic, write_jsonl
 
 FILES = {
@@ -81,10 +83,15 @@ def read_result(folder: Path, *needed: str) -> Result:
     return Result(**parts)
 
 
-def read_timings(folder: Path) -> list[dict]:
+def read_timings(folder: Path, iterations: Sequence[str] | None = None) -> list[dict]:
     """The wall minutes and peak memory that every stage noted (`peak_gpu_gb` where it used a GPU); they lie outside
-    `data/`, for they are never equal."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    `data/`, for they are never equal. With `iterations` those of the pipeline's stages for them alone: what was run
+    beside it, or for an iteration that is gone, is no part of what they took."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if iterations is None:
+        return rows
+    stages = pipeline(iterations)
+    return [row for row in rows if row["stage"].replace("@0", "_base") in stages]
 
 
 def last_line(summary: dict[str, Any]) -> str:

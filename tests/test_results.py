@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlaifv.results import FILES, OF_TRAINING, Result, last_line, read_result, write_result
+from rlaifv.results import FILES, OF_TRAINING, Result, last_line, read_result, read_timings, write_result
 
 PARTS = {
     "dev": [{"checkpoint": "checkpoint-1", "recall": 0.9}],
@@ -52,3 +52,10 @@ def test_a_run_ends_with_what_became_of_the_base():
     claims = {"base": {"response_rejection": 0.4, "accepted_claims": 8.04}, "final": {"iteration": 1}}
     claims["final"] |= {"response_rejection": 0.25, "accepted_claims": 7.5}
     assert last_line(claims).endswith("response rejection 40 % → 25 %, accepted claims 8.04 → 7.5")
+
+
+def test_what_a_run_took_leaves_out_what_was_run_beside_it(tmp_path):
+    for stage in ("world", "test@0", "train@1", "train@3", "rloo@rloo-plain-plain", "self_feedback"):
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "minutes": 1.0}))
+    assert [row["stage"] for row in read_timings(tmp_path, ["1", "2"])] == ["test@0", "train@1", "world"]
+    assert len(read_timings(tmp_path)) == 6
