@@ -223,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"export: {error}")
     print(f"{options.out}/model and {options.out}/dataset are ready; read both README.md before an upload")
+    print(f"next: hf upload OWNER/NAME {options.out}/model", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 """The report's numbers: one summary of all iterations, and the sections of published benchmarks and of the plan."""
 
+import datetime
 import re
 import statistics
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
+from rlaifv import ROOT
 from rlaifv.benchmarks.published import HEADLINES
 from rlaifv.records import rates_of
 from rlaifv.report.compare_view import counts
 from rlaifv.report.render import render
 from rlaifv.results import Result
 from rlaifv.steps.select import keeps_recall
+
+SOURCES = ("rlaifv", "notebooks", "params.yaml", "dvc.yaml")
+"""What of the repository a report's numbers come from."""
 
 
 def summarize(
@@ -49,6 +55,21 @@ def summarize(
         "peak_memory_gb": max((t["peak_memory_gb"] for t in timings), default=0.0),
         **({"peak_gpu_gb": max(on_gpu)} if on_gpu else {}),
     }
+
+
+def made_by(repository: Path = ROOT) -> str:
+    """The day and the commit that a report is of: "2026-11-27 at commit 1a2b3c4 with changes"; without the commit where
+    there is none."""
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            return ""
+
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = " with changes" if commit and git("status", "--porcelain", "--", *SOURCES) else ""
+    return f"{datetime.date.today()}" + (f" at commit {commit}{changed}" if commit else "")
 
 
 def headline(summary: Mapping) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """The report shows every benchmark beside the paper's rows, says what may be compared, and tests base against final;
 whatever a text holds, it stays a text."""
 
+import datetime
 import json
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,7 @@ from rlaifv.report.page import (
     errors_html,
     feedback_html,
     headline,
+    made_by,
     plan_html,
     recall_lost,
     summarize,
@@ -87,6 +90,7 @@ def page(summary: dict, **more) -> str:
         "figures": {},
         "examples": [],
         "models": {},
+        "made": "2026-11-27",
         "benchmarks": "",
         "errors": "",
         "feedback": "",
@@ -237,6 +241,17 @@ def test_claim_judged_rates_stand_beside_the_true_ones():
     assert "iteration 1 the same either way, checkpoint-3;" in html
     assert "by claims checkpoint-1 (2.0 % of its answers" in html
     assert "another base model" in render("claim_rates.html", result=result, base="b" * 16)
+
+
+def test_the_page_names_the_day_and_the_commit_that_it_is_of(tmp_path):
+    assert made_by(tmp_path) == str(datetime.date.today())
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        (tmp_path / "params.yaml").write_text("seed: 1")
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d at commit [0-9a-f]{7,}", said := made_by(tmp_path))
+    (tmp_path / "params.yaml").write_text("seed: 2")
+    assert made_by(tmp_path) == f"{said} with changes"
+    assert "Made on 2026-11-27" in shown(results())
 
 
 # ---- the plan
