@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 REPRO  := python -m rlaifv.run --mend && dvc repro
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft rloo fact-rlhf reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft pipeline reward-models rloo-scored reward-table fact-rlhf rloo reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,20 +54,38 @@ sft: $(READY) ## fine-tune the policy on conversations, a mixture of data sets (
 	$(REPRO) experiments/dvc.yaml:sft
 	@echo "checkpoint: data/sft/model (give it to policy.path), what it does: runs/83_sft.ipynb"
 
-fact-rlhf: $(READY) ## reward models of annotators with and without a taste, with facts and without, and RL against them
-	$(REPRO) experiments/dvc.yaml:fact_rlhf experiments/dvc.yaml:rloo_scored_compare
-	dvc repro --single-item --force report
+# `make -j2 rloo fact-rlhf`: beside each other, on a core each. A stage at a time (-s), once the pipeline is whole, so that
+# no `dvc` looks at what the other is about to write.
+BESIDE = $(if $(findstring -j,$(MAKEFLAGS)),OMP_NUM_THREADS=1) dvc --wait-for-lock repro --single-item
+REPORT = dvc --wait-for-lock repro --single-item --force report
+RL     := experiments/dvc.yaml:
+
+pipeline: $(READY)
+	$(REPRO)
+
+reward-models: pipeline
+	$(BESIDE) $(addprefix $(RL)reward_model@,plain some_taste much_taste captions accepted)
+
+rloo-scored: reward-models
+	$(BESIDE) $(addprefix $(RL)rloo_scored@,plain some_taste much_taste plain_anchored some_taste_anchored \
+		much_taste_anchored) $(RL)rloo_scored_compare
+
+reward-table: reward-models
+	$(BESIDE) $(RL)fact_rlhf
+
+fact-rlhf: rloo-scored reward-table ## reward models of annotators with and without a taste, facts, and RL against them
+	$(REPORT)
 	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
+
+rloo: pipeline ## reinforcement learning on claims beside DPO; with fact-rlhf about half an hour: make -j2 rloo fact-rlhf
+	$(BESIDE) $(RL)rloo@anchored $(RL)rloo@claims_alone $(RL)rloo_compare
+	$(REPORT)
+	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
 	$(REPRO) experiments/dvc.yaml:reward_best_of_n
 	dvc repro --single-item --force report
 	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
-
-rloo: $(READY) ## reinforcement learning on claims beside DPO, on the pipeline's outputs (about 20 minutes)
-	$(REPRO) experiments/dvc.yaml:rloo_compare
-	dvc repro --single-item --force report
-	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each
 	python -m rlaifv.profiles.experiments ablations
