@@ -52,6 +52,7 @@ def start_server():
 
 
 def pytest_collection_modifyitems(items):
-    """The files that begin with a whole run come first: a worker that met one of them last would end it alone."""
-    first = ("test_pipeline.py", "test_real_photographs.py", "test_sharded.py")
-    items.sort(key=lambda item: item.path.name not in first)
+    """The files that take minutes come first: a worker that met one of them last would end it alone."""
+    first = ("test_pipeline.py", "test_public_dataset.py", "test_sharded.py", "test_real_photographs.py")
+    first += ("test_dev_scores.py", "test_job.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
