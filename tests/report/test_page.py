@@ -330,7 +330,7 @@ def test_the_page_of_the_committed_numbers_is_whole_and_says_iteration(tmp_path)
     (tmp_path / "report.html").write_text(html)  # to look at
     for text in (*TITLES.values(), "<td>iteration 1</td>", "four-iterations, iteration 4", "best of N"):
         assert text in html, text
-    assert html.count("data:image/png;base64,") == 7 and "http" not in html, "it needs no other file"
+    assert html.count("data:image/png;base64,") == 8 and "http" not in html, "it needs no other file"
     assert "changed since" not in html and "Undefined" not in html
     ours = html
     for name in (e[key] for group in groups.values() for e in group["experiments"] for key in ("asks", "name")):
