@@ -43,11 +43,7 @@ class Result:
     answers: list[dict] | None = None  # its test answers, rows of id, image, question, answer
     paired_test: dict | None = None  # it against the base on the same rows, by rate
     gallery: list[dict] | None = None  # the first test answers with their judged claims
-    benchmarks: dict[str, dict] | None = None  # name → what `suite.score` says; None where none is configured
-
-
-LEFT_OUT = "left_out.txt"
-"""In place of the files of a stage that has nothing to do (rlaifv/run.py): why."""
+    benchmarks: dict[str, dict] | None = None  # name → what `suite.score` says; {} where none is configured
 
 
 def write_result(folder: Path, **parts: Any) -> None:
@@ -65,8 +61,7 @@ def read_result(folder: Path, *needed: str) -> Result:
 
     Args:
         folder: data/results/K.
-        needed: the parts to read; none named: all that this iteration must have. A part is None whose stage was left
-            out.
+        needed: the parts to read; none named: all that this iteration must have.
 
     Raises:
         FileNotFoundError: a part that its stage has not written, with the stage's name.
@@ -76,8 +71,6 @@ def read_result(folder: Path, *needed: str) -> Result:
     for name in needed or [name for name in FILES if name not in absent]:
         path = folder / FILES[name]
         if not path.is_file():
-            if (path.parent / LEFT_OUT).is_file():
-                continue
             raise FileNotFoundError(f"no {path}: the stage that writes {path.parent.name} has not run (dvc repro)")
         parts[name] = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
     return Result(**parts)

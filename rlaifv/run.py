@@ -23,7 +23,7 @@ from rlaifv import ROOT
 from rlaifv.fingerprint import place_of, stage_definition
 from rlaifv.params import Params, ParamsError, load_params
 from rlaifv.records import write_atomic
-from rlaifv.results import LEFT_OUT
+from rlaifv.results import write_result
 from rlaifv.stage import RUNS
 
 FULL = re.compile(r"Errno (28|27|122)\b|os error (28|27|122)\b|inline_container", re.IGNORECASE)
@@ -126,9 +126,12 @@ def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)  # DVC may have linked it to its cache
                 shutil.copyfile(notebook, path)
+                continue
+            shutil.rmtree(path, ignore_errors=True)  # what an earlier run left there is no longer so
+            if notebook.stem == BENCHMARKS:
+                write_result(path.parent, benchmarks={})  # as the notebook does
             else:
-                shutil.rmtree(path, ignore_errors=True)  # what an earlier run left there is no longer so
-                write_atomic(path / LEFT_OUT, reason + "\n")
+                write_atomic(path / "left_out.txt", reason + "\n")
     except OSError as error:
         room = NO_ROOM if FULL.search(str(error)) else ""
         print(f"{notebook.stem}: {room}{type(error).__name__}: {error}", file=sys.stderr)

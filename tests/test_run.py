@@ -196,16 +196,19 @@ def test_benchmarks_are_left_out_where_none_is_configured_and_the_report_reads_o
     command = ["84_benchmarks", "iteration=0", "prev=0", f"params_file={ROOT / 'params/default.yaml'}"]
     assert run.main(command) == 0
     assert capsys.readouterr().out == "84_benchmarks: nothing to do: no benchmarks are configured\n"
-    assert read_result(folder, "benchmarks").benchmarks is None
+    assert read_result(folder, "benchmarks").benchmarks == {}
+    assert [path.name for path in (folder / "benchmarks").iterdir()] == ["scores.json"], (
+        "what the notebook itself writes"
+    )
     with pytest.raises(FileNotFoundError, match="the stage that writes test has not run"):
         read_result(folder, "benchmarks", "test")
-    monkeypatch.setattr(run, "write_atomic", fail_for_room)
+    monkeypatch.setattr(run, "write_result", fail_for_room)
     assert run.main(command) == 1
     assert capsys.readouterr().err.startswith("84_benchmarks: no room to write: free some space")
 
 
-def fail_for_room(path, text):
-    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+def fail_for_room(folder, **parts):
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
 
 def test_a_run_says_where_its_stage_stands_in_the_pipeline():
