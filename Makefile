@@ -7,6 +7,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SHELL  := /bin/bash  # macOS's make 3.81 looks programs up in an exported PATH only where a shell of one's own does
 export TOKENIZERS_PARALLELISM := false
 REPRO  := python -m rlaifv.run --mend && dvc repro
+REPORT := dvc --wait-for-lock repro --single-item --force report
+BESIDE := experiments/dvc.yaml:
 
 .DEFAULT_GOAL := help
 .PHONY: help env profile own plan rehearsal rehearsals repro self-feedback claim-rates sft pipeline reward-models rloo-scored reward-table fact-rlhf rloo reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
@@ -41,50 +43,48 @@ repro: $(READY) ## run the whole pipeline of params.yaml (again: only what chang
 	@python -m rlaifv.results
 
 self-feedback: $(READY) ## best-of-N by the model's own reward, on the pipeline's outputs (a few minutes)
-	$(REPRO) experiments/dvc.yaml:self_feedback
-	dvc repro --single-item --force report
+	$(REPRO) $(BESIDE)self_feedback
+	$(REPORT)
 	@echo "figure: plots/self_feedback.png, numbers: metrics/self_feedback.json"
 
 claim-rates: $(READY) ## judging by claims beside the truth, on the pipeline's outputs (a few minutes)
-	$(REPRO) experiments/dvc.yaml:claim_rates
-	dvc repro --single-item --force report
+	$(REPRO) $(BESIDE)claim_rates
+	$(REPORT)
 	@echo "numbers: metrics/claim_rates.json"
 
 sft: $(READY) ## fine-tune the policy on conversations, a mixture of data sets (two minutes): data/sft/model
-	$(REPRO) experiments/dvc.yaml:sft
+	$(REPRO) $(BESIDE)sft
 	@echo "checkpoint: data/sft/model (give it to policy.path), what it does: runs/83_sft.ipynb"
 
 # `make -j2 rloo fact-rlhf`: beside each other, on a core each. A stage at a time (-s), once the pipeline is whole, so that
 # no `dvc` looks at what the other is about to write.
-BESIDE = $(if $(findstring -j,$(MAKEFLAGS)),OMP_NUM_THREADS=1) dvc --wait-for-lock repro --single-item
-REPORT = dvc --wait-for-lock repro --single-item --force report
-RL     := experiments/dvc.yaml:
+ALONE = $(if $(findstring -j,$(MAKEFLAGS)),OMP_NUM_THREADS=1) dvc --wait-for-lock repro --single-item
 
 pipeline: $(READY)
 	$(REPRO)
 
 reward-models: pipeline
-	$(BESIDE) $(addprefix $(RL)reward_model@,plain some_taste much_taste captions accepted)
+	$(ALONE) $(addprefix $(BESIDE)reward_model@,plain some_taste much_taste captions accepted)
 
 rloo-scored: reward-models
-	$(BESIDE) $(addprefix $(RL)rloo_scored@,plain some_taste much_taste plain_anchored some_taste_anchored \
-		much_taste_anchored) $(RL)rloo_scored_compare
+	$(ALONE) $(addprefix $(BESIDE)rloo_scored@,plain some_taste much_taste plain_anchored some_taste_anchored \
+		much_taste_anchored) $(BESIDE)rloo_scored_compare
 
 reward-table: reward-models
-	$(BESIDE) $(RL)fact_rlhf
+	$(ALONE) $(BESIDE)fact_rlhf
 
 fact-rlhf: rloo-scored reward-table ## reward models of annotators with and without a taste, facts, and RL against them
 	$(REPORT)
 	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
 
 rloo: pipeline ## reinforcement learning on claims beside DPO; with fact-rlhf about half an hour: make -j2 rloo fact-rlhf
-	$(BESIDE) $(RL)rloo@anchored $(RL)rloo@claims_alone $(RL)rloo_compare
+	$(ALONE) $(BESIDE)rloo@anchored $(BESIDE)rloo@claims_alone $(BESIDE)rloo_compare
 	$(REPORT)
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
 
 reward-best-of-n: $(READY) ## a reward model chooses among self-feedback's answers (after it and fact-rlhf)
-	$(REPRO) experiments/dvc.yaml:reward_best_of_n
-	dvc repro --single-item --force report
+	$(REPRO) $(BESIDE)reward_best_of_n
+	$(REPORT)
 	@echo "figure: plots/reward_best_of_n.png, numbers: metrics/reward_best_of_n.json"
 
 ablations: $(READY) ## what each ingredient of the method is worth: experiments of one iteration each

@@ -69,6 +69,11 @@ def stage_definition(name: str) -> dict[str, Any]:
     return stages()[name]
 
 
+def definition_of(stage: str, iteration: str) -> str:
+    """What dvc.yaml calls a stage: "test", of iteration 0 "test_base"."""
+    return f"{stage}_base" if iteration == "0" else stage
+
+
 def pipeline(iterations: Sequence[str]) -> list[str]:
     """The names of all stages that `dvc repro` runs for these iterations, first to last: "world", "test_base", …"""
     stages = read_yaml(ROOT / PIPELINES[0])["stages"]
@@ -82,7 +87,7 @@ def pipeline(iterations: Sequence[str]) -> list[str]:
 def place_of(stage: str, iteration: str, iterations: Sequence[str]) -> str:
     """Where a stage stands in the pipeline: "generate@1: stage 8 of 25"; "" for one that `dvc repro` does not run."""
     order = pipeline(iterations)
-    label = f"{stage}_base" if iteration == "0" else f"{stage}@{iteration}" if iteration else stage
+    label = definition_of(stage, iteration) if iteration in ("", "0") else f"{stage}@{iteration}"
     return f"{label}: stage {order.index(label) + 1} of {len(order)}" if label in order else ""
 
 

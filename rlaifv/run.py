@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import place_of, stage_definition
+from rlaifv.fingerprint import definition_of, place_of, stage_definition
 from rlaifv.params import Params, ParamsError, load_params
 from rlaifv.records import write_atomic
 from rlaifv.results import write_result
@@ -33,7 +33,6 @@ LOW = re.compile(
     r"Errno 12\b|not enough memory|(can.t|cannot|unable to) allocate|bad_alloc|start new thread", re.IGNORECASE
 )
 """How Python, torch and C++ say that there is no memory without calling it a MemoryError."""
-NO_ROOM = "no room to write: free some space and run the same command again, it goes on where it was; "
 FEEDBACK = ("20_generate", "30_divide", "40_feedback")
 """The notebooks that make preferences; with `pairs.source` somebody else has made them."""
 BENCHMARKS = "84_benchmarks"
@@ -118,7 +117,7 @@ def check_lock(text: str) -> None:
 def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:
     """In place of what the stage would have written, which DVC wants to see: the reason, and its notebook as it is."""
     iteration = parameters["iteration"]
-    stage = notebook.stem.partition("_")[2] + ("_base" if iteration == "0" else "")
+    stage = definition_of(notebook.stem.partition("_")[2], iteration)
     try:
         for out in stage_definition(stage)["outs"]:
             path = ROOT / out.replace("${key}", iteration)
@@ -133,10 +132,15 @@ def leave_out(notebook: Path, parameters: dict[str, str], reason: str) -> int:
             else:
                 write_atomic(path / "left_out.txt", reason + "\n")
     except OSError as error:
-        room = NO_ROOM if FULL.search(str(error)) else ""
-        print(f"{notebook.stem}: {room}{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{notebook.stem}: {no_room(str(error))}{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def no_room(said: str) -> str:
+    """How a message begins whose error says that there is no room to write; "" for other errors."""
+    full = "no room to write: free some space and run the same command again, it goes on where it was; "
+    return full if FULL.search(said) else ""
 
 
 class Stopped(BaseException):
@@ -183,8 +187,7 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
         mute = error.ename == "CellExecutionError"  # the kernel had not even the memory to say why
         low = mute or error.ename.endswith(("MemoryError", "OutOfMemoryError")) or LOW.search(error.evalue)
         memory = f"out of memory: {lower(notebook)}, and run the same command again; " if low else ""
-        room = NO_ROOM if FULL.search(error.evalue) else ""
-        print(f"{notebook.stem}: {memory}{room}{error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"{notebook.stem}: {memory}{no_room(error.evalue)}{error.ename}: {error.evalue}", file=sys.stderr)
         print(f"the traceback is in {executed}", file=sys.stderr)
         return 1
     except DeadKernelError:
@@ -195,9 +198,8 @@ def execute(notebook: Path, parameters: dict[str, str]) -> int:
         )
         return 1
     except (OSError, RuntimeError, LookupError) as error:  # of papermill and Jupyter themselves (no such kernel)
-        room = NO_ROOM if FULL.search(str(error)) else ""
         said = " ".join(str(error).split())
-        print(f"{notebook.stem}: {room}{type(error).__name__}: {said} ({executed})", file=sys.stderr)
+        print(f"{notebook.stem}: {no_room(str(error))}{type(error).__name__}: {said} ({executed})", file=sys.stderr)
         return 1
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from rlaifv import ROOT
-from rlaifv.fingerprint import LARGE, digest, digest_files, stage_definition, stage_sources
+from rlaifv.fingerprint import LARGE, definition_of, digest, digest_files, stage_definition, stage_sources
 from rlaifv.params import Params, load_params
 from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.store import SCRATCH, Store, sweep
@@ -99,7 +99,7 @@ class Stage:
         self.name, self.iteration, self.prev = name, str(iteration), str(prev)
         start_logging()
         self._all: Params = load_params(params_file)
-        self.definition = f"{name}_base" if self.iteration == "0" else name
+        self.definition = definition_of(name, self.iteration)
         self.params = DeclaredParams(self._all, stage_definition(self.definition)["params"], self.definition)
         if self.iteration not in ("", "0"):
             entry = self._all.iterations.get(self.iteration)

@@ -57,7 +57,7 @@ def summarize(
     }
 
 
-def made_by(repository: Path = ROOT) -> str:
+def day_and_commit(repository: Path = ROOT) -> str:
     """The day and the commit that a report is of: "2026-11-27 at commit 1a2b3c4 with changes"; without the commit where
     there is none."""
 

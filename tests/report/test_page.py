@@ -18,10 +18,10 @@ from rlaifv.report import plots
 from rlaifv.report.findings import TITLES, fact_rlhf_html, findings_html, rloo_html
 from rlaifv.report.page import (
     benchmarks_html,
+    day_and_commit,
     errors_html,
     feedback_html,
     headline,
-    made_by,
     plan_html,
     recall_lost,
     summarize,
@@ -244,13 +244,13 @@ def test_claim_judged_rates_stand_beside_the_true_ones():
 
 
 def test_the_page_names_the_day_and_the_commit_that_it_is_of(tmp_path):
-    assert made_by(tmp_path) == str(datetime.date.today())
+    assert day_and_commit(tmp_path) == str(datetime.date.today())
     for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
         (tmp_path / "params.yaml").write_text("seed: 1")
         subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d at commit [0-9a-f]{7,}", said := made_by(tmp_path))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d at commit [0-9a-f]{7,}", said := day_and_commit(tmp_path))
     (tmp_path / "params.yaml").write_text("seed: 2")
-    assert made_by(tmp_path) == f"{said} with changes"
+    assert day_and_commit(tmp_path) == f"{said} with changes"
     assert "Made on 2026-11-27" in shown(results())
 
 

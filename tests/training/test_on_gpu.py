@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from transformers import AutoModelForImageTextToText
 from rlaifv import ROOT
 from rlaifv.inference.logprobs import prefix_path
 from rlaifv.inference.yes_no import judge
-from rlaifv.training.job import train
 from rlaifv.vlm.chat_format import encode_questions
 from rlaifv.vlm.images import open_image
 from rlaifv.vlm.loading import load_vlm
@@ -54,8 +54,7 @@ def test_fsdp_in_bfloat16_keeps_the_best_checkpoints_and_trains_what_a_plain_run
     command += ["--config_file", str(ROOT / "params/accelerate/fsdp2.yaml"), "-m", "rlaifv.training.job"]
     done = subprocess.run([*command, str(work / "job.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = (work / "run/published/log.csv").read_text().splitlines()
-    losses = [float(line.split(",")[lines[0].split(",").index("loss")]) for line in lines[1:]]
+    losses = [row["loss"] for row in log_rows(SimpleNamespace(log=work / "run/published/log.csv"))]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
     assert losses == pytest.approx([row["loss"] for row in plain], abs=0.03)
     kept = [path for path in sorted((work / "run/published").iterdir()) if path.is_dir()]
@@ -76,9 +75,7 @@ def test_a_labeler_in_4_bits_says_what_its_weights_say_in_16_and_shares_its_pref
 
 def test_lora_on_a_4_bit_base_starts_at_log_2_and_learns(folder):
     params = dataclasses.replace(BFLOAT16, lora_r=4, lora_alpha=8, learning_rate=1e-2, load_in_4bit=True)
-    result = train(
-        str(folder / "model"), folder / "pairs.parquet", params, folder / "q/out", folder / "q/scratch", seed=3
-    )
+    result = run(folder, "qlora", params)
     rows = log_rows(result)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01), "the reference was computed in fours"
     assert rows[-1]["loss"] < 0.6
