@@ -77,7 +77,7 @@ fact-rlhf: rloo-scored reward-table ## reward models of annotators with and with
 	$(REPORT)
 	@echo "figures: plots/fact_rlhf.png, plots/rloo_scored.png, numbers: metrics/fact_rlhf.json, metrics/rloo_scored.json"
 
-rloo: pipeline ## reinforcement learning on claims beside DPO; with fact-rlhf about half an hour: make -j2 rloo fact-rlhf
+rloo: pipeline ## reinforcement learning on claims beside DPO; with fact-rlhf 15 to 30 minutes: make -j2 rloo fact-rlhf
 	$(ALONE) $(BESIDE)rloo@anchored $(BESIDE)rloo@claims_alone $(BESIDE)rloo_compare
 	$(REPORT)
 	@echo "figure: plots/rloo.png, numbers: metrics/rloo.json"
