@@ -137,6 +137,18 @@ class ServerParams(Section):
     key_variable: Name = "OPENAI_API_KEY"  # the environment variable with the key; local servers need none
 
 
+class ClusterParams(Section):
+    """How the chunks of sampling, division, feedback, evaluation and self-feedback are spread over GPUs and machines
+    (`rlaifv.store.cluster`); no answer depends on it."""
+
+    engine: Literal["none", "ray"] = "none"  # none: this process; ray: the cluster at RAY_ADDRESS, or this machine
+    workers: Count | None = None  # models at once; null: one for each GPU, without GPUs one for every two cores
+    gpus_per_worker: Count = 1  # a model too large for one is spread over these
+    mixed: bool = False  # take nodes with other GPUs or versions too: results then depend on who did what
+    # stages that are jobs of a queue, each with the command that submits it and waits
+    submit: dict[FileName, Name] = field(default_factory=dict, hash=False)
+
+
 class WorldParams(Section):
     """The embedded world: how many scenes each split has, and the seed that draws them."""
 
@@ -424,6 +436,7 @@ class Params(Section):
     labeler: ModelParams
     divider: ModelParams
     server: ServerParams
+    cluster: ClusterParams
     world: WorldParams
     prepare: PrepareParams
     generate: GenerateParams

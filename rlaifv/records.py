@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -166,10 +167,14 @@ def json_object(text: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write the whole file or nothing: a reader never sees half of it, whenever the process dies."""
+def write_atomic(path: Path, text: str, shared: bool = False) -> None:
+    """Write the whole file or nothing: a reader never sees half of it, whenever the process dies.
+
+    `shared`: another machine may be writing the same; a kill then leaves a partial file of a name of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    mine = f".{platform.node()}-{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{mine}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

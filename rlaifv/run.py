@@ -5,6 +5,7 @@
 The parameter file is checked before a kernel starts. What the notebook prints is logged as it comes; when it fails,
 one line says why and where the executed notebook lies, with the whole traceback. So does a kernel that was killed, and
 a run that is stopped by Ctrl-C or SIGTERM (a queue's preemption): the same command goes on where it was.
+A stage that `cluster.submit` names becomes a job of a queue, which runs `python -m rlaifv.run --here NOTEBOOK …`.
 `python -m rlaifv.run --mend` removes what a kill may have cut of DVC's own files, which `make` does first.
 """
 
@@ -12,8 +13,10 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +48,8 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--mend"]:
         mend(ROOT)
         return 0
+    here = arguments[:1] == ["--here"]
+    arguments = arguments[here:]
     if not arguments or not all("=" in a for a in arguments[1:]):
         print("usage: python -m rlaifv.run NOTEBOOK [name=value ...]", file=sys.stderr)
         return 2
@@ -59,12 +64,17 @@ def main(arguments: list[str]) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
+    stages = {path.stem.partition("_")[2] for path in notebook.parent.glob("*.ipynb")}
+    if unknown := params.cluster.submit.keys() - stages:
+        print(f"cluster.submit: no stage {min(unknown)!r}; there are: {', '.join(sorted(stages))}", file=sys.stderr)
+        return 1
     if reason := nothing_to_do(name, params):
         print(f"{name}: {reason}")
         return leave_out(notebook, parameters, reason)
     if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
         print(place, flush=True)
-    return execute(notebook, parameters)
+    command = None if here else params.cluster.submit.get(name.partition("_")[2])
+    return submit(command, arguments) if command else execute(notebook, parameters)
 
 
 def nothing_to_do(name: str, params: Params) -> str:
@@ -74,6 +84,22 @@ def nothing_to_do(name: str, params: Params) -> str:
     if not params.benchmarks and name == BENCHMARKS:
         return "nothing to do: no benchmarks are configured"
     return ""
+
+
+def submit(command: str, arguments: list[str]) -> int:
+    """Give a stage to a queue by a command that waits for its end; returns the exit code."""
+    words = [*shlex.split(command), *arguments]
+    print(f"submitted: {shlex.join(words)}", flush=True)
+    try:
+        code = subprocess.run(words, cwd=ROOT).returncode
+    except OSError as error:
+        print(
+            f"cluster.submit: {words[0]} cannot be started ({error.strerror}): is this a submit host?", file=sys.stderr
+        )
+        return 1
+    if code:
+        print(f"{arguments[0]}: the job ended with exit code {code}; its log is slurm-*.log", file=sys.stderr)
+    return code
 
 
 def mend(repository: Path) -> None:

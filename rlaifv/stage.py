@@ -131,7 +131,7 @@ class Stage:
 
     def store(self, part: str = "") -> Store:
         """The store of this run's unfinished work, keyed by `key`; `part` names one of several."""
-        return Store(f"{self.label}{part and '-' + part}", self.key(), SCRATCH)
+        return Store(f"{self.label}{part and '-' + part}", self.key(), SCRATCH, self._all.cluster)
 
     def model(self, role: str) -> ModelRecord:
         """Who plays a role in this run, as the stage `models` wrote it; FileNotFoundError when it has not run."""

@@ -1,5 +1,5 @@
 """Chunks that are spread over a cluster end in the bytes of one process, whoever dies on the way. Needs Ray
-(`pip install 'rlaifv[cluster]'`), which simulates two machines on this one."""
+(`pip install 'ray[data]'`), which simulates two machines on this one."""
 
 import dataclasses
 import json
@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rlaifv import ROOT, cluster
-from rlaifv.cluster import ClusterProblem
+from rlaifv import ROOT
 from rlaifv.params import ClusterParams, load_params
 from rlaifv.records import Instruction
 from rlaifv.steps.generate import generate
-from rlaifv.store import Store
+from rlaifv.store import Store, cluster
+from rlaifv.store.cluster import ClusterProblem
 from rlaifv.vlm.loading import load_vlm
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rlaifv[cluster]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
 RAY = ClusterParams(engine="ray", workers=4)
 CHUNKS = [[n] for n in range(24)]
 
@@ -102,7 +102,7 @@ def test_a_killed_driver_goes_on_and_does_nothing_twice(machines, tmp_path):
 import time
 from pathlib import Path
 from rlaifv.params import ClusterParams
-from rlaifv.store import Store
+from rlaifv.store import Store, cluster
 
 def work(chunk):
     with open({str(tmp_path / "asked")!r}, "a") as file:
@@ -184,5 +184,5 @@ def test_no_cluster_at_the_address_is_said_in_a_line_within_a_minute(tmp_path, m
 
 def test_ray_that_is_not_installed_is_said_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ClusterProblem, match=r"pip install 'rlaifv\[cluster\]'"):
+    with pytest.raises(ClusterProblem, match=r"pip install 'ray\[data\]'"):
         Store("stage", {}, tmp_path, RAY).run(CHUNKS, slowly)

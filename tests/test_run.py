@@ -11,9 +11,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from ruamel.yaml import YAML
 
 from rlaifv import ROOT, run
 from rlaifv.fingerprint import place_of
+from rlaifv.params import read_content
 from rlaifv.results import read_result, write_result
 
 
@@ -247,3 +249,31 @@ def test_what_a_kill_has_cut_of_dvcs_files_is_removed_and_whole_ones_stay(
     file.write_text(cut)
     run.mend(tmp_path)
     assert not file.exists() and f"{name} was cut by a kill" in capsys.readouterr().out
+
+
+@pytest.fixture
+def parameters(tmp_path):
+    """`parameters(generate="a command")`: a parameter file that gives stages to a queue."""
+
+    def write(**submit: str) -> str:
+        content = read_content(ROOT / "params" / "default.yaml")
+        content["cluster"]["submit"] = submit
+        YAML().dump(content, tmp_path / "params.yaml")
+        return f"params_file={tmp_path / 'params.yaml'}"
+
+    return write
+
+
+def test_a_stage_that_cluster_submit_names_goes_to_the_queue_and_returns_what_its_job_returns(parameters, capfd):
+    queue = f"{sys.executable} -c 'import sys; print(sys.argv[1:]); sys.exit(3)'"
+    stage = ["20_generate", "iteration=1", "prev=0", parameters(generate=queue)]
+    assert run.main(stage) == 3
+    said = capfd.readouterr()
+    assert repr(stage) in said.out and "20_generate: the job ended with exit code 3" in said.err
+
+
+def test_a_queue_that_is_not_there_and_a_stage_that_is_not_are_each_a_line(parameters, capfd):
+    assert run.main(["20_generate", "iteration=1", "prev=0", parameters(generate="no-such-queue --wait")]) == 1
+    assert "cluster.submit: no-such-queue cannot be started" in capfd.readouterr().err
+    assert run.main(["20_generate", "iteration=1", "prev=0", parameters(generat="sbatch")]) == 1
+    assert "cluster.submit: no stage 'generat'; there are: benchmarks, " in capfd.readouterr().err

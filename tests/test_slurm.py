@@ -13,6 +13,7 @@ from rlaifv import ROOT
 from rlaifv.params import read_content
 from rlaifv.profiles.rehearse import copy_repository, surroundings
 
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
 CHUNKS = 10
 
 

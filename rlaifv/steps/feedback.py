@@ -54,6 +54,7 @@ def feedback(
                 continue
             readable.append(group)
             items.append((image, [f"{claim.question} {params.suffix}" for claim in group]))
+        record()  # by who has the labeler, before its first judgements are written
         judgements = []
         for group, answers in zip(readable, judge_fit(labeler(), items), strict=True):
             for claim, answer in zip(group, answers, strict=True):
@@ -68,12 +69,15 @@ def feedback(
                 judgements.append(Judgement(claim.id, p_yes, p_no, p_yes > p_no, labeler().fingerprint))
         return judgements, rejects
 
+    def record() -> str:
+        return store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
+
     with loaded(load) as labeler:
         store.run(batched(groups, params.batch_size), judge_chunk)
-        record = store.keep("labeler.json", lambda: describe_labeler(labeler(), params.suffix))
+        who = record()
     judged, rejected = store.publish(out, len(claims), params.max_reject_rate)
-    write_atomic(out.parent / "labeler.json", record)
-    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(record)["labeler"])
+    write_atomic(out.parent / "labeler.json", who)
+    warn_of_low_mass(read_records(out, Judgement), params.min_answer_mass, json.loads(who)["labeler"])
     return judged, rejected, asked
 
 

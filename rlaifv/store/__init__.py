@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from filelock import FileLock, Timeout
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import digest
+from rlaifv.params import ClusterParams
 from rlaifv.records import Reject, T, to_json, write_atomic
+from rlaifv.store.cluster import spread
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +84,14 @@ class Store:
 
     The key covers parameters, models, inputs and the stage's source, so work of another model or input is never taken
     up again. Chunk borders depend on the input alone; a killed chunk is done again whole, and so is one whose file is
-    not as it was written, so that an interrupted run ends in the same bytes as an uninterrupted one.
+    not as it was written, so that an interrupted run ends in the same bytes as an uninterrupted one. With
+    `cluster.engine` "ray" the chunks are done by workers on several GPUs or machines, in the same bytes.
     """
 
-    def __init__(self, stage: str, key: Mapping[str, Any], root: Path | None = None) -> None:
-        self.stage = stage
+    def __init__(
+        self, stage: str, key: Mapping[str, Any], root: Path | None = None, cluster: ClusterParams | None = None
+    ) -> None:
+        self.stage, self.cluster = stage, cluster or ClusterParams()
         self.folder = (root or SCRATCH) / f"{stage}-{digest(key)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._chunks = 0
@@ -93,7 +99,8 @@ class Store:
 
     def run(self, chunks: Sequence[T], work: Work[T]) -> None:
         """Do the chunks that are not done yet. `work` is first called when there is one, so what it loads (a model) is
-        loaded only then. Raises InUse while another process is at the same work."""
+        loaded only then, and by whoever does a chunk. Raises InUse while another process is at the same work, and
+        ClusterProblem."""
         self._lock = self._lock or lock_folder(self.folder, self.stage)
         try:
             self._chunks = len(chunks)
@@ -101,8 +108,14 @@ class Store:
             if len(todo) < len(chunks):
                 done = len(chunks) - len(todo)
                 log.info("%s: %d of %d chunks are done already, going on", self.stage, done, len(chunks))
-            for i in progress(todo, self.stage):
-                self._write(i, *work(chunks[i]))
+            if todo and self.cluster.engine == "ray":
+                do = partial(do_chunk, self.folder, work)
+                numbers = spread(do, {i: chunks[i] for i in todo}, self.folder, self.cluster)
+                for _ in progress(numbers, self.stage, len(todo)):
+                    pass
+            else:
+                for i in progress(todo, self.stage):
+                    do_chunk(self.folder, work, i, chunks[i])
         except BaseException:
             self._release()
             raise
@@ -111,7 +124,7 @@ class Store:
         """A text that belongs to the work (what a model said of itself), made once and kept with the chunks."""
         path = self.folder / name
         if not path.is_file():
-            write_atomic(path, make())
+            write_atomic(path, make(), shared=True)
         return path.read_text(encoding="utf-8")
 
     def publish(self, rows_path: Path, n_inputs: int, max_reject_rate: float, of: str | None = None) -> tuple[int, int]:
@@ -148,7 +161,7 @@ class Store:
             except TooManyRejects:
                 for index, part in enumerate(parts):
                     if part[1]:  # what spoiled them (a disk, a GPU) may be mended when the stage is run again
-                        self._file(index).unlink()
+                        chunk_file(self.folder, index).unlink()
                 raise
             write_atomic(rows_path.parent / "rejects.jsonl", "".join(row + "\n" for row in rejects))
             write_atomic(rows_path, "".join(row + "\n" for row in rows))
@@ -165,18 +178,12 @@ class Store:
             self._lock.release(force=True)
             self._lock = None
 
-    def _file(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.jsonl"
-
-    def _write(self, index: int, rows: Iterable[Any], rejects: Iterable[Reject]) -> None:
-        body = "".join(
-            [f"row {to_json(row)}\n" for row in rows] + [f"reject {to_json(reject)}\n" for reject in rejects]
-        )
-        write_atomic(self._file(index), f"{body}end {_checksum(body)}\n")
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None}  # a worker's copy: the driver holds the lock
 
     def _read(self, index: int) -> tuple[list[str], list[str]] | None:
         """A chunk's rows and rejects as JSON, None where it is not done; one that is not as written is not done."""
-        path = self._file(index)
+        path = chunk_file(self.folder, index)
         if not path.exists():
             return None
         body, found, end = path.read_bytes().decode("utf-8", errors="replace").rpartition("end ")
@@ -186,6 +193,17 @@ class Store:
             return None
         lines = [line.partition(" ") for line in body.split("\n")[:-1]]  # splitlines also splits at U+0085
         return [row for kind, _, row in lines if kind == "row"], [row for kind, _, row in lines if kind == "reject"]
+
+
+def chunk_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.jsonl"
+
+
+def do_chunk(folder: Path, work: Work[T], index: int, chunk: T) -> None:
+    """Do one chunk and write its file."""
+    rows, rejects = work(chunk)
+    body = "".join([f"row {to_json(row)}\n" for row in rows] + [f"reject {to_json(reject)}\n" for reject in rejects])
+    write_atomic(chunk_file(folder, index), f"{body}end {_checksum(body)}\n", shared=True)
 
 
 def _checksum(body: str) -> str:
@@ -215,13 +233,14 @@ def readable_by_all(folder: Path) -> None:
         place.chmod(0o755 if place.is_dir() else 0o644)
 
 
-def progress(items: Sequence[T], label: str) -> Iterator[T]:
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a tqdm bar in JupyterLab, or log lines (rate, time left) in a batch run: after five seconds, then in
-    pauses that grow up to five minutes."""
+    pauses that grow up to five minutes. `total` is how many there are, where they have no length."""
+    total = len(items) if total is None else total
     if "JPY_SESSION_NAME" in os.environ:
         from tqdm.auto import tqdm
 
-        yield from tqdm(items, desc=label)
+        yield from tqdm(items, desc=label, total=total)
         return
     start = last = time.monotonic()
     pause = 5.0
@@ -229,12 +248,12 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
         now = time.monotonic()
         if done and now - last >= pause:
             rate = done / (now - start)
-            left = hours_and_minutes((len(items) - done) / rate)
-            log.info("%s: %d/%d, %.2f/s, %s left", label, done, len(items), rate, left)
+            left = hours_and_minutes((total - done) / rate)
+            log.info("%s: %d/%d, %.2f/s, %s left", label, done, total, rate, left)
             last, pause = now, min(1.5 * pause, 300.0)
         yield item
-    if items:
-        log.info("%s: %d done in %s", label, len(items), hours_and_minutes(time.monotonic() - start))
+    if total:
+        log.info("%s: %d done in %s", label, total, hours_and_minutes(time.monotonic() - start))
 
 
 def hours_and_minutes(seconds: float) -> str:

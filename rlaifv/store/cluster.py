@@ -1,6 +1,6 @@
 """The chunks of a stage on several GPUs or machines: a worker of Ray Data for each GPU, each with a model of its own.
 
-Ray (`pip install 'rlaifv[cluster]'`) starts the workers, gives the next chunk to whoever is free and replaces workers
+Ray (`pip install 'ray[data]'`) starts the workers, gives the next chunk to whoever is free and replaces workers
 and nodes that die. A chunk's bytes follow from its input alone, so they are the same with any number of workers, in any
 order and after any death. A worker reads models and images by path, from the disk that all machines share, and writes
 its chunk's file there itself: only numbers travel back.
@@ -99,7 +99,7 @@ def connected() -> Iterator[None]:
         import ray
     except ModuleNotFoundError:
         raise ClusterProblem(
-            "cluster.engine is ray, which is not installed: pip install 'rlaifv[cluster]', or cluster.engine: none"
+            "cluster.engine is ray, which is not installed: pip install 'ray[data]', or cluster.engine: none"
         ) from None
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:

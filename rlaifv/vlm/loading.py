@@ -5,10 +5,9 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -347,6 +346,25 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+class Held(Generic[T]):
+    """A model that is loaded when it is first asked for; a copy in another process loads one for itself."""
+
+    def __init__(self, load: Callable[[], T]) -> None:
+        self._load, self._model = load, None
+
+    def __call__(self) -> T:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def __reduce__(self) -> tuple:
+        return Held, (self._load,)
+
+    def drop(self) -> None:
+        self._model = None
+        free_memory()
+
+
 @contextmanager
 def loaded(load: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """A model for the time of a `with`: `load` is called when it is first asked for, and afterwards its memory is free
@@ -355,12 +373,11 @@ def loaded(load: Callable[[], T]) -> Iterator[Callable[[], T]]:
         with loaded(partial(load_model, record)) as policy:
             answer(policy(), ...)    # give no name to what policy() returns: a name would keep it
     """
-    model = cache(load)
+    model = Held(load)
     try:
         yield model
     finally:
-        model.cache_clear()
-        free_memory()
+        model.drop()
 
 
 def free_memory() -> None:
