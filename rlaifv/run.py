@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
+    stage = name.partition("_")[2]
     stages = {path.stem.partition("_")[2] for path in notebook.parent.glob("*.ipynb")}
     if unknown := params.cluster.submit.keys() - stages:
         print(f"cluster.submit: no stage {min(unknown)!r}; there are: {', '.join(sorted(stages))}", file=sys.stderr)
@@ -71,10 +72,10 @@ def main(arguments: list[str]) -> int:
     if reason := nothing_to_do(name, params):
         print(f"{name}: {reason}")
         return leave_out(notebook, parameters, reason)
-    if place := place_of(name.partition("_")[2], parameters.get("iteration", ""), list(params.iterations)):
+    if place := place_of(stage, parameters.get("iteration", ""), list(params.iterations)):
         print(place, flush=True)
-    command = None if here else params.cluster.submit.get(name.partition("_")[2])
-    return submit(command, arguments) if command else execute(notebook, parameters)
+    command = params.cluster.submit.get(stage)
+    return submit(command, arguments) if command and not here else execute(notebook, parameters)
 
 
 def nothing_to_do(name: str, params: Params) -> str:

@@ -102,7 +102,7 @@ def test_a_killed_driver_goes_on_and_does_nothing_twice(machines, tmp_path):
 import time
 from pathlib import Path
 from rlaifv.params import ClusterParams
-from rlaifv.store import Store, cluster
+from rlaifv.store import Store
 
 def work(chunk):
     with open({str(tmp_path / "asked")!r}, "a") as file:

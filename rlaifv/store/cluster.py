@@ -138,7 +138,7 @@ def room(params: ClusterParams) -> tuple[int, dict[str, float]]:
             resources = {"num_gpus": params.gpus_per_worker}
             possible = sum(int(count // params.gpus_per_worker) for count in gpus)
         else:
-            resources = {"num_cpus": min(PAIR, *cores, PAIR)}
+            resources = {"num_cpus": min([PAIR, *cores])}
             possible = sum(int(count // resources["num_cpus"]) for count in cores)
         if possible >= (params.workers or 1):
             return params.workers or possible, resources
