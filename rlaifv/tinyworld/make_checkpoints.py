@@ -123,7 +123,7 @@ def make_divider(folder: Path, params: CheckpointParams) -> list[dict]:
 
 
 def save(model, processor, folder: Path) -> None:
-    """Save a model in float16 with its processor or tokenizer, as `from_pretrained` reads it.
+    """Save a model in float16 with its processor or tokenizer, as `from_pretrained` reads it, under the hub's names.
 
     The model itself is left in float32 with float16's rounding, so that what is trained on is what was saved.
     """
@@ -131,9 +131,15 @@ def save(model, processor, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=256
     )
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder, state_dict={hub_name(name): w for name, w in model.state_dict().items()})
     processor.save_pretrained(folder)
     model.float()
+
+
+def hub_name(weight: str) -> str:
+    """What checkpoints on the hub call a weight: vLLM knows LLaVA's image encoder by no other name. What is loaded
+    from such a checkpoint is saved under these names again."""
+    return weight.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
 
 def exam_scenes(params: CheckpointParams) -> list[Scene]:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from rlaifv import ROOT
 from rlaifv.steps.divide import CLAIMS_PROMPT, QUESTIONS_PROMPT
-from rlaifv.tinyworld.backbone import cached_features, pixel_values
+from rlaifv.tinyworld.backbone import build_vlm, cached_features, pixel_values
 from rlaifv.tinyworld.coco import COCO_IDS, read_scenes, write_world
 from rlaifv.tinyworld.divider import claims_reply, questions_reply, random_answer
 from rlaifv.tinyworld.exams import answer_accuracy, describe, division_accuracy, hallucination
@@ -33,8 +34,11 @@ from rlaifv.tinyworld.language import (
     to_question,
 )
 from rlaifv.tinyworld.lesson_rows import Packer, target_logits
+from rlaifv.tinyworld.make_checkpoints import save
 from rlaifv.tinyworld.scenes import CLASSES, CONTEXTS, Group, Scene, make_scene, render
 from rlaifv.tinyworld.tokenizer import build_processor, build_tokenizer
+from rlaifv.training.checkpoints import write_checkpoint
+from rlaifv.vlm.loading import load_vlm
 
 MODELS = ROOT / "models" / "tiny"
 UNSEEN = [make_scene(77, number) for number in range(60)]
@@ -242,6 +246,18 @@ def test_the_checkpoints_are_ordinary_small_and_safe():
     messages = [{"role": "user", "content": "Hello"}]
     text = divider.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "USER: Hello ASSISTANT:"
+
+
+@pytest.mark.parametrize("role", ["policy", "labeler"])
+def test_an_embedded_checkpoint_and_what_is_written_from_it_have_the_names_that_the_hub_and_vllm_know(role, tmp_path):
+    own = ROOT / "models" / "tiny" / role
+    vlm = load_vlm(str(own), device="cpu")
+    write_checkpoint(vlm.model, vlm.processor, tmp_path / "written", "float32")
+    save(build_vlm(vlm.tokenizer), vlm.processor, tmp_path / "new")
+    for folder in (own, tmp_path / "written", tmp_path / "new"):
+        names = list(load_file(folder / "model.safetensors"))
+        assert sum(name.startswith("vision_tower.vision_model.") for name in names) == 39
+        assert not any(name.startswith(("model.", "vision_tower.embeddings", "vision_tower.encoder")) for name in names)
 
 
 def test_the_labeler_answers_every_type_of_question_on_unseen_scenes(labeler, tokenizer):
