@@ -25,7 +25,7 @@ from rlaifv.evaluation.claim_rates import score_claims
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import fit_answers
 from rlaifv.inference.sampling import Prompt
-from rlaifv.inference.server import ServedLabeler
+from rlaifv.inference.served import Served
 from rlaifv.inference.yes_no import judge_fit, look
 from rlaifv.params import EvaluateParams
 from rlaifv.records import (
@@ -126,7 +126,7 @@ def left_out(rows: Sequence[dict]) -> list[dict]:
     return [{"id": row["id"], "reason": row["reason"]} for row in rows if "reason" in row]
 
 
-def tell_left_out(what: str, vlm: VLM | ServedLabeler, rows: Sequence[dict]) -> None:
+def tell_left_out(what: str, vlm: VLM | Served, rows: Sequence[dict]) -> None:
     """A log line of the rows that `vlm` was not asked."""
     if lost := left_out(rows):
         first = f"the first, {lost[0]['id']}: {lost[0]['reason']}"
@@ -188,7 +188,7 @@ def paired_test(base: Sequence[dict], aligned: Sequence[dict], split: Split) -> 
     }
 
 
-def answer_questions(vlm: VLM | ServedLabeler, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
+def answer_questions(vlm: VLM | Served, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
     """The model's p_yes and p_no for every yes/no question of the split; a `reason` in their place where the image
     cannot be read or the question cannot be put to this model."""
     by_image: dict[str, list[Question]] = defaultdict(list)

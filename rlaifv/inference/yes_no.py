@@ -12,15 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from rlaifv.inference.logprobs import next_token_logprobs
-from rlaifv.inference.server import (
-    NO_WORDS,
-    YES_WORDS,
-    ServedLabeler,
-    data_url,
-    is_served,
-    judge_served,
-    open_served,
-)
+from rlaifv.inference.served import NO_WORDS, YES_WORDS, Served, data_url, judge_served, open_served
+from rlaifv.inference.server import is_served
 from rlaifv.params import ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.store import SCRATCH
@@ -59,7 +52,7 @@ def yes_no_ids(vlm: VLM) -> YesNoIds:
     return YesNoIds(tuple(sorted(yes)), tuple(sorted(no)))
 
 
-def load_labeler(model: ModelRecord, server: ServerParams) -> VLM | ServedLabeler:
+def load_labeler(model: ModelRecord, server: ServerParams) -> VLM | Served:
     """The labeler of this run: a checkpoint, or a server's address (`http://host:8000/v1#model`).
 
     Raises ValueError when it is not the model that the stage `models` found.
@@ -74,12 +67,12 @@ def load_labeler(model: ModelRecord, server: ServerParams) -> VLM | ServedLabele
     return labeler
 
 
-def look(labeler: VLM | ServedLabeler, path: Path) -> Image.Image | str:
+def look(labeler: VLM | Served, path: Path) -> Image.Image | str:
     """An image file as a labeler takes it: its pixels in this process, for a server the file itself (a data URL).
 
     Raises FileNotFoundError or ValueError as `open_image` does.
     """
-    return data_url(path) if isinstance(labeler, ServedLabeler) else open_image(path)
+    return data_url(path) if isinstance(labeler, Served) else open_image(path)
 
 
 def first_answer_token(vlm: VLM, word: str) -> int | None:
@@ -98,7 +91,7 @@ def first_answer_token(vlm: VLM, word: str) -> int | None:
 
 
 def judge_many(
-    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
+    vlm: VLM | Served, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
 ) -> list[list[tuple[float, float]]]:
     """Ask several images their questions, each image and each distinct question once.
 
@@ -110,7 +103,7 @@ def judge_many(
     Returns:
         For each item, (p_yes, p_no) per question, in order. A claim is accepted iff p_yes > p_no: a tie is rejected.
     """
-    if isinstance(vlm, ServedLabeler):
+    if isinstance(vlm, Served):
         return judge_served(vlm, items)
     ids = yes_no_ids(vlm)
     distinct = [list(dict.fromkeys(questions)) for _, questions in items]
@@ -126,7 +119,7 @@ def judge_many(
 
 
 def judge_fit(
-    vlm: VLM | ServedLabeler, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
+    vlm: VLM | Served, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
 ) -> list[list[tuple[float, float] | UnfitText]]:
     """`judge_many`, with the reason in place of the answer to a question that cannot be put to this model."""
     try:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlaifv.inference.server import NO_WORDS, YES_WORDS, ServedLabeler
+from rlaifv.inference.served import NO_WORDS, YES_WORDS, Served
 from rlaifv.inference.yes_no import judge_fit, look, yes_no_ids
 from rlaifv.params import FeedbackParams
 from rlaifv.records import Claim, Judgement, Reject, batched, read_records, to_json, write_atomic
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def feedback(
-    load: Callable[[], VLM | ServedLabeler],
+    load: Callable[[], VLM | Served],
     claims: Sequence[Claim],
     images: dict[str, str],
     image_root: Path,
@@ -81,9 +81,9 @@ def feedback(
     return judged, rejected, asked
 
 
-def describe_labeler(vlm: VLM | ServedLabeler, suffix: str) -> str:
+def describe_labeler(vlm: VLM | Served, suffix: str) -> str:
     """A JSON line of who judged, with which suffix, and which tokens counted as yes and no."""
-    if isinstance(vlm, ServedLabeler):  # its tokens have no ids here, only spellings
+    if isinstance(vlm, Served):  # its tokens have no ids here, only spellings
         tokens = {"yes": YES_WORDS, "no": NO_WORDS}
     else:
         ids = yes_no_ids(vlm)

@@ -4,7 +4,8 @@ written down once so that every stage depends on it."""
 import dataclasses
 from pathlib import Path
 
-from rlaifv.inference.server import is_served, open_served
+from rlaifv.inference.served import open_served
+from rlaifv.inference.server import is_served
 from rlaifv.params import ModelParams, Params, ServerParams
 from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.store import SCRATCH

@@ -12,7 +12,7 @@ from PIL import Image
 from rlaifv import ROOT
 from rlaifv.inference.reward import Rated, score
 from rlaifv.inference.sampling import Generation
-from rlaifv.inference.server import ServedLabeler
+from rlaifv.inference.served import Served
 from rlaifv.inference.yes_no import judge_fit, load_labeler, look
 from rlaifv.params import DivideParams, RewardWeights, ServerParams
 from rlaifv.records import Candidate, Instruction, ModelRecord
@@ -113,7 +113,7 @@ class Judges:
     `needs_facts` says that the reward model reads facts about an image."""
 
     divider: VLM | None
-    labeler: VLM | ServedLabeler | None
+    labeler: VLM | Served | None
     params: DivideParams
     suffix: str
     seed: int

@@ -16,16 +16,8 @@ from openai_server import seen
 from PIL import ExifTags, Image
 
 from rlaifv import run
-from rlaifv.inference.server import (
-    PROBES,
-    NoReply,
-    ServerRefused,
-    ask_in_order,
-    data_url,
-    is_served,
-    judge_served,
-    open_served,
-)
+from rlaifv.inference.served import PROBES, ask_in_order, data_url, judge_served, open_served
+from rlaifv.inference.server import NoReply, ServerRefused, is_served
 from rlaifv.inference.yes_no import judge_many, load_labeler, look
 from rlaifv.params import FeedbackParams, ModelParams, ServerParams
 from rlaifv.records import Claim, Judgement, read_records
@@ -244,7 +236,7 @@ LABELER = """
 import logging
 from pathlib import Path
 from rlaifv.inference import server
-from rlaifv.inference.server import judge_served, open_served
+from rlaifv.inference.served import judge_served, open_served
 from rlaifv.benchmarks.judge import Request, ask_all, open_judge
 from rlaifv.params import ServerParams
 from rlaifv.stage import start_logging
