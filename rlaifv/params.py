@@ -6,6 +6,7 @@ and what was expected. This file imports nothing heavy, so that the check really
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -121,6 +122,7 @@ class ModelParams(Section):
     revision: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    engine: Literal["transformers", "vllm"] = "transformers"  # in this process, or a server that a stage starts for it
     load_in_4bit: bool  # nf4 weights (needs bitsandbytes and a GPU)
     # settings of its image processor and variables of its chat template, in place of its own
     processor: dict[Name, JsonValue] = field(hash=False)
@@ -128,13 +130,22 @@ class ModelParams(Section):
     system: Name | None  # a system turn before every question; null is what the template itself says
 
 
+SERVER_COMMAND = (
+    "vllm serve {path} --host 127.0.0.1 --port {port} --served-model-name {name} --dtype {dtype} "
+    "--data-parallel-size {gpus} --generation-config vllm"
+)
+
+
 class ServerParams(Section):
-    """How a model behind a server is asked (a labeler, a benchmark's judge); no answer depends on it."""
+    """How a model behind a server is asked, and started where its engine is vllm; no answer depends on it."""
 
     concurrency: Count = 16  # requests in flight
     timeout: Positive = 120.0  # seconds for one try
     tries: Count = 6  # of one request, when it times out or the server is busy, broken or not there
     key_variable: Name = "OPENAI_API_KEY"  # the environment variable with the key; local servers need none
+    # what starts the server of a model whose engine is vllm: on a port of this machine, under the name it is asked by
+    command: Name = SERVER_COMMAND
+    start_minutes: Positive = 30.0  # until it must answer
 
 
 class ClusterParams(Section):
@@ -281,10 +292,11 @@ class AblationParams(Section):
 
 class JudgeParams(Section):
     """A benchmark's judge: `name` at the OpenAI-compatible server `base_url`, or, with null there, a checkpoint folder
-    or hub id that judges in this process."""
+    or hub id, which judges in this process or, with the engine vllm, behind a server that is started for it."""
 
     name: Name
     base_url: Name | None
+    engine: Literal["transformers", "vllm"] = "transformers"
     # the published scorer's .py files, to use its prompts (RefoMB has two); empty: ours
     prompts: Texts
     strict_published: bool  # the published rule for unreadable replies (MMHal: they count as 0)
@@ -616,9 +628,10 @@ def _problems(params: Params) -> Iterator[str]:
     for key, path in paths.items():  # not shown
         if has_secret(path):
             yield f"{key}: expected no user, password or query in an address: the key belongs into the environment"
-        if key in ("policy.path", "divider.path") and re.match("https?://", path, re.IGNORECASE):
-            yield f"{key}: only the labeler may be behind a server: give a folder or a hub id"
+        if key == "policy.path" and re.match("https?://", path, re.IGNORECASE):
+            yield f"{key}: the policy is trained: give a folder or a hub id (policy.engine: vllm serves its answers)"
     yield from _split_problems(params)
+    yield from _engine_problems(params)
     if params.policy.load_in_4bit:
         yield "policy.load_in_4bit: the policy is trained: write false here and, with LoRA, train.load_in_4bit: true"
     if not re.fullmatch(r"[A-Za-z_]\w*", params.server.key_variable, re.A):  # not shown: it may be the key
@@ -641,6 +654,33 @@ def _problems(params: Params) -> Iterator[str]:
     yield from _rloo_problems(params)
     for name, item in params.benchmarks.items():
         yield from (f"benchmarks.{name}.{problem}" for problem in _benchmark_problems(item))
+
+
+def _engine_problems(params: Params) -> Iterator[str]:
+    """What a server that a stage starts cannot do."""
+    models = {role: getattr(params, role) for role in ("policy", "labeler", "divider")}
+    for name, model in (models | {"evaluate.labeler": params.evaluate.labeler}).items():
+        if model and model.engine == "vllm" and re.match("https?://", model.path, re.IGNORECASE):
+            yield f"{name}.engine: a model at an address is served already: write transformers"
+        if model and model.engine == "vllm" and model.load_in_4bit:
+            yield f"{name}.load_in_4bit: vllm reads checkpoints that are quantized already: write false"
+    if params.policy.engine == "vllm":
+        beams = {"evaluate": params.evaluate.beams} | {f"benchmarks.{k}": b.beams for k, b in params.benchmarks.items()}
+        for name, count in beams.items():
+            if count > 1:
+                yield f"{name}.beams: a server samples and has no beams: write 1, or policy.engine: transformers"
+        for name in ("generate", "evaluate"):
+            if (penalty := getattr(params, name).repetition_penalty) != 1:
+                yield (
+                    f"{name}.repetition_penalty {penalty:g}: a server counts the prompt's words too, which is another "
+                    "penalty: write 1.0, or policy.engine: transformers"
+                )
+    try:
+        shlex.split(params.server.command)
+    except ValueError as error:
+        yield f"server.command: {error}"
+    if missing := [name for name in ("path", "port", "name") if f"{{{name}}}" not in params.server.command]:
+        yield f"server.command: has no {{{missing[0]}}}: it must say {{path}}, {{name}} and {{port}}"
 
 
 def _sft_problems(params: Params) -> Iterator[str]:

@@ -113,6 +113,7 @@ class ModelRecord:
     dtype: str
     device: str
     fingerprint: str
+    engine: str = "transformers"
     load_in_4bit: bool = False
     processor: dict[str, Any] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)

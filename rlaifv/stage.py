@@ -18,7 +18,7 @@ import psutil
 
 from rlaifv import ROOT
 from rlaifv.fingerprint import LARGE, definition_of, digest, digest_files, stage_definition, stage_sources
-from rlaifv.params import Params, load_params
+from rlaifv.params import Params, ServerParams, load_params
 from rlaifv.records import ModelRecord, to_json, write_atomic
 from rlaifv.store import SCRATCH, Store, sweep
 
@@ -29,10 +29,6 @@ WORLD = DATA / "world"
 MODELS = DATA / "models"
 REWARD_MODELS = DATA / "reward_models"
 EXAM = DATA / "results" / "exam" / "labeler.json"
-
-
-UNSEEN = ("server",)
-"""Parameters that no output depends on: how something is done. Unfinished work is not begun anew for them."""
 
 
 class Paths:
@@ -118,7 +114,7 @@ class Stage:
     def key(self) -> dict[str, object]:
         """All that the stage's outputs depend on, as dvc.yaml lists it: declared parameters, code, data and models."""
         definition = stage_definition(self.definition)
-        values = {key: attrgetter(key)(self._all) for key in definition["params"] if key not in UNSEEN}
+        values = {key: attrgetter(key)(self._all) for key in definition["params"]}
         deps = [self._fill(dep) for dep in definition["deps"] if not dep.startswith(("rlaifv/", "notebooks/"))]
         images = self._all.prepare.image_root
         data = {dep: digest_files(ROOT / dep, by_stat_from=0 if dep == images else LARGE) for dep in deps}
@@ -132,6 +128,12 @@ class Stage:
     def store(self, part: str = "") -> Store:
         """The store of this run's unfinished work, keyed by `key`; `part` names one of several."""
         return Store(f"{self.label}{part and '-' + part}", self.key(), SCRATCH, self._all.cluster)
+
+    @property
+    def server(self) -> ServerParams:
+        """How models behind a server are asked. As with `cluster`, no output depends on it: dvc.yaml does not name it,
+        and nothing is begun anew when it changes."""
+        return self._all.server
 
     def model(self, role: str) -> ModelRecord:
         """Who plays a role in this run, as the stage `models` wrote it; FileNotFoundError when it has not run."""

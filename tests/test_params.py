@@ -189,7 +189,7 @@ def test_no_number_takes_what_is_not_finite_below_zero_or_too_large(value):
 
 
 JUDGE = {"kind": "mmhal", "questions": ["a"], "truth": [], "vocabulary": None, "images": None, "suffix": "", "beams": 1}
-JUDGE |= {"answers": None, "judge": {"name": "x", "prompts": [], "strict_published": False}}
+JUDGE |= {"answers": None, "judge": {"name": "x", "engine": "transformers", "prompts": [], "strict_published": False}}
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,37 @@ def test_an_address_that_holds_a_key_is_refused_and_not_shown(address):
     assert "s3cret" not in str(caught.value)
 
 
-def test_only_the_labeler_may_be_behind_a_server():
+def test_labeler_and_divider_may_be_behind_an_address_and_the_policy_is_trained():
     path = {"path": "http://127.0.0.1:8000/v1#m@1"}
-    check_params(CONTENT | {"labeler": CONTENT["labeler"] | path}, "params.yaml")
-    for section in ("policy", "divider"):
-        with pytest.raises(ParamsError, match=rf"{section}\.path: only the labeler may be behind a server"):
-            check_params(CONTENT | {section: CONTENT[section] | path}, "params.yaml")
+    for section in ("labeler", "divider"):
+        check_params(CONTENT | {section: CONTENT[section] | path}, "params.yaml")
+    with pytest.raises(ParamsError, match=r"policy\.path: the policy is trained: .*policy\.engine: vllm"):
+        check_params(CONTENT | {"policy": CONTENT["policy"] | path}, "params.yaml")
+
+
+SERVED = {"policy": CONTENT["policy"] | {"engine": "vllm"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (SERVED | {"evaluate": CONTENT["evaluate"] | {"beams": 3}}, r"evaluate\.beams: a server samples"),
+        (
+            SERVED | {"generate": CONTENT["generate"] | {"repetition_penalty": 1.1}},
+            r"generate\.repetition_penalty 1\.1",
+        ),
+        ({"labeler": CONTENT["labeler"] | {"engine": "vllm", "load_in_4bit": True}}, r"labeler\.load_in_4bit: vllm"),
+        ({"labeler": CONTENT["labeler"] | {"engine": "vllm", "path": "http://h/v1#m"}}, r"labeler\.engine: .* already"),
+        (
+            {"server": CONTENT["server"] | {"command": "vllm serve {path} --port {port}"}},
+            r"server\.command: has no {name}",
+        ),
+        ({"server": CONTENT["server"] | {"command": "vllm '{path} {port} {name}"}}, r"server\.command: No closing"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_before_it_is_started(change, said):
+    with pytest.raises(ParamsError, match=said):
+        check_params(CONTENT | change, "params.yaml")
 
 
 def test_pairs_of_somebody_else_are_for_one_iteration(tmp_path):

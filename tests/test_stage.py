@@ -110,7 +110,7 @@ def test_unfinished_work_is_known_by_the_models_dtype_by_the_data_and_by_the_dec
     keys.append(Stage("feedback", str(checkout / "params.yaml"), "1", "0").key())
     assert len({str(key) for key in keys}) == 4
     (checkout / "params.yaml").write_text(changed.replace("concurrency: 16", "concurrency: 3"))
-    assert Stage("feedback", str(checkout / "params.yaml"), "1", "0").params.server.concurrency == 3
+    assert Stage("feedback", str(checkout / "params.yaml"), "1", "0").server.concurrency == 3
     keys.append(keys[-1])  # how a server is asked changes no answer
     assert Stage("feedback", str(checkout / "params.yaml"), "1", "0").key() == keys[-1]
 

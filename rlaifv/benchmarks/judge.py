@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused, check_address
+from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused, check_address, said
 from rlaifv.params import ServerParams
 
 T = TypeVar("T")
@@ -185,24 +185,29 @@ def open_judge(
         give_up_after: failed requests in a row after which the rest is listed without being asked.
     """
     server = judge_server(model, base_url, params, give_up_after)
+    return served_judge(model, server, max_tokens=max_tokens, temperature=temperature)
+
+
+def served_judge(name: str, server: Server, *, max_tokens: int = 2048, temperature: float | None = 0.0) -> Judge:
+    """A judge behind a `Server`."""
     options = {"max_tokens": max_tokens} | ({} if temperature is None else {"temperature": temperature})
 
     def ask_one(request: Request) -> str | NoReply:
         turns = [("system", request.system), ("user", request.text)]
         try:
-            choice = server.complete([{"role": role, "content": text} for role, text in turns if text], **options)
+            reply = server.complete([{"role": role, "content": text} for role, text in turns if text], **options)
         except (NoReply, ServerRefused) as error:  # also of one row alone, such as a prompt that is too long
             return NoReply(str(error))
-        text = str(choice.message.content or "").encode(errors="replace").decode()  # half a character is in no file
+        text = said(reply.choices[0])
         return text if text.strip() else NoReply("an empty reply")
 
     def ask(requests: Sequence[Request]) -> Iterator[str | NoReply]:
-        with ThreadPoolExecutor(params.concurrency) as pool:
+        with ThreadPoolExecutor(server.params.concurrency) as pool:
             yield from pool.map(ask_one, requests)
         if server.refusal:
             raise ServerRefused(server.refusal)
 
-    return Judge(model, ask)
+    return Judge(name, ask)
 
 
 def judge_server(model: str, base_url: str | None, params: ServerParams, give_up_after: int = 1) -> Server:

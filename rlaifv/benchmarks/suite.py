@@ -9,15 +9,17 @@ import base64
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from rlaifv import ROOT
 from rlaifv.benchmarks import published
-from rlaifv.benchmarks.judge import Judge, judge_server, load_judge, open_judge
+from rlaifv.benchmarks.judge import Judge, judge_server, load_judge, open_judge, served_judge
 from rlaifv.evaluation.answers import (
     ID_FIELDS,
     IMAGE_FIELDS,
@@ -30,14 +32,19 @@ from rlaifv.evaluation.bootstrap import intervals
 from rlaifv.evaluation.scores import Scores
 from rlaifv.fingerprint import digest, digest_files
 from rlaifv.inference.decoding import fit_answers
+from rlaifv.inference.engine import start_engine
+from rlaifv.inference.roles import Model, look
 from rlaifv.inference.sampling import Prompt
+from rlaifv.inference.served import Served, encoded_url
+from rlaifv.inference.server import Server
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, Params, ServerParams
 from rlaifv.records import IMAGE_PLACES, Reject, batched, read_jsonl, write_jsonl
 from rlaifv.results import write_result
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.images import decode_image, open_image
-from rlaifv.vlm.loading import VLM, free_memory, loaded
+from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
+from rlaifv.vlm.images import decode_image
+from rlaifv.vlm.loading import free_memory, loaded
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +103,7 @@ def check_inputs(params: Params) -> list[str]:
 
 
 def answer(
-    load: Callable[[], VLM],
+    load: Callable[[], Model],
     benchmarks: Mapping[str, BenchmarkParams],
     params: EvaluateParams,
     store_of: Callable[[str], Store],
@@ -136,12 +143,12 @@ def answer(
 
 
 def _answer_chunk(
-    policy: Callable[[], VLM], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, params: EvaluateParams
+    policy: Callable[[], Model], chunk: Sequence[BenchmarkQuestion], item: BenchmarkParams, params: EvaluateParams
 ) -> tuple[list[dict], list[Reject]]:
     readable, prompts, rejects = [], [], []
     for question in chunk:
         try:
-            image = _open(question, item)
+            image = _open(policy(), question, item)
         except (OSError, ValueError) as error:
             rejects.append(Reject(question.id, "benchmarks", str(error)))
             continue
@@ -159,13 +166,14 @@ def _answer_chunk(
     return rows, rejects
 
 
-def _open(question: BenchmarkQuestion, item: BenchmarkParams) -> Image.Image:
-    """The image of a question; ValueError or FileNotFoundError say what is wrong with it."""
+def _open(model: Model, question: BenchmarkQuestion, item: BenchmarkParams) -> Image.Image | str:
+    """The image of a question as the model takes it; ValueError or FileNotFoundError say what is wrong with it."""
     if question.image is None:
         raise FileNotFoundError(f"no image {question.name} below {item.images}")
     if isinstance(question.image, Path):
-        return open_image(question.image)
-    return decode_image(base64.b64decode(question.image), question.name)
+        return look(model, question.image)
+    image = decode_image(base64.b64decode(question.image), question.name)
+    return encoded_url(image, "PNG") if isinstance(model, Served) else image
 
 
 def read_questions(item: BenchmarkParams) -> list[BenchmarkQuestion]:
@@ -280,13 +288,27 @@ def _model_name(iteration: str) -> str:
 def score_file(item: BenchmarkParams, answers: Path, server: ServerParams, cache: Path) -> Scores:
     """One benchmark's scores of an answer file; what cannot be scored, unreadable rows included, is in `missing`."""
     spec = published.SPECS[item.kind]
-    scores, bad = spec.score(item, answers, judge_of(item.judge, server) if item.judge else None, cache)
-    free_memory()  # of a judge in this process
+    with judge_of(item.judge, server) if item.judge else nullcontext() as judge:
+        scores, bad = spec.score(item, answers, judge, cache)
     if item.answers is None and spec.truth:  # a scorer that reads the questions lists those without an answer itself
         bad = [*bad, *({"id": r["id"], "reason": r["reason"]} for r in read_jsonl(answers.parent / "rejects.jsonl"))]
     return replace(scores, missing=[*scores.missing, *bad])
 
 
-def judge_of(params: JudgeParams, server: ServerParams) -> Judge:
-    """The judge at a server, or the checkpoint that judges in this process."""
-    return open_judge(params.name, params.base_url, server) if params.base_url else load_judge(params.name)
+@contextmanager
+def judge_of(params: JudgeParams, server: ServerParams) -> Iterator[Judge]:
+    """The judge at a server's address, or the checkpoint that judges, here or behind a server of our own, for the time
+    of a `with`."""
+    if params.base_url:
+        yield open_judge(params.name, params.base_url, server)
+    elif params.engine == "transformers":
+        yield load_judge(params.name)
+        free_memory()
+    else:
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        engine = start_engine(resolve_checkpoint(params.name), params.name, dtype, server)
+        asked = Server(f"the server of {params.name}", params.name, engine.address, server, 5, engine.revive)
+        try:
+            yield served_judge(f"{params.name}@{fingerprint_checkpoint(params.name)}", asked)
+        finally:
+            engine.close()

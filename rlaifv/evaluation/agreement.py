@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlaifv.evaluation.feedback_truth import false_claims, interval, judged_claims, truth_of, truth_scenes
-from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.inference.roles import load_role, look
+from rlaifv.inference.yes_no import judge_fit
 from rlaifv.params import ServerParams
 from rlaifv.records import Claim, Judgement, ModelRecord, read_jsonl, to_json, write_jsonl, yes_share
 from rlaifv.stage import Paths
@@ -322,7 +323,7 @@ def whole_answer_verdicts(
 
     Raises ValueError that names an answer which cannot be put to the labeler.
     """
-    with loaded(partial(load_labeler, labeler, server)) as model:
+    with loaded(partial(load_role, labeler, server)) as model:
         asked = [
             (
                 look(model(), image_root / item.image_path),

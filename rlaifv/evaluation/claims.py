@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from rlaifv.fingerprint import digest
-from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.inference.roles import load_role, look
+from rlaifv.inference.yes_no import judge_fit
 from rlaifv.params import DivideParams, FeedbackParams, ServerParams
 from rlaifv.records import Candidate, Claim, Judgement, ModelRecord, Reject, read_records
 from rlaifv.stage import Stage
@@ -17,7 +18,7 @@ from rlaifv.steps.divide import NO_CLAIM, divide, divide_answers
 from rlaifv.steps.feedback import feedback
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.loading import load_model, loaded
+from rlaifv.vlm.loading import loaded
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def claim_judge(stage: Stage, image_root: Path, out: Path) -> Callable[[Sequence
         divider=stage.model("divider"),
         labeler=labeler,
         same_labeler=same,
-        params=(params.divide, params.feedback, params.server),
+        params=(params.divide, params.feedback, stage.server),
         seed=params.seed,
         image_root=image_root,
         store=stage.store,
@@ -65,7 +66,7 @@ def judge_answers(
     work = digest([about, [row["answer"] for row in said.values()], labeler.fingerprint])
     files = out / "claims" / "claims.jsonl", out / "judgements" / "judgements.jsonl"
     divide(
-        partial(load_model, divider),
+        partial(load_role, divider, server),
         asked,
         {about[key]: row["question"] for key, row in said.items()},
         replace(dividing, max_reject_rate=1.0),
@@ -75,7 +76,7 @@ def judge_answers(
     )
     claims = read_records(files[0], Claim)
     feedback(
-        partial(load_labeler, labeler, server),
+        partial(load_role, labeler, server),
         claims,
         {key: row["image"] for key, row in said.items()},
         image_root,
@@ -122,9 +123,9 @@ def judged_claims(
     """`answers` (rows of `question`, `answer`, `image`) with why one could not be divided (`problem`) and their
     `claims`: rows of `claim`, `question`, and the labeler's `p_yes` and `p_no`. The two models are in memory one after
     the other."""
-    with loaded(partial(load_model, divider)) as model:
+    with loaded(partial(load_role, divider, server)) as model:
         divisions = divide_answers(model(), [(row["question"], row["answer"]) for row in answers], params, seed)
-    with loaded(partial(load_labeler, labeler, server)) as model:
+    with loaded(partial(load_role, labeler, server)) as model:
         items = [
             (look(model(), image_root / row["image"]), [f"{question} {suffix}" for question in division.questions])
             for row, division in zip(answers, divisions, strict=True)

@@ -24,9 +24,9 @@ from rlaifv.evaluation.bootstrap import compare_paired, intervals
 from rlaifv.evaluation.claim_rates import score_claims
 from rlaifv.evaluation.scores import Scores
 from rlaifv.inference.decoding import fit_answers
+from rlaifv.inference.roles import Model, look
 from rlaifv.inference.sampling import Prompt
-from rlaifv.inference.served import Served
-from rlaifv.inference.yes_no import judge_fit, look
+from rlaifv.inference.yes_no import judge_fit
 from rlaifv.params import EvaluateParams
 from rlaifv.records import (
     IMAGE_PLACES,
@@ -43,8 +43,7 @@ from rlaifv.records import (
 from rlaifv.stage import ANNOTATIONS, annotations
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, loaded
+from rlaifv.vlm.loading import loaded
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +104,12 @@ def read_question(row: dict, file: Path) -> Question:
     return dataclasses.replace(question, question=IMAGE_PLACES.sub("", question.question))
 
 
-def model_answers(vlm: VLM, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
+def model_answers(vlm: Model, split: Split, params: EvaluateParams) -> list[dict[str, str]]:
     """The model's answer to every instruction: rows of `id`, `image`, `question`, `answer`; with a `reason` in the
     answer's place where the question cannot be put to this model (one of its special tokens, a context too short)."""
     rows = []
     for chunk in batched(split.instructions, params.batch_size):
-        prompts = [Prompt(open_image(split.image_root / i.image_path), i.question) for i in chunk]
+        prompts = [Prompt(look(vlm, split.image_root / i.image_path), i.question) for i in chunk]
         answers = fit_answers(vlm, prompts, params.beams, params.max_new_tokens, params.repetition_penalty)
         rows += [
             {"id": i.id, "image": i.image_path, "question": i.question}
@@ -126,7 +125,7 @@ def left_out(rows: Sequence[dict]) -> list[dict]:
     return [{"id": row["id"], "reason": row["reason"]} for row in rows if "reason" in row]
 
 
-def tell_left_out(what: str, vlm: VLM | Served, rows: Sequence[dict]) -> None:
+def tell_left_out(what: str, vlm: Model, rows: Sequence[dict]) -> None:
     """A log line of the rows that `vlm` was not asked."""
     if lost := left_out(rows):
         first = f"the first, {lost[0]['id']}: {lost[0]['reason']}"
@@ -188,7 +187,7 @@ def paired_test(base: Sequence[dict], aligned: Sequence[dict], split: Split) -> 
     }
 
 
-def answer_questions(vlm: VLM | Served, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
+def answer_questions(vlm: Model, split: Split, suffix: str, batch_size: int) -> list[dict[str, object]]:
     """The model's p_yes and p_no for every yes/no question of the split; a `reason` in their place where the image
     cannot be read or the question cannot be put to this model."""
     by_image: dict[str, list[Question]] = defaultdict(list)
@@ -252,7 +251,7 @@ def calibration(rows: Sequence[dict[str, object]], bins: int = 10) -> list[dict[
     ]
 
 
-def ask(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[list[dict], list[dict]]:
+def ask(vlm: Model, split: Split, params: EvaluateParams, suffix: str) -> tuple[list[dict], list[dict]]:
     """What one model says on one split: `model_answers` and `answer_questions`."""
     return model_answers(vlm, split, params), answer_questions(vlm, split, suffix, params.batch_size)
 
@@ -281,7 +280,7 @@ def score(answers: Sequence[dict], asked: Sequence[dict[str, object]], split: Sp
     return {**metrics, **({"rejects": lost} if lost else {}), "yes_no": yes_no_metrics(asked)}
 
 
-def measure(vlm: VLM, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
+def measure(vlm: Model, split: Split, params: EvaluateParams, suffix: str) -> tuple[dict, list[dict[str, str]]]:
     """All metrics of one model on one split, and the rows with its answers."""
     answers, asked = ask(vlm, split, params, suffix)
     return score(answers, asked, split), [row for row in answers if "reason" not in row]
@@ -293,11 +292,11 @@ def evaluate_checkpoints(
     params: EvaluateParams,
     suffix: str,
     store: Store,
-    load: Callable[[Path], VLM],
+    load: Callable[[Path], Model],
     out: Path,
     judge: Callable[[Sequence[dict]], list[dict]] | None = None,
 ) -> list[dict]:
-    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a VLM.
+    """Metrics of every checkpoint on `split`, one row each, written to `out`; `load` turns a folder into a model.
 
     One that was scored when it was written (`training.dev_scores`) has its row beside it, and maybe no weights now.
     A split that is not annotated needs `judge` (`claims.claim_judge`), which gives the answers their judged claims: it

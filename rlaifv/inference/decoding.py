@@ -8,6 +8,7 @@ import numpy as np
 
 from rlaifv.inference.memory import budget_for, sampling_bytes
 from rlaifv.inference.sampling import Decoding, Prompt, generate, generate_batch
+from rlaifv.inference.served import Served, sample_served
 from rlaifv.vlm.chat_format import UnfitText, encode_questions, unfit
 from rlaifv.vlm.collate import inputs_shape
 from rlaifv.vlm.loading import VLM
@@ -25,9 +26,18 @@ def best_answers(
 
 
 def fit_answers(
-    vlm: VLM, prompts: Sequence[Prompt], beams: int, max_new_tokens: int, repetition_penalty: float = 1.0
+    vlm: VLM | Served, prompts: Sequence[Prompt], beams: int, max_new_tokens: int, repetition_penalty: float = 1.0
 ) -> list[str | UnfitText]:
-    """`best_answers`, with the reason in place of the answer to a prompt that cannot be put to this model."""
+    """`best_answers`, with the reason in place of the answer to a prompt that cannot be put to this model.
+
+    Raises ValueError for what a server cannot do: beams, and a penalty that leaves the prompt's words out.
+    """
+    if isinstance(vlm, Served):
+        if beams > 1 or repetition_penalty != 1:
+            raise ValueError(f"{vlm.name} is behind a server, which decodes greedily: no beams, no repetition_penalty")
+        asked = [(prompt.image, prompt.text) for prompt in prompts]
+        answers = sample_served(vlm, asked, [[0]] * len(asked), Decoding(0, 0, 1, max_new_tokens))
+        return [answer if isinstance(answer, UnfitText) else answer[0].text.strip() for answer in answers]
     best = partial(best_answers, vlm, beams=beams, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
     try:
         return best(prompts)

@@ -36,9 +36,9 @@ NUCLEUS = 1024
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn; `image` is None for a text-only prompt."""
+    """One user turn; `image` is None for a text-only prompt, and for a server a data URL (`roles.look`)."""
 
-    image: Image.Image | None
+    image: Image.Image | str | None
     text: str
 
 

@@ -1,15 +1,17 @@
-"""Models behind a server: a labeler's P(yes), read off the log-probs of one token.
+"""Models behind a server: sampled answers, and a labeler's P(yes), read off the log-probs of one token.
 
-A labeler is named by `http://host:8000/v1#model` in place of a folder. The question goes with the image to the chat
-endpoint, one token is asked for, and p_yes and p_no are read off its `top_logprobs`. The image travels as its file's
-own bytes, and its first question goes ahead of the others, which then find the image in the server's prefix cache.
+A model is named by `http://host:8000/v1#model` in place of a folder, or is a checkpoint for which we start a server of
+our own (`engine`). A question goes with its image to the chat endpoint; for p_yes and p_no one token is asked for and
+its `top_logprobs` are read. The image travels as its file's own bytes, and the first request about it goes ahead of
+the others, which then find the image in the server's prefix cache.
 
 Each answer is on disk as soon as it came, so a run that was stopped, or whose server died, goes on and asks nothing
-twice. A served model is known by its name and by what it answers to fixed questions (`recognize`): at another address
-it keeps its answers, and another model at the same address gets none of them.
+twice. A checkpoint is known by its bytes, any other model by its name and by what it answers to fixed questions
+(`recognize`): at another address it keeps its answers, and another model at the same address gets none of them.
 """
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,9 +26,20 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from rlaifv.fingerprint import digest
-from rlaifv.inference.server import NoReply, ReplyCache, Server, ServerRefused, check_address, is_served
+from rlaifv.inference.sampling import Decoding
+from rlaifv.inference.server import (
+    NoReply,
+    ReplyCache,
+    RequestRefused,
+    Server,
+    ServerRefused,
+    check_address,
+    is_served,
+    said,
+)
 from rlaifv.params import ServerParams
 from rlaifv.records import T, write_atomic
+from rlaifv.vlm.chat_format import Reader, UnfitText, check_text
 from rlaifv.vlm.images import FORMATS, is_upright, open_image
 
 YES_WORDS, NO_WORDS = ("Yes", "yes"), ("No", "no")
@@ -40,14 +53,16 @@ TOP_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Served:
-    """A labeler behind a server.
+    """A model behind a server.
 
     Attributes:
-        name: its name at the server.
-        fingerprint: stored with every judgement; see `recognize`.
+        name: what it is called in messages and records.
+        fingerprint: stored with all that it says: that of its checkpoint, or of an unknown one what `recognize` found.
         server: whom to ask.
-        answers: [p_yes, p_no] by `answer_key`.
+        answers: [p_yes, p_no] or a `Sampled` as a dictionary, by what was asked.
         concurrency: requests in flight.
+        reader: reads what the model reads, where its checkpoint is here: texts that would steer it are found in time.
+        close: ends a server of our own.
     """
 
     name: str
@@ -55,15 +70,18 @@ class Served:
     server: Server = field(repr=False)
     answers: ReplyCache = field(repr=False)
     concurrency: int
+    reader: Reader | None = field(default=None, repr=False)
+    close: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
-def open_served(path: str, params: ServerParams, folder: Path | None = None) -> Served:
-    """The labeler of a path such as `http://127.0.0.1:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
+def open_served(path: str, params: ServerParams, folder: Path | None = None, must_see: bool = False) -> Served:
+    """The model of a path such as `http://127.0.0.1:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
 
     Args:
         path: address (ending in /v1) and model.
         params: how it is asked.
         folder: where its answers are kept, and what it is recognized by; None keeps them in memory.
+        must_see: whether a model that takes no images is refused.
 
     Raises:
         ValueError: the path names no model, or holds a password.
@@ -74,13 +92,17 @@ def open_served(path: str, params: ServerParams, folder: Path | None = None) -> 
     if not is_served(path) or not model:
         raise ValueError(f"{path!r} is no served model: write http://HOST:PORT/v1#MODEL")
     url = url.rstrip("/")
-    server = Server(f"the labeler {url}#{model}", model, url, params)
+    server = Server(f"the model {url}#{model}", model, url, params)
     try:
-        fingerprint = recognize(server, folder)
+        fingerprint = recognize(server, folder, must_see)
     except NoReply as failure:
         raise NoReply(f"{failure}: start the server and run the stage again") from None
-    answers = ReplyCache(folder / f"served-{fingerprint}.jsonl" if folder else None, ("key",), list)
-    return Served(model, fingerprint, server, answers, params.concurrency)
+    return Served(model, fingerprint, server, kept_answers(folder, fingerprint), params.concurrency)
+
+
+def kept_answers(folder: Path | None, fingerprint: str) -> ReplyCache:
+    """What a model has said so far, in a folder or, without one, in memory alone."""
+    return ReplyCache(folder / f"served-{fingerprint}.jsonl" if folder else None, ("key",), (list, dict))
 
 
 # ---- which model it is
@@ -100,15 +122,24 @@ SAME = 0.1
 and in batches with other requests, which moves a log-prob by 1/8 or so and a probability by less than this."""
 
 
-def recognize(server: Server, folder: Path | None) -> str:
+def recognize(server: Server, folder: Path | None, must_see: bool = False) -> str:
     """The fingerprint of a served model: 16 hex digits, the same for the same model wherever it is served.
 
     Nobody can read weights that are elsewhere. What a model is known by is its name and its first answer token's
     distribution for every one of `PROBES`, kept in `folder`; it is the model of that name whose kept distributions
-    agree within `SAME`, or a new one.
+    agree within `SAME`, or a new one. A language model, which refuses images, is asked without; with `must_see` that is
+    a RequestRefused.
     """
     picture = probe_picture()
-    probe = [probabilities(server, ask_first_token(server, picture, question)) for question in PROBES]
+    try:
+        first = ask_first_token(server, picture, PROBES[0])
+    except RequestRefused:
+        if must_see:
+            raise
+        picture = None
+        first = ask_first_token(server, picture, PROBES[0])
+    replies = [first, *(ask_first_token(server, picture, question) for question in PROBES[1:])]
+    probe = [probabilities(server, reply) for reply in replies]
     kept = sorted(folder.glob("served-*.json")) if folder else []
     for file in kept:
         known = json.loads(file.read_text())
@@ -135,18 +166,21 @@ def probe_picture() -> str:
     return encoded_url(image, "PNG")
 
 
-# ---- questions and answers
+# ---- yes or no
 
 
-def judge_served(labeler: Served, items: Sequence[tuple[str, Sequence[str]]]) -> list[list[tuple[float, float]]]:
-    """`yes_no.judge_many` for a served labeler: (p_yes, p_no) per question, each distinct question about an image (a
-    `data_url`) asked once; every answer is kept as it comes.
+def judge_served(
+    labeler: Served, items: Sequence[tuple[str, Sequence[str]]]
+) -> list[list[tuple[float, float] | UnfitText]]:
+    """`yes_no.judge_fit` for a served labeler: (p_yes, p_no) per question, or why it cannot be put to this model. Each
+    distinct question about an image (a `data_url`) is asked once; every answer is kept as it comes.
 
     Raises:
         NoReply: after all tries of one request; no more are started.
         ServerRefused: a wrong key or model, or a server that gives no `top_logprobs`.
     """
     waiting: dict[str, dict[str, str]] = defaultdict(dict)  # image → key → question
+    problems: dict[str, UnfitText] = {}
     keys = [[answer_key(url, question) for question in questions] for url, questions in items]
     for (url, questions), row in zip(items, keys, strict=True):
         for key, question in zip(row, questions, strict=True):
@@ -155,18 +189,27 @@ def judge_served(labeler: Served, items: Sequence[tuple[str, Sequence[str]]]) ->
 
     def ask(request: tuple[str, str, str]) -> None:
         key, url, question = request
-        answer = read_probabilities(labeler.server, ask_first_token(labeler.server, url, question))
+        try:
+            if labeler.reader:
+                check_text(labeler.reader, question)
+            answer = read_probabilities(labeler.server, ask_first_token(labeler.server, url, question))
+        except (RequestRefused, UnfitText) as refused:
+            problems[key] = UnfitText(str(refused))
+            return
         labeler.answers.add(answer, key=key)
 
+    ask_all(labeler, ask, [[(key, url, q) for key, q in asked.items()] for url, asked in waiting.items()])
+    return [
+        [problems[key] if key in problems else tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys
+    ]
+
+
+def ask_all(model: Served, ask: Callable[[T], None], groups: Iterable[Sequence[T]]) -> None:
+    """`ask_in_order`, whose NoReply says that nothing is lost."""
     try:
-        ask_in_order(
-            ask,
-            [[(key, url, question) for key, question in asked.items()] for url, asked in waiting.items()],
-            labeler.concurrency,
-        )
+        ask_in_order(ask, groups, model.concurrency)
     except NoReply as failure:
         raise NoReply(f"{failure}; its answers so far are kept: start the server and run the stage again") from None
-    return [[tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys]
 
 
 def ask_in_order(ask: Callable[[T], None], groups: Iterable[Sequence[T]], concurrency: int) -> None:
@@ -186,12 +229,17 @@ def ask_in_order(ask: Callable[[T], None], groups: Iterable[Sequence[T]], concur
                 ready.extend(rest)
 
 
-def ask_first_token(server: Server, image: str, question: str) -> Any:
+def ask_first_token(server: Server, image: str | None, question: str) -> Any:
     """The choice of a completion of one token; `image` is a data URL."""
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
     # temperature 1: some servers report log-probs after dividing by it
     options = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-    return server.complete([{"role": "user", "content": content}], **options)
+    return server.complete(user_turn(image, question), **options).choices[0]
+
+
+def user_turn(image: str | None, text: str) -> list[dict]:
+    """The messages of a question, about an image (a data URL) or about none."""
+    seen = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": seen if image else text}]
 
 
 def top_tokens(server: Server, choice: Any) -> list[tuple[str, float]]:
@@ -237,6 +285,98 @@ def read_probabilities(server: Server, choice: Any) -> list[float]:
 def mass(top: Iterable[tuple[str, float]], words: Sequence[str]) -> float:
     """Total probability of the tokens that spell one of `words`."""
     return min(1.0, sum(probability for token, probability in top if token.strip(" ▁Ġ\n") in words))
+
+
+# ---- sampled answers
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sampled answer: `tokens` without the end token, `finish_reason` "stop" or "length"."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+def sample_served(
+    model: Served,
+    asked: Sequence[tuple[str | None, str]],
+    seeds: Sequence[Sequence[int]],
+    decoding: Decoding,
+) -> list[list[Sampled] | UnfitText]:
+    """Answers to questions, each about an image (a `data_url`) or about none.
+
+    Args:
+        model: who answers.
+        asked: image and text of each question.
+        seeds: for each question, a seed for every answer to it; the first answer goes ahead of the others, which then
+            find image and question in the server's prefix cache.
+        decoding: how the tokens are chosen.
+
+    Returns:
+        For each question its answers, or why it cannot be put to this model: it holds one of its special tokens, or
+        the server refuses it alone (a context that is too short).
+
+    Raises:
+        NoReply: after all tries of one request; no more are started.
+        ServerRefused: a wrong key or model, or a server that does not count tokens.
+    """
+    keys = [
+        [sample_key(image, text, decoding, seed) for seed in row]
+        for (image, text), row in zip(asked, seeds, strict=True)
+    ]
+    problems: dict[int, UnfitText] = {}
+    groups = []
+    for place, (image, text) in enumerate(asked):
+        try:
+            if model.reader:
+                check_text(model.reader, text)
+        except UnfitText as error:
+            problems[place] = error
+            continue
+        waiting = dict(zip(keys[place], seeds[place], strict=True))
+        waiting = {key: seed for key, seed in waiting.items() if not model.answers.replies(key)}
+        groups.append([(place, key, image, text, seed) for key, seed in waiting.items()])
+
+    def ask(request: tuple[int, str, str | None, str, int]) -> None:
+        place, key, image, text, seed = request
+        if place in problems:
+            return
+        try:
+            answer = ask_for_answer(model, image, text, seed, decoding)
+        except RequestRefused as refused:
+            problems[place] = UnfitText(str(refused))
+            return
+        model.answers.add(vars(answer), key=key)
+
+    ask_all(model, ask, filter(None, groups))
+    return [
+        problems[place] if place in problems else [Sampled(**model.answers.replies(key)[0]) for key in row]
+        for place, row in enumerate(keys)
+    ]
+
+
+def ask_for_answer(model: Served, image: str | None, text: str, seed: int, decoding: Decoding) -> Sampled:
+    """One sampled answer."""
+    options: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+    options |= {"seed": seed, "top_p": decoding.top_p} if decoding.temperature else {}
+    more = {"top_k": decoding.top_k} if decoding.top_k and decoding.temperature else {}
+    if model.reader:  # a server of ours knows its tokenizer's end token, and not those of its generation config
+        more["stop_token_ids"] = model.reader.eos_token_ids
+    reply = model.server.complete(user_turn(image, text), **options, extra_body=more)
+    choice, count = reply.choices[0], getattr(reply.usage, "completion_tokens", None)
+    if type(count) is not int:
+        raise ServerRefused(f"{model.server.who} does not say how many tokens an answer has: use vLLM or SGLang")
+    cut = choice.finish_reason == "length"
+    return Sampled(said(choice), count if cut else max(count - 1, 0), "length" if cut else "stop")
+
+
+def sample_key(image: str | None, text: str, decoding: Decoding, seed: int) -> str:
+    return digest([image, text, dataclasses.asdict(decoding), seed if decoding.temperature else 0])
+
+
+# ---- images
 
 
 SENT_AS_IT_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}

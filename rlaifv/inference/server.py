@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
@@ -33,6 +33,10 @@ class ServerRefused(ValueError):
     """The server answers, but not as it must: a wrong key, an unknown model, a request that it cannot take."""
 
 
+class RequestRefused(ServerRefused):
+    """One request that the server cannot take, such as a prompt that is too long for the model; others it can."""
+
+
 class Server:
     """A model at an OpenAI-compatible address, and whether it still serves.
 
@@ -45,12 +49,22 @@ class Server:
         base_url: such as http://localhost:8000/v1; None is OpenAI's, or the environment's OPENAI_BASE_URL.
         params: how it is asked. A request is sent again when it times out, or the server answers 429 or 5xx, something
             else than a chat completion, or is not there; the pauses between grow from half a second to eight.
+        revive: starts a server of our own again if it has died, and says how often that was so far: a request that
+            died with it is sent anew. Such a server is on this machine, and no proxy is asked for it.
 
     Raises:
         ValueError: the address holds a password, which would get into messages and files, or the key is none.
     """
 
-    def __init__(self, who: str, model: str, base_url: str | None, params: ServerParams, give_up_after: int = 1):
+    def __init__(
+        self,
+        who: str,
+        model: str,
+        base_url: str | None,
+        params: ServerParams,
+        give_up_after: int = 1,
+        revive: Callable[[], int] | None = None,
+    ):
         import openai
 
         check_address(base_url or os.environ.get("OPENAI_BASE_URL", ""), params)
@@ -62,9 +76,10 @@ class Server:
             base_url=base_url,
             timeout=params.timeout,
             max_retries=params.tries - 1,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=revive is None),
         )
         self.who, self.model, self.params, self.give_up_after = who, model, params, give_up_after
+        self.revive, self.revived = revive, 0
         self.refusal, self.failures, self.last, self.silent = "", 0, "", False
 
     def told(self, text: str) -> str:
@@ -96,11 +111,12 @@ class Server:
         return ""
 
     def complete(self, messages: list[dict], **options: Any) -> Any:
-        """The choice of one chat completion; every way in which it can fail becomes one clear line.
+        """One chat completion with a choice; every way in which it can fail becomes one clear line.
 
         Raises:
             NoReply: none after all tries, or the server was given up before.
             ServerRefused: HTTP 3xx or 4xx or a wrong reply, for this request or (`refusal`) for all.
+            RequestRefused: HTTP 400, 413 or 422, for this request.
         """
         if self.refusal:
             raise ServerRefused(self.refusal)
@@ -110,17 +126,24 @@ class Server:
         waiting.daemon = True
         waiting.start()
         try:
-            choice, reason = self.ask(messages, options)
+            while True:
+                before = self.revived
+                reply, reason = self.ask(messages, options)
+                if reply is not None or self.revive is None:
+                    break
+                self.revived = self.revive()
+                if self.revived == before:
+                    break
         finally:
             waiting.cancel()
-        if choice is not None:
+        if reply is not None:
             self.failures, self.silent = 0, False
-            return choice
+            return reply
         self.failures, self.last = self.failures + 1, reason
         raise NoReply(f"{self.who} does not answer after {self.params.tries} tries ({reason})")
 
     def ask(self, messages: list[dict], options: Mapping[str, Any]) -> tuple[Any, str]:
-        """The choice of a chat completion, or None and why there was none. Raises ServerRefused."""
+        """A chat completion, or None and why there was none. Raises ServerRefused."""
         import openai
 
         reason = ""
@@ -131,8 +154,7 @@ class Server:
                     model=self.model, messages=messages, **options
                 )
                 reply = raw.parse()
-                choice = reply.choices[0]
-                _ = choice.message.content  # where there is none, this is no chat completion
+                _ = reply.choices[0].message.content  # where there is none, this is no chat completion
             except openai.APIStatusError as error:
                 status, reason = error.status_code, f"HTTP {error.status_code}: {self.told(error.message)}"
                 if status >= 500 or status in (408, 409, 429):
@@ -140,6 +162,8 @@ class Server:
                 if status < 400:
                     where = urlsplit(error.response.headers.get("location", "")).netloc or "another path"
                     reason = f"HTTP {status} and sends us to {self.told(where)}: give that address if it is right"
+                if status in (400, 413, 422):
+                    raise RequestRefused(f"{self.who} answers {reason}") from None
                 self.refuse(f"answers {reason}", everybody=status in (401, 403, 404) or status < 400)
             except openai.OpenAIError as error:  # no connection, or no reply in time
                 return None, f"{type(error).__name__}: {self.told(str(error))}"
@@ -151,7 +175,7 @@ class Server:
             name = str(reply.model or self.model)
             if not re.fullmatch(re.escape(self.model) + r"([-@:].*)?", name):  # some name the very version
                 self.refuse(f"answers as the model {self.told(name)}: give that name if it is the right one")
-            return choice, ""
+            return reply, ""
         return None, reason
 
     def refuse(self, what: str, everybody: bool = True) -> NoReturn:
@@ -179,7 +203,7 @@ class ReplyCache:
         kind: the type of a reply; a line without one (a process was killed while it wrote) counts as not there.
     """
 
-    def __init__(self, path: str | Path | None, key: Sequence[str], kind: type):
+    def __init__(self, path: str | Path | None, key: Sequence[str], kind: type | tuple[type, ...]):
         self.path, self.key = Path(path) if path else None, key
         self._replies: dict[tuple, list] = defaultdict(list)
         self._lock = threading.Lock()
@@ -222,6 +246,11 @@ class ReplyCache:
             if self.path:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(to_json({**row, "reply": reply}) + "\n")
+
+
+def said(choice: Any) -> str:
+    """The text of a choice, without half a character, which is in no file."""
+    return str(choice.message.content or "").encode(errors="replace").decode()
 
 
 def is_served(path: str) -> bool:

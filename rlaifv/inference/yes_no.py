@@ -7,19 +7,13 @@ word in its place, after the template's assistant prefix.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from rlaifv.inference.logprobs import next_token_logprobs
-from rlaifv.inference.served import NO_WORDS, YES_WORDS, Served, data_url, judge_served, open_served
-from rlaifv.inference.server import is_served
-from rlaifv.params import ServerParams
-from rlaifv.records import ModelRecord
-from rlaifv.store import SCRATCH
+from rlaifv.inference.served import NO_WORDS, YES_WORDS, Served, judge_served
 from rlaifv.vlm.chat_format import UnfitText, encode_questions, prompt_text, special_tokens_needed, unfit
-from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model
+from rlaifv.vlm.loading import VLM
 
 PROBE = "Is this a question? Please answer yes or no."
 
@@ -52,29 +46,6 @@ def yes_no_ids(vlm: VLM) -> YesNoIds:
     return YesNoIds(tuple(sorted(yes)), tuple(sorted(no)))
 
 
-def load_labeler(model: ModelRecord, server: ServerParams) -> VLM | Served:
-    """The labeler of this run: a checkpoint, or a server's address (`http://host:8000/v1#model`).
-
-    Raises ValueError when it is not the model that the stage `models` found.
-    """
-    if not is_served(model.path):
-        return load_model(model)
-    labeler = open_served(model.path, server, SCRATCH)
-    if labeler.fingerprint != model.fingerprint:
-        raise ValueError(
-            f"{labeler.server.who} answers otherwise than when the stage models asked it: run `dvc repro -f models`"
-        )
-    return labeler
-
-
-def look(labeler: VLM | Served, path: Path) -> Image.Image | str:
-    """An image file as a labeler takes it: its pixels in this process, for a server the file itself (a data URL).
-
-    Raises FileNotFoundError or ValueError as `open_image` does.
-    """
-    return data_url(path) if isinstance(labeler, Served) else open_image(path)
-
-
 def first_answer_token(vlm: VLM, word: str) -> int | None:
     """Id of `word` where an answer begins, or None when it is not exactly one known token there.
 
@@ -97,14 +68,14 @@ def judge_many(
 
     Args:
         vlm: the labeler, in this process or behind a server.
-        items: (image, questions) pairs, the images as `look` gives them; the questions end with the suffix that asks
-            for yes or no.
+        items: (image, questions) pairs, the images as `roles.look` gives them; the questions end with the suffix that
+            asks for yes or no.
 
     Returns:
         For each item, (p_yes, p_no) per question, in order. A claim is accepted iff p_yes > p_no: a tie is rejected.
     """
     if isinstance(vlm, Served):
-        return judge_served(vlm, items)
+        return [[fit(answer) for answer in row] for row in judge_served(vlm, items)]
     ids = yes_no_ids(vlm)
     distinct = [list(dict.fromkeys(questions)) for _, questions in items]
     encoded = [encode_questions(vlm, image, asked) for (image, _), asked in zip(items, distinct, strict=True)]
@@ -122,6 +93,8 @@ def judge_fit(
     vlm: VLM | Served, items: Sequence[tuple[Image.Image | str, Sequence[str]]]
 ) -> list[list[tuple[float, float] | UnfitText]]:
     """`judge_many`, with the reason in place of the answer to a question that cannot be put to this model."""
+    if isinstance(vlm, Served):
+        return judge_served(vlm, items)
     try:
         return judge_many(vlm, items)
     except UnfitText:  # seldom, so only now is each question tried alone
@@ -132,6 +105,13 @@ def judge_fit(
     ]
     judged = map(iter, judge_many(vlm, fit))
     return [[reason or next(answers) for reason in row] for row, answers in zip(reasons, judged, strict=True)]
+
+
+def fit(answer: tuple[float, float] | UnfitText) -> tuple[float, float]:
+    """An answer, where there is one; raises the reason otherwise."""
+    if isinstance(answer, UnfitText):
+        raise answer
+    return answer
 
 
 def judge(vlm: VLM, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:

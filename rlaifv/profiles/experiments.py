@@ -65,7 +65,7 @@ class Experiment:
         from rlaifv.steps.models import describe_models
 
         read = {key: value for key, value in vars(self.params).items() if key not in ("report", "self_feedback")}
-        marks = {role: model.fingerprint for role, model in describe_models(self.params).items()}
+        marks = {role: model.fingerprint for role, model in describe_models(self.params, self.params.server).items()}
         return digest([read, marks, self.sources])
 
     @property
@@ -233,7 +233,7 @@ def write_results(group: Group, results: Mapping, base: Params, failed: Sequence
     from rlaifv.report import plots
     from rlaifv.steps.models import describe_models
 
-    inputs = describe_inputs(base, describe_models(base))
+    inputs = describe_inputs(base, describe_models(base, base.server))
     whole = {"group": group.name, "control": group.control, **inputs, **results, "failed": list(failed)}
     write_atomic(ROOT / "metrics" / f"{group.name}.json", to_json(whole, indent=2) + "\n")
     if whole["experiments"]:

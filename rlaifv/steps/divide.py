@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, uniforms
+from rlaifv.inference.roles import Asked, Model, draw_answers
+from rlaifv.inference.sampling import Decoding
+from rlaifv.inference.served import Sampled
 from rlaifv.params import DivideParams
 from rlaifv.records import Candidate, Claim, Reject
 from rlaifv.store import Store
-from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, encode_questions
-from rlaifv.vlm.loading import VLM, loaded
+from rlaifv.vlm.chat_format import UnfitText
+from rlaifv.vlm.loading import loaded
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def parse_list(reply: str, header: str) -> list[str]:
 
 
 def divide_answers(
-    vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, whole_answer: bool = False
+    model: Model, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, whole_answer: bool = False
 ) -> list[Division]:
     """Divide each (question, answer); an unusable reply is asked for again with other random numbers.
 
@@ -110,20 +110,20 @@ def divide_answers(
             log.info(
                 "divide: %d of %d answers are asked for again: %s", len(todo), len(asked), divisions[todo[0]].problem
             )
-        for i, division in zip(todo, _attempt(vlm, [asked[i] for i in todo], params, seed, attempt), strict=True):
+        for i, division in zip(todo, _attempt(model, [asked[i] for i in todo], params, seed, attempt), strict=True):
             divisions[i] = division
     return divisions  # type: ignore[return-value]
 
 
 def _attempt(
-    vlm: VLM, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, attempt: int
+    model: Model, asked: Sequence[tuple[str, str]], params: DivideParams, seed: int, attempt: int
 ) -> list[Division]:
     prompts = [CLAIMS_PROMPT.format(question=question, answer=answer) for question, answer in asked]
-    lists = [_parse(reply, "Facts:", params) for reply in _ask(vlm, prompts, params, seed, attempt)]
+    lists = [_parse(reply, "Facts:", params) for reply in _ask(model, prompts, params, seed, attempt)]
     divisions = [Division([], [], problem) for _, problem in lists]
     with_claims = [i for i, (claims, problem) in enumerate(lists) if claims and not problem]
     prompts = [QUESTIONS_PROMPT.format(claims="\n".join(f"- {c}" for c in lists[i][0])) for i in with_claims]
-    replies = _ask(vlm, prompts, params, seed, attempt)
+    replies = _ask(model, prompts, params, seed, attempt)
     for i, reply in zip(with_claims, replies, strict=True):
         claims = lists[i][0]
         questions, problem = _parse(reply, "Modified sentences:", params)
@@ -133,23 +133,16 @@ def _attempt(
     return divisions
 
 
-def _ask(vlm: VLM, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Generation | UnfitText]:
+def _ask(model: Model, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Sampled | UnfitText]:
     # a reply depends on its prompt alone: the random numbers are those of (seed, prompt, attempt)
-    encoded: dict[str, EncodedPrompt] = {}
-    replies: dict[str, Generation | UnfitText] = {}
-    for prompt in dict.fromkeys(prompts):
-        try:
-            encoded[prompt] = encode_questions(vlm, None, [prompt], room=params.max_new_tokens)
-        except UnfitText as error:
-            replies[prompt] = error
-    streams = [uniforms(seed, prompt, attempt, params.max_new_tokens)[np.newaxis] for prompt in encoded]
+    asked = [Asked(prompt, prompt) for prompt in dict.fromkeys(prompts)]
     decoding = Decoding(params.temperature, 0, params.top_p, params.max_new_tokens)
-    generations = sample_encoded(vlm, list(encoded.values()), streams, decoding)
-    replies |= {prompt: samples[0] for prompt, samples in zip(encoded, generations, strict=True)}
+    drawn = draw_answers(model, asked, [attempt], seed, decoding)
+    replies = {a.text: row if isinstance(row, Exception) else row[0] for a, row in zip(asked, drawn, strict=True)}
     return [replies[prompt] for prompt in prompts]
 
 
-def _parse(reply: Generation | UnfitText, header: str, params: DivideParams) -> tuple[list[str], str]:
+def _parse(reply: Sampled | UnfitText, header: str, params: DivideParams) -> tuple[list[str], str]:
     if isinstance(reply, UnfitText):
         return [], str(reply)
     if reply.finish_reason == "length":
@@ -161,7 +154,7 @@ def _parse(reply: Generation | UnfitText, header: str, params: DivideParams) -> 
 
 
 def divide(
-    load: Callable[[], VLM],
+    load: Callable[[], Model],
     candidates: Sequence[Candidate],
     questions: dict[str, str],
     params: DivideParams,

@@ -8,19 +8,20 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlaifv.inference.roles import Model, look
 from rlaifv.inference.served import NO_WORDS, YES_WORDS, Served
-from rlaifv.inference.yes_no import judge_fit, look, yes_no_ids
+from rlaifv.inference.yes_no import judge_fit, yes_no_ids
 from rlaifv.params import FeedbackParams
 from rlaifv.records import Claim, Judgement, Reject, batched, read_records, to_json, write_atomic
 from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
-from rlaifv.vlm.loading import VLM, loaded
+from rlaifv.vlm.loading import loaded
 
 log = logging.getLogger(__name__)
 
 
 def feedback(
-    load: Callable[[], VLM | Served],
+    load: Callable[[], Model],
     claims: Sequence[Claim],
     images: dict[str, str],
     image_root: Path,
@@ -81,7 +82,7 @@ def feedback(
     return judged, rejected, asked
 
 
-def describe_labeler(vlm: VLM | Served, suffix: str) -> str:
+def describe_labeler(vlm: Model, suffix: str) -> str:
     """A JSON line of who judged, with which suffix, and which tokens counted as yes and no."""
     if isinstance(vlm, Served):  # its tokens have no ids here, only spellings
         tokens = {"yes": YES_WORDS, "no": NO_WORDS}

@@ -9,19 +9,18 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from rlaifv.inference.sampling import Decoding, Generation, sample_encoded, uniforms
+from rlaifv.inference.roles import Asked, Model, draw_answers
+from rlaifv.inference.sampling import Decoding
+from rlaifv.inference.served import Sampled, Served
 from rlaifv.params import GenerateParams
 from rlaifv.records import Candidate, Instruction, Reject, batched
 from rlaifv.store import Store
-from rlaifv.vlm.chat_format import EncodedPrompt, UnfitText, check_text, encode_questions
-from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, loaded
+from rlaifv.vlm.chat_format import UnfitText, check_text
+from rlaifv.vlm.loading import loaded
 
 
 def generate(
-    load: Callable[[], VLM],
+    load: Callable[[], Model],
     instructions: Sequence[Instruction],
     image_root: Path,
     params: GenerateParams,
@@ -42,40 +41,34 @@ def generate(
     def sample_chunk(chunk: Sequence[Instruction]) -> tuple[list[Candidate], list[Reject]]:
         candidates: list[Candidate] = []
         rejects: list[Reject] = []
-        readable: list[Instruction] = []
-        prompts: list[EncodedPrompt] = []
-        for instruction in chunk:
-            try:
-                image = open_image(image_root / instruction.image_path)
-                prompts.append(encode_questions(policy(), image, [instruction.question], room=params.max_new_tokens))
-                readable.append(instruction)
-            except (OSError, ValueError) as error:
-                rejects += [Reject(f"{instruction.id}#{s}", "generate", str(error)) for s in range(params.samples)]
-        streams = [
-            np.stack([uniforms(seed, i.id, s, params.max_new_tokens) for s in range(params.samples)]) for i in readable
-        ]
-        generations: list[list[Generation]] = [[] for _ in readable]
+        asked = [Asked(i.id, i.question, image_root / i.image_path) for i in chunk]
+        answers: list[list[Sampled] | OSError | ValueError] = [[] for _ in chunk]
         temperatures = [temperature_of(params, s, temperature_spread) for s in range(params.samples)]
         for temperature, samples in itertools.groupby(range(params.samples), temperatures.__getitem__):
-            numbers = list(samples)
             decoding = Decoding(
                 temperature, params.top_k, params.top_p, params.max_new_tokens, params.repetition_penalty
             )
-            drawn = sample_encoded(policy(), prompts, [stream[numbers] for stream in streams], decoding)
-            for kept, more in zip(generations, drawn, strict=True):
-                kept += more
-        for instruction, samples in zip(readable, generations, strict=True):
-            for s, generation in enumerate(samples):
-                name, answer = f"{instruction.id}#{s}", generation.text.strip()
+            drawn = draw_answers(policy(), asked, list(samples), seed, decoding)
+            answers = [
+                more if isinstance(more, Exception) else [*kept, *more]
+                for kept, more in zip(answers, drawn, strict=True)
+            ]
+        reader = policy().reader if isinstance(policy(), Served) else policy()
+        for instruction, samples in zip(chunk, answers, strict=True):
+            if isinstance(samples, Exception):
+                rejects += [Reject(f"{instruction.id}#{s}", "generate", str(samples)) for s in range(params.samples)]
+                continue
+            for s, sampled in enumerate(samples):
+                name, answer = f"{instruction.id}#{s}", sampled.text.strip()
                 try:
                     if not answer:
                         raise UnfitText("the answer is empty")
-                    check_text(policy(), answer)
+                    check_text(reader, answer)
                 except UnfitText as error:
                     rejects.append(Reject(name, "generate", str(error)))
                     continue
-                tokens, end = len(generation.token_ids), generation.finish_reason
-                candidates.append(Candidate(name, instruction.id, s, answer, tokens, end, seed, policy().fingerprint))
+                end, model = sampled.finish_reason, policy().fingerprint
+                candidates.append(Candidate(name, instruction.id, s, answer, sampled.tokens, end, seed, model))
         return candidates, rejects
 
     with loaded(load) as policy:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from rlaifv import ROOT
 from rlaifv.inference.reward import Rated, score
+from rlaifv.inference.roles import Model, load_role, look
 from rlaifv.inference.sampling import Generation
-from rlaifv.inference.served import Served
-from rlaifv.inference.yes_no import judge_fit, load_labeler, look
+from rlaifv.inference.yes_no import judge_fit
 from rlaifv.params import DivideParams, RewardWeights, ServerParams
 from rlaifv.records import Candidate, Instruction, ModelRecord
 from rlaifv.stage import REWARD_MODELS
@@ -21,7 +21,6 @@ from rlaifv.steps.divide import Division, divide_answers
 from rlaifv.training.rewards import Judged
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.images import open_image
-from rlaifv.vlm.loading import VLM, load_model
 from rlaifv.vlm.reward_format import RewardModel, load_reward_model
 
 Prompted = tuple[Image.Image, str, Sequence[str], Sequence[str]]
@@ -91,8 +90,8 @@ def load_judges(
     """The judges that a run's weights count, and the reward model in a folder where there is one; all are in memory at
     once, beside the policy. Without `claims` no labeler is asked, without `claims` and `recall` nothing is divided."""
     asked = reward_model and load_reward_model(str(reward_model), dtype=dtype)
-    splits = load_model(divider) if weights.claims or weights.recall else None
-    judges = load_labeler(labeler, server) if weights.claims else None
+    splits = load_role(divider, server) if weights.claims or weights.recall else None
+    judges = load_role(labeler, server) if weights.claims else None
     needs_facts = bool(asked) and asked.format.facts
     return Judges(splits, judges, params, suffix, seed, image_root, asked and scorer(asked), needs_facts)
 
@@ -112,8 +111,8 @@ class Judges:
     """The loaded models that rewards are computed with, and how they are asked; one that no reward needs is None.
     `needs_facts` says that the reward model reads facts about an image."""
 
-    divider: VLM | None
-    labeler: VLM | Served | None
+    divider: Model | None
+    labeler: Model | None
     params: DivideParams
     suffix: str
     seed: int

@@ -322,21 +322,29 @@ def load_model(model: ModelRecord, folder: Path | None = None) -> VLM:
     Raises FileNotFoundError for a folder that is not there yet, ValueError when the checkpoint is not the one that the
     stage `models` found: what was computed with it before would be mixed with another model's.
     """
-    if folder:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
-        return load_vlm(str(folder), dtype=model.dtype, device=model.device)
+    path, revision, settings = source(model, folder)
+    in_4_bits = model.load_in_4bit and not folder
     vlm = load_vlm(
-        model.path,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        load_in_4bit=model.load_in_4bit,
-        settings=model.settings,
+        path, revision=revision, dtype=model.dtype, device=model.device, load_in_4bit=in_4_bits, settings=settings
     )
-    if vlm.fingerprint != model.fingerprint:
-        raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
+    check_unchanged(model, folder, vlm.fingerprint)
     return vlm
+
+
+def source(model: ModelRecord, folder: Path | None) -> tuple[str, str | None, dict[str, Any]]:
+    """Path, revision and settings of `load_model`'s checkpoint; a policy that was trained has its settings in its
+    files."""
+    if folder is None:
+        return model.path, model.revision, model.settings
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint {folder.relative_to(ROOT)} yet: run the stages before (dvc repro)")
+    return str(folder), None, {}
+
+
+def check_unchanged(model: ModelRecord, folder: Path | None, fingerprint: str) -> None:
+    """ValueError unless a checkpoint is the one that the stage `models` found."""
+    if folder is None and fingerprint != model.fingerprint:
+        raise ValueError(f"{model.path} has changed since the stage models looked at it: run `dvc repro -f models`")
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -361,6 +369,8 @@ class Held(Generic[T]):
         return Held, (self._load,)
 
     def drop(self) -> None:
+        if hasattr(self._model, "close"):  # a server of our own
+            self._model.close()
         self._model = None
         free_memory()
 

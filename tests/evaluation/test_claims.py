@@ -125,9 +125,11 @@ def test_a_second_labeler_judges_where_one_is_named_and_is_known_for_the_first_w
             evaluate=dataclasses.replace(params.evaluate, labeler=second),
             pairs=dataclasses.replace(params.pairs, source=source),
         )
-        records = write_models(changed, tmp_path / "models")
+        records = write_models(changed, changed.server, tmp_path / "models")
         assert (tmp_path / "models" / "second_labeler.json").is_file() == (second is not None)
-        return claim_judge(SimpleNamespace(params=changed, model=records.get, store=None), tmp_path, tmp_path).keywords
+        return claim_judge(
+            SimpleNamespace(params=changed, server=changed.server, model=records.get, store=None), tmp_path, tmp_path
+        ).keywords
 
     assert judge_of(None)["labeler"].path == params.labeler.path and judge_of(None)["same_labeler"]
     assert not judge_of(None, "pairs.parquet")["same_labeler"], "somebody else's feedback"

@@ -16,9 +16,10 @@ from openai_server import seen
 from PIL import ExifTags, Image
 
 from rlaifv import run
+from rlaifv.inference.roles import load_role, look
 from rlaifv.inference.served import PROBES, ask_in_order, data_url, judge_served, open_served
 from rlaifv.inference.server import NoReply, ServerRefused, is_served
-from rlaifv.inference.yes_no import judge_many, load_labeler, look
+from rlaifv.inference.yes_no import judge_many
 from rlaifv.params import FeedbackParams, ModelParams, ServerParams
 from rlaifv.records import Claim, Judgement, read_records
 from rlaifv.steps import models
@@ -173,14 +174,14 @@ def test_another_model_behind_the_same_name_is_not_used_until_the_stage_models_h
     serve, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(models, "SCRATCH", tmp_path)
-    monkeypatch.setattr("rlaifv.inference.yes_no.SCRATCH", tmp_path)
+    monkeypatch.setattr("rlaifv.inference.roles.SCRATCH", tmp_path)
     fields = {"revision": None, "dtype": "float32", "device": "auto"}
     fields |= {"load_in_4bit": False, "processor": {}, "template": {}, "system": None}
     record = models.describe(ModelParams(path=serve("well"), **fields), PARAMS)
-    assert load_labeler(record, PARAMS).fingerprint == record.fingerprint
+    assert load_role(record, PARAMS).fingerprint == record.fingerprint
     replaced = models.describe(ModelParams(path=serve("other"), **fields), PARAMS)
     with pytest.raises(ValueError, match=r"some/model answers otherwise .* run `dvc repro -f models`"):
-        load_labeler(type(record)(**{**vars(record), "path": replaced.path}), PARAMS)
+        load_role(type(record)(**{**vars(record), "path": replaced.path}), PARAMS)
 
 
 def test_a_server_that_is_not_there_gets_one_clear_line():
@@ -285,7 +286,7 @@ def test_no_failure_of_a_server_writes_or_says_the_key_and_each_is_one_line_with
     for way, labeler in zip(WAYS, of_labeler, strict=True):
         (error,) = (output for output in labeler.outputs if output.output_type == "error")
         assert error.ename in ("NoReply", "ServerRefused") and "\n" not in error.evalue, way
-        assert f"the labeler {address}/{way}/v1#some/model" in error.evalue and re.search(WAYS[way], error.evalue)
+        assert f"the model {address}/{way}/v1#some/model" in error.evalue and re.search(WAYS[way], error.evalue)
     assert "hanging/v1#some/model has said nothing for 0.3 s" in said.out + said.err
     texts = {path: path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()}
     for place, text in {**texts, "stdout": said.out, "stderr": said.err}.items():

@@ -30,7 +30,7 @@ from rlaifv.results import Result
 from rlaifv.steps.models import describe_models
 
 BASE = load_params()
-MODELS = describe_models(BASE)
+MODELS = describe_models(BASE, BASE.server)
 
 
 @pytest.fixture(scope="module")

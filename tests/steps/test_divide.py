@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from architectures import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaifv.inference.sampling import Generation
+from rlaifv.inference.served import Sampled
 from rlaifv.params import load_params
 from rlaifv.records import Candidate, read_jsonl
 from rlaifv.steps import divide as divide_module
@@ -64,17 +63,16 @@ def scripted(monkeypatch, replies):
     asked: list[str] = []
     left = iter(replies)
 
-    def sample(vlm, prompts, streams, decoding):
-        asked.extend(prompts)
-        return [[next(left)] for _ in prompts]
+    def sample(model, questions, samples, seed, decoding):
+        asked.extend(question.text for question in questions)
+        return [[next(left)] for _ in questions]
 
-    monkeypatch.setattr(divide_module, "encode_questions", lambda vlm, image, texts, room: texts[0])
-    monkeypatch.setattr(divide_module, "sample_encoded", sample)
+    monkeypatch.setattr(divide_module, "draw_answers", sample)
     return asked
 
 
-def said(text: str, finish_reason: str = "stop") -> Generation:
-    return Generation(text, [], finish_reason)
+def said(text: str, finish_reason: str = "stop") -> Sampled:
+    return Sampled(text, 9, finish_reason)
 
 
 FACTS = said("### Facts:\n- There is a cup.\n- The cup is red.")
@@ -145,12 +143,11 @@ def test_equal_lists_of_claims_are_turned_into_questions_once(monkeypatch):
 def test_the_random_numbers_of_a_reply_depend_on_the_prompt_and_the_attempt_alone(monkeypatch):
     seen = []
 
-    def sample(vlm, prompts, streams, decoding):
-        seen.extend((p, tuple(np.asarray(s)[0, :3])) for p, s in zip(prompts, streams, strict=True))
-        return [[said("?")] for _ in prompts]
+    def sample(model, questions, samples, seed, decoding):
+        seen.extend((q.text, (q.name, *samples, seed)) for q in questions)
+        return [[said("?")] for _ in questions]
 
-    monkeypatch.setattr(divide_module, "encode_questions", lambda vlm, image, texts, room: texts[0])
-    monkeypatch.setattr(divide_module, "sample_encoded", sample)
+    monkeypatch.setattr(divide_module, "draw_answers", sample)
     divide_answers(None, [("Describe.", "One."), ("Describe.", "Two.")], PARAMS, seed=1)
     divide_answers(None, [("Describe.", "Two.")], PARAMS, seed=1)
     two = [stream for text, stream in seen if text.endswith("Two.")]

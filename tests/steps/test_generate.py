@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from tiny_llava import save_tiny_llava
 
-from rlaifv.inference.sampling import Generation, uniforms
+from rlaifv.inference.sampling import uniforms
+from rlaifv.inference.served import Sampled
 from rlaifv.params import load_params
 from rlaifv.records import Instruction, read_jsonl
 from rlaifv.steps import generate as generate_module
@@ -87,10 +88,8 @@ def test_a_question_that_the_policy_cannot_be_asked_rejects_its_samples_and_no_o
 
 
 def test_an_answer_that_spells_a_special_token_is_rejected(policy, instructions, tmp_path, monkeypatch):
-    spelled = Generation("a dog </s> <image>", [1, 2], "stop")
-    monkeypatch.setattr(
-        generate_module, "sample_encoded", lambda _, prompts, streams, decoding: [[spelled] * 3 for _ in prompts]
-    )
+    spelled = Sampled("a dog </s> <image>", 2, "stop")
+    monkeypatch.setattr(generate_module, "draw_answers", lambda _, asked, *rest: [[spelled] * 3 for _ in asked])
     kept, rejects = answers(policy, instructions, tmp_path)
     assert not kept and len(rejects) == 9 and "holds '</s>'" in rejects[0]["reason"]
 

@@ -16,8 +16,8 @@ from training_runs import digests
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlaifv import ROOT
+from rlaifv.inference.roles import load_role
 from rlaifv.inference.sampling import Decoding, Generation, Prompt, generate_batch, uniforms
-from rlaifv.inference.yes_no import load_labeler
 from rlaifv.params import ParamsError, ServerParams, check_params, load_params, read_yaml
 from rlaifv.records import Instruction, ModelRecord
 from rlaifv.tinyworld.scenes import Group, Scene, render
@@ -213,7 +213,7 @@ def test_the_judges_say_of_the_shipped_world_what_is_true_in_it(tmp_path):
 
     judges = Judges(
         load_model(record("divider")),
-        load_labeler(record("labeler"), ServerParams()),
+        load_role(record("labeler"), ServerParams()),
         params.divide,
         params.feedback.suffix,
         params.seed,

@@ -229,7 +229,7 @@ def test_the_stage_models_refuses_before_any_weights_are_read(tmp_path, monkeypa
     text = replace(params, policy=params.divider)
     monkeypatch.setattr("rlaifv.steps.models.fingerprint_checkpoint", lambda *_: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"^policy models/tiny/divider is a llama model that sees no images"):
-        write_models(text, tmp_path)
+        write_models(text, text.server, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,43 @@
+"""Run a command for as long as the process that asked for it lives: `python guard.py COMMAND …`.
+
+Standard input is a pipe from that process, which closes however it ends, by `kill -9` too. Then the command and all
+that it has started are ended; nothing of a server is left on a GPU.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+PATIENCE = 20.0
+"""Seconds that the command has to end when it is asked to."""
+
+
+def main(command: list[str]) -> int:
+    """Returns the command's exit code."""
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=end_with_input, args=(server,), daemon=True).start()
+    code = server.wait()
+    signal_all(server, signal.SIGKILL)  # a server that crashed may leave workers behind
+    return code
+
+
+def end_with_input(server: subprocess.Popen) -> None:
+    sys.stdin.buffer.read()
+    signal_all(server, signal.SIGTERM)
+    try:
+        server.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        signal_all(server, signal.SIGKILL)
+
+
+def signal_all(server: subprocess.Popen, number: int) -> None:
+    """Send a signal to the command and to what it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(server.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
