@@ -5,6 +5,7 @@ free port of this machine alone, writes what it says to runs/servers/, and ends 
 ends (`guard`). A server that dies is started again once.
 """
 
+import contextlib
 import logging
 import re
 import shlex
@@ -66,6 +67,9 @@ class Engine:
     def revive(self) -> int:
         """Start it again if it has died; how often that was so far. Raises EngineFailed when it has died too often."""
         with self._lock:
+            if not answers(self.address):  # it may be about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(10)
             if self._process.poll() is None:
                 return self.restarts
             if self.restarts == RESTARTS:
@@ -123,10 +127,11 @@ class Engine:
         return process
 
     def _last_words(self) -> str:
-        """The last line of its log that is no line of a traceback's frame, in short."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-200:]]
-        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
-        return ((errors or [line for line in lines if line] or ["nothing"])[-1])[:300]
+        """The last error in its log, without what only points at another one; or else the last line."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+        errors = [error for error in re.findall(r"\b\w+(?:Error|Exception): .+", text) if "root cause" not in error]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return (errors or lines or ["nothing"])[-1][:300]
 
 
 def start_engine(path: Path, name: str, dtype: str, params: ServerParams) -> Engine:

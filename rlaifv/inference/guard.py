@@ -25,7 +25,8 @@ def main(command: list[str]) -> int:
 
 
 def end_with_input(server: subprocess.Popen) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):
+        pass
     signal_all(server, signal.SIGTERM)
     try:
         server.wait(PATIENCE)
@@ -40,4 +41,4 @@ def signal_all(server: subprocess.Popen, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]) & 0xFF)  # the thread that reads may still wait

@@ -19,11 +19,13 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, content: dict, headers: dict | None = None):
         self.send(json.dumps(content), "application/json", status, headers)
 
-    def say(self, text: str, model: str, **choice):
-        """A chat completion."""
+    def say(self, text: str, model: str, tokens: int = 1, **choice):
+        """A chat completion of so many tokens."""
         message = {"role": "assistant", "content": text}
         choices = [{"index": 0, "message": message, "finish_reason": "stop", **choice}]
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": choices})
+        usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+        row = {"id": "1", "object": "chat.completion", "created": 0, "model": model}
+        self.reply(200, row | {"choices": choices, "usage": usage})
 
     def send(self, text: str, kind: str, status: int, headers: dict | None = None):
         data = text.encode()
