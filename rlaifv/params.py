@@ -262,7 +262,8 @@ class TrainParams(Section):
     # main memory for the frozen tower's features; 0 computes them anew each time, as FSDP and DeepSpeed always do
     feature_cache_gb: NotNegative = 8.0
     collapse_nats: Positive = 0.5  # warn when chosen answers lose this much log-prob per token against the reference
-    processes: Count = 1  # (GPUs) to train on: more than one goes through `accelerate launch`
+    processes: Count = 1  # (GPUs) to train on, over all machines: more than one goes through `accelerate launch`
+    machines: Count = 1  # they are spread over: nodes of the Slurm allocation or of the Ray cluster that this runs in
     accelerate_config: Name | None = None  # a file of the repository (params/accelerate/...); null is plain DDP
 
 
@@ -596,6 +597,8 @@ def _train_problems(params: TrainParams) -> Iterator[str]:
             f"batch_size {params.batch_size} is not a multiple of micro_batch_size x processes = "
             f"{params.micro_batch_size} x {params.processes}: the global batch would depend on the machine"
         )
+    if params.processes % params.machines:
+        yield f"processes {params.processes} cannot be spread evenly over machines {params.machines}"
     weights = params.loss_weights
     if weights is not None and len(weights) != len(params.loss_type):
         yield f"loss_weights {weights} must have one weight per loss_type {params.loss_type}"

@@ -3,13 +3,11 @@
 accelerate launch -m rlaifv.training.job JOB.json    # what `train` starts itself for more than one process
 """
 
-import ctypes
 import dataclasses
 import json
 import logging
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +40,7 @@ from rlaifv.training.dpo import (
     training_arguments,
     write_log,
 )
+from rlaifv.training.machines import command_of, end_with_parent
 from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device
@@ -100,7 +99,8 @@ def train(
         "source": stage_sources("train"),
     }
     asked = dev and dataclasses.asdict(dev)
-    identity = {**made_of, "params": {**settings, "collapse_nats": None, "resume_every": None}, "seed": seed}
+    unseen = dict.fromkeys(("collapse_nats", "resume_every", "machines"))  # as many processes elsewhere: the same run
+    identity = {**made_of, "params": settings | unseen, "seed": seed}
     identity["dev"] = dev and [asked, dev.data()]
     job = {"policy": policy, "pairs": str(pairs), "params": settings, "seed": seed, "made_of": made_of, "dev": asked}
     return run_in("train", identity, job, params, out, scratch, run_job)
@@ -129,7 +129,8 @@ def run_in(
 
 
 def launch(job: Path, params: TrainParams, module: str) -> None:
-    """Run the job in `params.processes` processes of `module` and print their output here (a notebook cell shows it).
+    """Run the job in `params.processes` processes of `module`, on `params.machines` machines, and print their output
+    here (a notebook cell shows it).
 
     What ended one of them is raised here, in one line: MemoryError for memory, FloatingPointError for a loss that is
     not finite, else RuntimeError.
@@ -139,8 +140,12 @@ def launch(job: Path, params: TrainParams, module: str) -> None:
         command += ["--config_file", str(ROOT / params.accelerate_config)]
     else:
         # also for processes on CPUs: it is accelerate's name for torchrun with plain data parallelism
-        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", module, str(job)]
+        command += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    one_machine = params.machines == 1
+    command += ["--num_machines", "1", "--main_process_port", "0"] if one_machine else []
+    command += ["-m", module, str(job)]
+    if not one_machine:
+        command = command_of(command, params.machines, params.processes)
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     errors, killed = [], ""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -161,13 +166,6 @@ def launch(job: Path, params: TrainParams, module: str) -> None:
         elif re.match(r"\w*(MemoryError|OutOfMemoryError)", first):
             kind = MemoryError
         raise kind(f"training in {params.processes} processes failed: {first}; the same command goes on where it was")
-
-
-def end_with_parent() -> None:
-    """Have the kernel of Linux send SIGTERM to this process when the one that started it dies, however it dies: a
-    kernel that was killed would leave its training behind, which holds the GPUs and the run's lock."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run_job(job: dict) -> None:

@@ -1,5 +1,5 @@
-"""Kills a process that trains where KILLED_BEFORE_STEP says so; Python imports this by itself in each process that has
-this folder on its PYTHONPATH."""
+"""Kills the processes that train where KILLED_BEFORE_STEP says so, or the one of them with KILLED_RANK; Python imports
+this by itself in each process that has this folder on its PYTHONPATH."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ def die_before(step: int) -> None:
     from rlaifv.training.dpo import Watch
 
     def die(self, args, state, control, **kwargs):
-        if state.global_step == step - 1:
+        if state.global_step == step - 1 and os.environ["RANK"] == os.environ.get("KILLED_RANK", os.environ["RANK"]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Watch.on_step_begin = die
