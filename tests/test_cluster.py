@@ -4,25 +4,38 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from training_runs import PARAMS as TRAIN
+from training_runs import digests, folder, run
 
 from rlaifv import ROOT
+from rlaifv.evaluation.hallucination import Split, evaluate_checkpoints
 from rlaifv.params import ClusterParams, load_params
-from rlaifv.records import Instruction
+from rlaifv.records import Candidate, Claim, Instruction, ModelRecord, read_records
+from rlaifv.steps.divide import divide
+from rlaifv.steps.feedback import feedback
 from rlaifv.steps.generate import generate
+from rlaifv.steps.self_feedback import write_logps
 from rlaifv.store import Store, cluster
 from rlaifv.store.cluster import ClusterProblem
-from rlaifv.vlm.loading import load_vlm
+from rlaifv.tinyworld.coco import write_world
+from rlaifv.vlm.loading import load_model, load_vlm
+
+__all__ = ["folder"]  # a fixture: pytest finds it by its name in this module
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
+PARAMS, TINY = load_params(), ROOT / "models" / "tiny"
 RAY = ClusterParams(engine="ray", workers=4)
 CHUNKS = [[n] for n in range(24)]
 
@@ -69,6 +82,94 @@ def test_sampling_on_four_workers_gives_the_bytes_of_one_process(machines, tmp_p
         generate(lambda: load_vlm(str(ROOT / "models/tiny/policy")), instructions, tmp_path, params, 1, store, out)
         written[engine] = out.read_bytes() + out.with_name("rejects.jsonl").read_bytes()
     assert written["ray"] == written["none"] != b""
+
+
+@pytest.fixture(scope="module")
+def small_round(tmp_path_factory):
+    """A little world, and answers, claims and a split of it."""
+    folder = tmp_path_factory.mktemp("round")
+    write_world(folder, seed=5, train=8, dev=6, test=1)
+    rows = read_records(folder / "instructions_train.jsonl", Instruction)
+    said = ["There is a red dog on the left. There are two cups.", "There is a cat. A blue chair is on the right."]
+    answers = [
+        Candidate(f"{row.id}#{k}", row.id, k, f"{text} It is picture {n}.", 9, "stop", 1, "policy")
+        for n, row in enumerate(rows)
+        for k, text in enumerate(said)
+    ]
+    claims = [
+        Claim(f"{c.id}/0", c.id, "There is a dog.", f"Is there a dog, or {k} of them?") for k, c in enumerate(answers)
+    ]
+    dev = Split("dev", read_records(folder / "instructions_dev.jsonl", Instruction), {}, {}, [], folder / "images")
+    return SimpleNamespace(folder=folder, rows=rows, answers=answers, claims=claims, dev=dev)
+
+
+def divide_it(work, store, out):
+    questions = {row.id: row.question for row in work.rows}
+    params = dataclasses.replace(PARAMS.divide, batch_size=4, max_reject_rate=1.0)
+    divide(partial(load_vlm, f"{TINY}/divider"), work.answers, questions, params, 1, store, out)
+
+
+def judge_it(work, store, out):
+    image_of = {row.id: row.image_path for row in work.rows}
+    images = {c.id: image_of[c.instruction_id] for c in work.answers}
+    params = dataclasses.replace(PARAMS.feedback, batch_size=2)
+    feedback(partial(load_vlm, f"{TINY}/labeler"), work.claims, images, work.folder / "images", params, store, out)
+
+
+def evaluate_it(work, store, out):
+    copies = [work.folder / f"checkpoint-{k}" for k in (1, 2, 3)]
+    for copy in copies:
+        shutil.copytree(f"{TINY}/policy", copy, dirs_exist_ok=True)
+    params = dataclasses.replace(PARAMS.evaluate, batch_size=3, max_new_tokens=40)
+    dev = dataclasses.replace(work.dev, objects={}, annotated=False)
+    evaluate_checkpoints(copies, dev, params, "Yes or no?", store, load_folder, out, judge_nothing)
+
+
+def load_folder(folder):
+    return load_vlm(str(folder))
+
+
+def judge_nothing(rows):
+    return [
+        row | {"claims": [{"p_yes": 1.0, "p_no": 0.0}], "problem": "", "labeler": "x", "same_labeler": True}
+        for row in rows
+    ]
+
+
+def weigh_it(work, store, out):
+    load = partial(load_both, f"{TINY}/policy", f"{TINY}/labeler")
+    write_logps(load, work.answers, work.rows, work.folder / "images", 2, store, out)
+
+
+def load_both(*paths):
+    return tuple(load_vlm(path) for path in paths)
+
+
+@pytest.mark.parametrize("do", [divide_it, judge_it, evaluate_it, weigh_it])
+def test_every_stage_on_four_workers_gives_the_bytes_of_one_process(machines, small_round, tmp_path, do):
+    written = {}
+    for engine in ("none", "ray"):
+        out = tmp_path / engine / "rows.jsonl"
+        do(small_round, Store("stage", {}, tmp_path / engine, dataclasses.replace(RAY, engine=engine)), out)
+        written[engine] = {file.name: file.read_bytes() for file in out.parent.glob("*.jsonl")}
+    assert written["ray"] == written["none"] and len(written["none"]["rows.jsonl"]) > 500
+
+
+def test_a_node_that_has_another_checkpoint_is_named(machines, tmp_path):
+    def work(chunk):
+        load_model(ModelRecord("models/tiny/policy", None, "float32", "cpu", "0123456789abcdef"))
+
+    with pytest.raises(ClusterProblem, match=r"chunk \d+ on \S+: ValueError: models/tiny/policy has changed since"):
+        Store("stage", {}, tmp_path, RAY).run(CHUNKS, work)
+
+
+def test_training_on_two_machines_of_the_cluster_is_that_of_one(machines, folder):
+    two = dataclasses.replace(TRAIN, processes=2, machines=2)
+    run(folder, "one", dataclasses.replace(two, machines=1))
+    run(folder, "two", two)
+    assert digests(folder / "two" / "out") == digests(folder / "one" / "out")
+    with pytest.raises(RuntimeError, match=r"train.machines is 3, the Ray cluster has \d nodes"):
+        run(folder, "three", dataclasses.replace(TRAIN, processes=6, machines=3, batch_size=12))
 
 
 def test_a_killed_worker_is_replaced_and_its_chunk_done_again(machines, tmp_path):

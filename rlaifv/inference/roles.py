@@ -92,7 +92,7 @@ def look(model: Model, path: Path) -> Image.Image | str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenQuestion:
     """A question about an image file, or about none. `name` is what its random numbers belong to."""
 
     name: str
@@ -101,7 +101,7 @@ class Asked:
 
 
 def draw_answers(
-    model: Model, asked: Sequence[Asked], samples: Sequence[int], seed: int, decoding: Decoding
+    model: Model, asked: Sequence[OpenQuestion], samples: Sequence[int], seed: int, decoding: Decoding
 ) -> list[list[Sampled] | OSError | ValueError]:
     """Sample answers to several questions, by whoever plays the role.
 

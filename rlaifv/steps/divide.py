@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlaifv.inference.roles import Asked, Model, draw_answers
+from rlaifv.inference.roles import Model, OpenQuestion, draw_answers
 from rlaifv.inference.sampling import Decoding
 from rlaifv.inference.served import Sampled
 from rlaifv.params import DivideParams
@@ -135,7 +135,7 @@ def _attempt(
 
 def _ask(model: Model, prompts: list[str], params: DivideParams, seed: int, attempt: int) -> list[Sampled | UnfitText]:
     # a reply depends on its prompt alone: the random numbers are those of (seed, prompt, attempt)
-    asked = [Asked(prompt, prompt) for prompt in dict.fromkeys(prompts)]
+    asked = [OpenQuestion(prompt, prompt) for prompt in dict.fromkeys(prompts)]
     decoding = Decoding(params.temperature, 0, params.top_p, params.max_new_tokens)
     drawn = draw_answers(model, asked, [attempt], seed, decoding)
     replies = {a.text: row if isinstance(row, Exception) else row[0] for a, row in zip(asked, drawn, strict=True)}

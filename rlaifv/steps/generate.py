@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlaifv.inference.roles import Asked, Model, draw_answers
+from rlaifv.inference.roles import Model, OpenQuestion, draw_answers
 from rlaifv.inference.sampling import Decoding
 from rlaifv.inference.served import Sampled, Served
 from rlaifv.params import GenerateParams
@@ -41,7 +41,7 @@ def generate(
     def sample_chunk(chunk: Sequence[Instruction]) -> tuple[list[Candidate], list[Reject]]:
         candidates: list[Candidate] = []
         rejects: list[Reject] = []
-        asked = [Asked(i.id, i.question, image_root / i.image_path) for i in chunk]
+        asked = [OpenQuestion(i.id, i.question, image_root / i.image_path) for i in chunk]
         answers: list[list[Sampled] | OSError | ValueError] = [[] for _ in chunk]
         temperatures = [temperature_of(params, s, temperature_spread) for s in range(params.samples)]
         for temperature, samples in itertools.groupby(range(params.samples), temperatures.__getitem__):

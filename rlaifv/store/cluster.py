@@ -14,7 +14,6 @@ import platform
 import re
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -159,28 +158,32 @@ def check_nodes(folder: Path, token: str, resources: Mapping[str, float], params
 
     able = [node for node in nodes() if "num_cpus" in resources or node["Resources"].get("GPU")]
     ask = ray.remote(**resources)(machine)
-    asked = {
-        node["NodeManagerHostname"]: ask.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(folder), token)
+    asked = [
+        (
+            node["NodeManagerHostname"],
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                str(folder), token
+            ),
+        )
         for node in able
-    }
+    ]
     known = json.loads((folder / MACHINES).read_text()) if (folder / MACHINES).is_file() else {}
-    for host, answer in asked.items():
+    found = list(known.items())
+    for host, answer in asked:
         try:
-            known[host] = ray.get(answer, timeout=WAIT)
+            found.append((host, ray.get(answer, timeout=WAIT)))
         except RayError as error:
             raise ClusterProblem(f"node {host} cannot be used: {one_line(error)}") from None
-    first = next(iter(known))
-    for host, what in known.items():
-        if what != known[first] and not params.mixed:
+    first, usual = found[0]
+    for host, what in found:
+        if what != usual and not params.mixed:
             raise ClusterProblem(
-                f"node {host} computes with {what}, {first} with {known[first]}: the last bits of results would depend "
-                "on who did what; use like nodes, or cluster.mixed: true"
+                f"node {host} computes with {what}, {first} with {usual}: the last bits of results would depend on who "
+                "did what; use like nodes, or cluster.mixed: true"
             )
-    if len(set(known.values())) > 1:
-        log.warning("cluster.mixed: %s", ", ".join(f"{host} with {what}" for host, what in known.items()))
-    write_atomic(folder / MACHINES, to_json(known) + "\n")
+    if len({what for _, what in found}) > 1:
+        log.warning("cluster.mixed: %s", ", ".join(f"{host} with {what}" for host, what in found))
+    write_atomic(folder / MACHINES, to_json(dict(found)) + "\n")
 
 
 def machine(folder: str, token: str) -> str:
@@ -223,26 +226,3 @@ def one_line(error: BaseException) -> str:
     """The last line of a message, which of Ray's is the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def main(arguments: list[str]) -> int:
-    """Wait until so many nodes are in the cluster at RAY_ADDRESS, as a job that has started them must."""
-    wanted, until = int(arguments[0]), time.monotonic() + WAIT
-    while True:
-        try:
-            with connected():
-                while len(nodes()) < wanted and time.monotonic() < until:
-                    time.sleep(1)
-                came = len(nodes())
-                break
-        except ClusterProblem as problem:
-            if time.monotonic() > until:
-                print(problem, file=sys.stderr)
-                return 1
-            time.sleep(1)
-    print(f"{came} of {wanted} nodes are in the cluster", file=sys.stderr if came < wanted else sys.stdout)
-    return int(came < wanted)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import Split, model_answers
 from rlaifv.inference import engine, roles
 from rlaifv.inference.engine import EngineFailed, check_command
-from rlaifv.inference.roles import Asked, draw_answers, load_role, look
+from rlaifv.inference.roles import OpenQuestion, draw_answers, load_role, look
 from rlaifv.inference.sampling import Decoding
 from rlaifv.inference.served import Served
 from rlaifv.inference.yes_no import judge_fit
@@ -76,8 +76,8 @@ def served_by(*options: object, **params) -> ServerParams:
     return ServerParams(**{"command": " ".join(map(str, words)), "concurrency": 4, "tries": 1} | params)
 
 
-def asked(images: list[Path]) -> list[Asked]:
-    return [Asked(image.stem, "Describe the picture in detail.", image) for image in images]
+def asked(images: list[Path]) -> list[OpenQuestion]:
+    return [OpenQuestion(image.stem, "Describe the picture in detail.", image) for image in images]
 
 
 def test_it_says_what_the_same_model_says_in_this_process(images):

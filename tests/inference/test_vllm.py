@@ -16,7 +16,7 @@ from training_runs import run
 
 from rlaifv import ROOT
 from rlaifv.inference import engine, roles
-from rlaifv.inference.roles import Asked, draw_answers, load_role, look
+from rlaifv.inference.roles import OpenQuestion, draw_answers, load_role, look
 from rlaifv.inference.sampling import Decoding
 from rlaifv.inference.yes_no import judge_many
 from rlaifv.params import ServerParams
@@ -46,9 +46,9 @@ def record(path: str, engine: str = "vllm") -> ModelRecord:
     return ModelRecord(path, None, "float32", "cpu", fingerprint_checkpoint(path), engine)
 
 
-def questions_of(world: Path, split: str) -> list[Asked]:
+def questions_of(world: Path, split: str) -> list[OpenQuestion]:
     rows = read_records(world / f"instructions_{split}.jsonl", Instruction)
-    return [Asked(row.id, row.question, world / "images" / row.image_path) for row in rows]
+    return [OpenQuestion(row.id, row.question, world / "images" / row.image_path) for row in rows]
 
 
 def test_ten_thousand_claims_are_judged_as_in_this_process(world):
