@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -632,7 +632,7 @@ def sharding_of(config: str | None) -> str:
 @dataclass(frozen=True)
 class Plan:
     """The needs of one iteration beside what there is; `ahead` of its iterations have no checkpoints yet; `measured`
-    is what the stages that have run took, as `measured` says it."""
+    is what the stages that have run took, as `measured` says it; `managed` are the roles whose engine is vllm."""
 
     needs: list[Need]
     machine: Machine
@@ -641,6 +641,7 @@ class Plan:
     iterations: int
     ahead: int
     measured: Mapping[str, Mapping[str, float]]
+    managed: Sequence[str] = ()
 
     @property
     def scale(self) -> float:
@@ -710,7 +711,8 @@ def make_plan(
         needs.append(max(each, key=lambda need: need.gpu))
     found = measured(timings, params.policy.path) if timings else {}
     ahead = sum(not Paths(name).checkpoints.is_dir() for name in params.iterations)
-    return Plan(needs, machine, host, disk, len(params.iterations), ahead, found)
+    managed = [role for role, model in roles.items() if model.engine == "vllm"]
+    return Plan(needs, machine, host, disk, len(params.iterations), ahead, found, managed)
 
 
 def model_at(params: Params, path: str | None) -> ModelParams:
@@ -757,6 +759,9 @@ def table(plan: Plan) -> str:
         f"an iteration {hours:,.1f} hours; all: {plan.iterations * hours:,.1f} hours, {written:,.0f} GB of disk"
     )
     lines.append("not in it: benchmarks and their judges")
+    if plan.managed:
+        whose = " and ".join(plan.managed)
+        lines.append(f"the engine of {whose} is vllm: hours are those of transformers, a bound that it stays far below")
     if plan.measured:
         lines.append(f"hours are the estimate times {plan.scale:.2f}, the median of what the finished stages took")
     return "\n".join(lines)

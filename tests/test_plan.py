@@ -119,6 +119,14 @@ def test_checkpoints_that_the_disk_cannot_hold_are_said_with_the_key(profile):
     assert need(kept, "train").disk / GB == about(3 * 14.1) and kept.shortages()[0] == [], "and one being written"
 
 
+def test_a_role_whose_engine_is_vllm_is_planned_as_in_this_process_and_that_is_said(profile):
+    params = profile("llava15-7b-lora")
+    served = dataclasses.replace(params, policy=dataclasses.replace(params.policy, engine="vllm"))
+    assert need(planned(served, 1), "generate") == need(planned(params, 1), "generate")
+    assert "the engine of policy is vllm" in plan.table(planned(served, 1))
+    assert "vllm" not in plan.table(planned(params, 1))
+
+
 def test_a_served_model_takes_nothing_here(profile):
     params = profile("llava15-7b")
     served = dataclasses.replace(params.labeler, path="http://127.0.0.1:8000/v1#big")
