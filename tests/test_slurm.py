@@ -1,5 +1,6 @@
 """The recipes of slurm/ in a real queue of two nodes (`make slurm-here` starts one on this machine). Takes minutes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from training_runs import digests, folder
 
 from rlaifv import ROOT
 from rlaifv.params import read_content
 from rlaifv.profiles.rehearse import copy_repository, surroundings
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
+__all__ = ["folder"]  # a fixture: pytest finds it by its name in this module
 CHUNKS = 10
 REPRO = [sys.executable, "-m", "dvc", "repro", "generate@1"]
 
@@ -89,3 +92,22 @@ def test_a_stage_that_is_named_is_a_job_of_the_queue_and_its_failure_is_the_runs
     command = [sys.executable, "-m", "rlaifv.run", "20_generate", "iteration=7", "prev=0"]
     failed = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=surroundings(folder))
     assert failed.returncode == 1 and "the job ended with exit code 1" in failed.stderr
+
+
+TRAIN = """
+import dataclasses, sys
+from pathlib import Path
+from training_runs import PARAMS, run
+run(Path(sys.argv[1]), sys.argv[2], dataclasses.replace(PARAMS, processes=2, machines=int(sys.argv[3])))
+"""
+
+
+def test_training_on_the_two_nodes_of_an_allocation_is_that_of_one_machine(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (folder / "job.py").write_text(TRAIN)
+    command = f"{sys.executable} job.py {folder}"
+    subprocess.run([*command.split(), "one", "1"], cwd=folder, check=True, capture_output=True)
+    job = sbatch(folder, "--wait", "--nodes=2", "--ntasks-per-node=1", f"--wrap={command} two 2")
+    assert job.returncode == 0, logs(folder)
+    assert digests(folder / "two" / "out") == digests(folder / "one" / "out")
