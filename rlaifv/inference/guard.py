@@ -5,11 +5,14 @@ that it has started are ended; nothing of a server is left on a GPU.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+
+import psutil
 
 PATIENCE = 20.0
 """Seconds that the command has to end when it is asked to."""
@@ -17,11 +20,21 @@ PATIENCE = 20.0
 
 def main(command: list[str]) -> int:
     """Returns the command's exit code."""
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    if sys.platform == "linux":  # what a dead server leaves behind becomes this process's: vLLM's workers among them
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent)
     threading.Thread(target=end_with_input, args=(server,), daemon=True).start()
     code = server.wait()
-    signal_all(server, signal.SIGKILL)  # a server that crashed may leave workers behind
+    for left in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
     return code
+
+
+def end_with_parent() -> None:
+    """Have Linux ask the command to end when this process dies, whatever kills it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def end_with_input(server: subprocess.Popen) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from rlaifv import ROOT
 from rlaifv.evaluation.hallucination import Split, model_answers
-from rlaifv.inference import engine, roles
+from rlaifv.inference import engine, guard, roles
 from rlaifv.inference.engine import EngineFailed, check_command
 from rlaifv.inference.roles import OpenQuestion, draw_answers, load_role, look
 from rlaifv.inference.sampling import Decoding
@@ -198,6 +198,22 @@ def test_it_ends_with_whoever_started_it_however_that_ends(tmp_path):
         owner.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs([guard, server], timeout=30)
     assert not alive
+
+
+LEAVES = """
+import os, subprocess
+print(subprocess.Popen(["sleep", "99"], start_new_session=True).pid, flush=True)
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands what a process leaves behind to another")
+def test_workers_that_a_dead_server_leaves_behind_are_ended_too():
+    command = [sys.executable, guard.__file__, sys.executable, "-c", LEAVES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        assert process.wait(30) == 7
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_program_that_is_not_there_is_told_before_anything_is_fetched():
