@@ -149,6 +149,17 @@ def test_finished_work_is_kept_until_another_stage_begins_and_unfinished_work_lo
     assert not finished.folder.exists() and work(Store("divide@1", {}, tmp_path)) == 2
 
 
+def test_what_was_begun_with_other_parameters_can_be_gone_on_with_and_what_was_finished_with_them_goes(tmp_path):
+    begun, finished = Store("stage", {"seed": 1}, tmp_path), Store("stage", {"seed": 2}, tmp_path)
+    work(begun, stop_after=2)
+    work(finished)
+    finished.publish(tmp_path / "out" / "rows.jsonl", 5, 0)
+    other = Store("stage", {"seed": 3}, tmp_path)
+    work(other)
+    other.publish(tmp_path / "out" / "rows.jsonl", 5, 0)
+    assert not finished.folder.exists() and work(Store("stage", {"seed": 1}, tmp_path)) == 1
+
+
 def test_rows_and_rejects_are_published_side_by_side(tmp_path):
     store = Store("stage", {}, tmp_path / "scratch")
     store.run([0], lambda _: ([{"n": 1}], [Reject("x", "stage", "no such image")]))

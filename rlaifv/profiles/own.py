@@ -178,7 +178,8 @@ def overlay(base: str, params: Params, images: Path, train: int, second: str | N
     if second:
         path, _, revision = second.partition("@") if "://" not in second else (second, "", "")
         settings = {"processor": {}, "template": {}, "system": None}
-        as_first = {key: getattr(params.labeler, key) for key in ("dtype", "device", "load_in_4bit")}
+        as_first = {key: getattr(params.labeler, key) for key in ("dtype", "device", "engine", "load_in_4bit")}
+        as_first |= {"engine": "transformers"} if "://" in path else {}  # what is at an address is served already
         sections["evaluate"] = {"labeler": {"path": path, "revision": revision or None, **as_first, **settings}}
     content.pop("benchmarks", None)
     content["benchmarks"] = {}

@@ -168,9 +168,9 @@ class Store:
             write_atomic(self.folder / FINISHED, to_json({"rows": len(rows), "rejects": len(rejects)}) + "\n")
         finally:
             self._release()
-        for other in self.folder.parent.glob(f"{self.stage}-*/"):  # their keys can hardly match again
-            if other != self.folder:
-                _delete(other)
+        for marker in self.folder.parent.glob(f"{self.stage}-*/{FINISHED}"):  # what is unfinished may be gone on with
+            if marker.parent != self.folder:
+                _delete(marker.parent)
         return len(rows), len(rejects)
 
     def _release(self) -> None:
