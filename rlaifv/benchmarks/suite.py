@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from rlaifv import ROOT
@@ -36,7 +35,6 @@ from rlaifv.inference.engine import start_engine
 from rlaifv.inference.roles import Model, look
 from rlaifv.inference.sampling import Prompt
 from rlaifv.inference.served import Served, encoded_url
-from rlaifv.inference.server import Server
 from rlaifv.params import BenchmarkParams, EvaluateParams, JudgeParams, Params, ServerParams
 from rlaifv.records import IMAGE_PLACES, Reject, batched, read_jsonl, write_jsonl
 from rlaifv.results import write_result
@@ -44,7 +42,7 @@ from rlaifv.store import Store
 from rlaifv.vlm.chat_format import UnfitText
 from rlaifv.vlm.checkpoint import fingerprint_checkpoint, resolve_checkpoint
 from rlaifv.vlm.images import decode_image
-from rlaifv.vlm.loading import free_memory, loaded
+from rlaifv.vlm.loading import free_memory, loaded, on_gpu
 
 log = logging.getLogger(__name__)
 
@@ -305,10 +303,10 @@ def judge_of(params: JudgeParams, server: ServerParams) -> Iterator[Judge]:
         yield load_judge(params.name)
         free_memory()
     else:
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        dtype = "bfloat16" if on_gpu("auto") else "float32"
         engine = start_engine(resolve_checkpoint(params.name), params.name, dtype, server)
-        asked = Server(f"the server of {params.name}", params.name, engine.address, server, 5, engine.revive)
         try:
-            yield served_judge(f"{params.name}@{fingerprint_checkpoint(params.name)}", asked)
+            name = f"{params.name}@{fingerprint_checkpoint(params.name)}"
+            yield served_judge(name, engine.asked_by(server, give_up_after=5))
         finally:
             engine.close()

@@ -23,6 +23,7 @@ import torch
 
 from rlaifv import ROOT
 from rlaifv.inference import guard
+from rlaifv.inference.server import Server
 from rlaifv.params import ServerParams
 from rlaifv.stage import RUNS
 from rlaifv.store import hours_and_minutes
@@ -64,6 +65,10 @@ class Engine:
         self._lock = threading.Lock()
         self._process = self._start()
 
+    def asked_by(self, params: ServerParams, give_up_after: int = 1) -> Server:
+        """Who asks it, and starts it again."""
+        return Server(f"the server of {self.name}", self.name, self.address, params, give_up_after, self.revive)
+
     def revive(self) -> int:
         """Start it again if it has died; how often that was so far. Raises EngineFailed when it has died too often."""
         with self._lock:
@@ -94,7 +99,8 @@ class Engine:
     def _start(self) -> subprocess.Popen:
         with self.log.open("ab") as said:
             process = subprocess.Popen(
-                [sys.executable, guard.__file__, *self.command],
+                [sys.executable, "-m", guard.__name__, *self.command],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=subprocess.STDOUT,

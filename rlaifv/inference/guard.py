@@ -1,4 +1,4 @@
-"""Run a command for as long as the process that asked for it lives: `python guard.py COMMAND …`.
+"""Run a command for as long as the process that asked for it lives: `python -m rlaifv.inference.guard COMMAND …`.
 
 Standard input is a pipe from that process, which closes however it ends, by `kill -9` too. Then the command and all
 that it has started are ended; nothing of a server is left on a GPU.
@@ -13,6 +13,8 @@ import sys
 import threading
 
 import psutil
+
+from rlaifv.store.processes import end_with_parent
 
 PATIENCE = 20.0
 """Seconds that the command has to end when it is asked to."""
@@ -29,12 +31,6 @@ def main(command: list[str]) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
     return code
-
-
-def end_with_parent() -> None:
-    """Have Linux ask the command to end when this process dies, whatever kills it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def end_with_input(server: subprocess.Popen) -> None:

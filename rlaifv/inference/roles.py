@@ -14,7 +14,7 @@ from PIL import Image
 from rlaifv.inference.engine import start_engine
 from rlaifv.inference.sampling import Decoding, sample_encoded, uniforms
 from rlaifv.inference.served import Sampled, Served, data_url, kept_answers, open_served, sample_served
-from rlaifv.inference.server import Server, is_served
+from rlaifv.inference.server import is_served
 from rlaifv.params import ServerParams
 from rlaifv.records import ModelRecord
 from rlaifv.store import SCRATCH
@@ -61,9 +61,8 @@ def start_served(model: ModelRecord, server: ServerParams, folder: Path | None) 
     check_unchanged(model, folder, fingerprint)
     reader = load_reader(path, revision, settings)
     engine = start_engine(servable(place, reader, fingerprint) if settings else place, path, model.dtype, server)
-    asked = Server(f"the server of {path}", path, engine.address, server, revive=engine.revive)
     answers = kept_answers(SCRATCH, f"{fingerprint}-{model.dtype}")
-    return Served(path, fingerprint, asked, answers, server.concurrency, reader, engine.close)
+    return Served(path, fingerprint, engine.asked_by(server), answers, reader, engine.close)
 
 
 def servable(place: Path, reader: Reader, fingerprint: str) -> Path:

@@ -60,7 +60,6 @@ class Served:
         fingerprint: stored with all that it says: that of its checkpoint, or of an unknown one what `recognize` found.
         server: whom to ask.
         answers: [p_yes, p_no] or a `Sampled` as a dictionary, by what was asked.
-        concurrency: requests in flight.
         reader: reads what the model reads, where its checkpoint is here: texts that would steer it are found in time.
         close: ends a server of our own.
     """
@@ -69,7 +68,6 @@ class Served:
     fingerprint: str
     server: Server = field(repr=False)
     answers: ReplyCache = field(repr=False)
-    concurrency: int
     reader: Reader | None = field(default=None, repr=False)
     close: Callable[[], None] = field(default=lambda: None, repr=False)
 
@@ -97,7 +95,7 @@ def open_served(path: str, params: ServerParams, folder: Path | None = None, mus
         fingerprint = recognize(server, folder, must_see)
     except NoReply as failure:
         raise NoReply(f"{failure}: start the server and run the stage again") from None
-    return Served(model, fingerprint, server, kept_answers(folder, fingerprint), params.concurrency)
+    return Served(model, fingerprint, server, kept_answers(folder, fingerprint))
 
 
 def kept_answers(folder: Path | None, fingerprint: str) -> ReplyCache:
@@ -180,36 +178,62 @@ def judge_served(
         ServerRefused: a wrong key or model, or a server that gives no `top_logprobs`.
     """
     waiting: dict[str, dict[str, str]] = defaultdict(dict)  # image → key → question
-    problems: dict[str, UnfitText] = {}
     keys = [[answer_key(url, question) for question in questions] for url, questions in items]
     for (url, questions), row in zip(items, keys, strict=True):
         for key, question in zip(row, questions, strict=True):
             if not labeler.answers.replies(key):
                 waiting[url][key] = question
-
-    def ask(request: tuple[str, str, str]) -> None:
-        key, url, question = request
-        try:
-            if labeler.reader:
-                check_text(labeler.reader, question)
-            answer = read_probabilities(labeler.server, ask_first_token(labeler.server, url, question))
-        except (RequestRefused, UnfitText) as refused:
-            problems[key] = UnfitText(str(refused))
-            return
-        labeler.answers.add(answer, key=key)
-
-    ask_all(labeler, ask, [[(key, url, q) for key, q in asked.items()] for url, asked in waiting.items()])
+    groups = [[(key, url, question) for key, question in asked.items()] for url, asked in waiting.items()]
+    problems = ask_all(labeler, groups, ask_yes_no)
     return [
-        [problems[key] if key in problems else tuple(labeler.answers.replies(key)[0]) for key in row] for row in keys
+        [
+            problems.get((url, q)) or tuple(labeler.answers.replies(key)[0])
+            for key, q in zip(row, questions, strict=True)
+        ]
+        for (url, questions), row in zip(items, keys, strict=True)
     ]
 
 
-def ask_all(model: Served, ask: Callable[[T], None], groups: Iterable[Sequence[T]]) -> None:
-    """`ask_in_order`, whose NoReply says that nothing is lost."""
+def ask_yes_no(model: Served, image: str | None, question: str) -> list[float]:
+    """p_yes and p_no."""
+    return read_probabilities(model.server, ask_first_token(model.server, image, question))
+
+
+def ask_all(
+    model: Served, groups: Iterable[Sequence[tuple]], reply: Callable[..., list | dict]
+) -> dict[tuple[str | None, str], UnfitText]:
+    """Ask a model, and keep each reply as it comes.
+
+    Args:
+        model: who is asked.
+        groups: requests, each the key of its reply, an image or None, a text, and what else `reply` needs; the first of
+            a group goes ahead of the others.
+        reply: asks one: model, image, text and the rest.
+
+    Returns:
+        (image, text) → why it cannot be put to this model: it holds one of its special tokens, or the server refuses it
+        alone (a context that is too short).
+
+    Raises NoReply, which says that nothing is lost, and ServerRefused.
+    """
+    problems: dict[tuple[str | None, str], UnfitText] = {}
+
+    def ask(request: tuple) -> None:
+        key, image, text, *more = request
+        if (image, text) in problems:
+            return
+        try:
+            if model.reader:
+                check_text(model.reader, text)
+            model.answers.add(reply(model, image, text, *more), key=key)
+        except (RequestRefused, UnfitText) as refused:
+            problems[image, text] = UnfitText(str(refused))
+
     try:
-        ask_in_order(ask, groups, model.concurrency)
+        ask_in_order(ask, filter(None, groups), model.server.params.concurrency)
     except NoReply as failure:
         raise NoReply(f"{failure}; its answers so far are kept: start the server and run the stage again") from None
+    return problems
 
 
 def ask_in_order(ask: Callable[[T], None], groups: Iterable[Sequence[T]], concurrency: int) -> None:
@@ -322,43 +346,20 @@ def sample_served(
         NoReply: after all tries of one request; no more are started.
         ServerRefused: a wrong key or model, or a server that does not count tokens.
     """
-    keys = [
-        [sample_key(image, text, decoding, seed) for seed in row]
-        for (image, text), row in zip(asked, seeds, strict=True)
-    ]
-    problems: dict[int, UnfitText] = {}
+    keys = [sample_keys(image, text, decoding, row) for (image, text), row in zip(asked, seeds, strict=True)]
     groups = []
-    for place, (image, text) in enumerate(asked):
-        try:
-            if model.reader:
-                check_text(model.reader, text)
-        except UnfitText as error:
-            problems[place] = error
-            continue
-        waiting = dict(zip(keys[place], seeds[place], strict=True))
-        waiting = {key: seed for key, seed in waiting.items() if not model.answers.replies(key)}
-        groups.append([(place, key, image, text, seed) for key, seed in waiting.items()])
-
-    def ask(request: tuple[int, str, str | None, str, int]) -> None:
-        place, key, image, text, seed = request
-        if place in problems:
-            return
-        try:
-            answer = ask_for_answer(model, image, text, seed, decoding)
-        except RequestRefused as refused:
-            problems[place] = UnfitText(str(refused))
-            return
-        model.answers.add(vars(answer), key=key)
-
-    ask_all(model, ask, filter(None, groups))
+    for (image, text), row, numbers in zip(asked, keys, seeds, strict=True):
+        waiting = {key: seed for key, seed in zip(row, numbers, strict=True) if not model.answers.replies(key)}
+        groups.append([(key, image, text, seed, decoding) for key, seed in waiting.items()])
+    problems = ask_all(model, groups, ask_for_answer)
     return [
-        problems[place] if place in problems else [Sampled(**model.answers.replies(key)[0]) for key in row]
-        for place, row in enumerate(keys)
+        problems.get(question) or [Sampled(**model.answers.replies(key)[0]) for key in row]
+        for question, row in zip(asked, keys, strict=True)
     ]
 
 
-def ask_for_answer(model: Served, image: str | None, text: str, seed: int, decoding: Decoding) -> Sampled:
-    """One sampled answer."""
+def ask_for_answer(model: Served, image: str | None, text: str, seed: int, decoding: Decoding) -> dict[str, Any]:
+    """One sampled answer, a `Sampled` as a dictionary."""
     options: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
     options |= {"seed": seed, "top_p": decoding.top_p} if decoding.temperature else {}
     more = {"top_k": decoding.top_k} if decoding.top_k and decoding.temperature else {}
@@ -369,11 +370,13 @@ def ask_for_answer(model: Served, image: str | None, text: str, seed: int, decod
     if type(count) is not int:
         raise ServerRefused(f"{model.server.who} does not say how many tokens an answer has: use vLLM or SGLang")
     cut = choice.finish_reason == "length"
-    return Sampled(said(choice), count if cut else max(count - 1, 0), "length" if cut else "stop")
+    return vars(Sampled(said(choice), count if cut else max(count - 1, 0), "length" if cut else "stop"))
 
 
-def sample_key(image: str | None, text: str, decoding: Decoding, seed: int) -> str:
-    return digest([image, text, dataclasses.asdict(decoding), seed if decoding.temperature else 0])
+def sample_keys(image: str | None, text: str, decoding: Decoding, seeds: Sequence[int]) -> list[str]:
+    """What each answer to a question is kept under; the image, which may be long, is read once."""
+    question = digest([image, text, dataclasses.asdict(decoding)])
+    return [f"{question}-{seed if decoding.temperature else 0}" for seed in seeds]
 
 
 # ---- images

@@ -28,6 +28,7 @@ from rlaifv.records import to_json, write_atomic
 from rlaifv.stage import gpu_peak, start_logging
 from rlaifv.steps.public_pairs import parquet_files
 from rlaifv.store import FINISHED, lock_folder
+from rlaifv.store.processes import end_with_parent
 from rlaifv.training import library_quirks
 from rlaifv.training.checkpoints import WriteCheckpoints, checkpoints, published
 from rlaifv.training.dev_scores import Dev
@@ -40,7 +41,7 @@ from rlaifv.training.dpo import (
     training_arguments,
     write_log,
 )
-from rlaifv.training.machines import command_of, end_with_parent
+from rlaifv.training.machines import command_of
 from rlaifv.training.packed_pairs import choose_layout, image_source
 from rlaifv.training.pair_data import PairData
 from rlaifv.training.policy import add_lora, freeze, load_policy, sharded, whole_device

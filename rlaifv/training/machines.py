@@ -6,10 +6,8 @@ repository and its scratch folder on a shared disk; the first one writes.
     srun … python -m rlaifv.training.machines slurm ADDRESS PORT MACHINES accelerate …   # what `command_of` makes
 """
 
-import ctypes
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from collections.abc import Sequence
 
 from rlaifv import ROOT
 from rlaifv.store.cluster import ClusterProblem, connected, nodes, one_line
+from rlaifv.store.processes import end_with_parent
 
 PORTS = range(20_000, 30_000)
 
@@ -106,13 +105,6 @@ def run_launcher(command: list[str]) -> str:
             print(line, end="", flush=True)
             lines = [*lines[-200:], line]
     return "".join(lines) if process.returncode else ""
-
-
-def end_with_parent() -> None:
-    """Have the kernel of Linux send SIGTERM to this process when the one that started it dies, however it dies: a
-    kernel that was killed would leave its training behind, which holds the GPUs and the run's lock."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def main(arguments: list[str]) -> int:

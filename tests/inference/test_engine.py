@@ -209,8 +209,8 @@ os._exit(7)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands what a process leaves behind to another")
 def test_workers_that_a_dead_server_leaves_behind_are_ended_too():
-    command = [sys.executable, guard.__file__, sys.executable, "-c", LEAVES]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", guard.__name__, sys.executable, "-c", LEAVES]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         worker = int(process.stdout.readline())
         assert process.wait(30) == 7
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE

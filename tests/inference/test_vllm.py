@@ -15,7 +15,7 @@ from training_runs import PARAMS as TRAIN
 from training_runs import run
 
 from rlaifv import ROOT
-from rlaifv.inference import engine, roles
+from rlaifv.inference import engine, guard, roles
 from rlaifv.inference.roles import OpenQuestion, draw_answers, load_role, look
 from rlaifv.inference.sampling import Decoding
 from rlaifv.inference.yes_no import judge_many
@@ -98,7 +98,7 @@ def test_vllm_killed_in_the_middle_is_started_again_and_what_it_said_stays(world
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
             command = " ".join(process.cmdline())
-            if "api_server" in command and "guard.py" not in command:
+            if "api_server" in command and guard.__name__ not in command:
                 process.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)

@@ -298,7 +298,7 @@ def test_a_process_that_dies_is_one_line_with_the_way_out(tmp_path, monkeypatch,
 
 STARTS = """
 import subprocess, sys
-from rlaifv.training.machines import end_with_parent
+from rlaifv.store.processes import end_with_parent
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], preexec_fn=end_with_parent)
 print(child.pid, flush=True)
 child.wait()
